@@ -1,0 +1,105 @@
+"""moebalance: load balancing for Mixture-of-Experts training.
+
+φ-balancing (Chen et al., ICML 2026, arXiv 2605.15403) and its rivals behind one interface.
+Names are imported on first use: the report and the command line start without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moebalance.attachment import attach as attach
+    from moebalance.balancers import Balancer as Balancer
+    from moebalance.balancers import EmaSwitchLoss as EmaSwitchLoss
+    from moebalance.balancers import GlobalBatchLoss as GlobalBatchLoss
+    from moebalance.balancers import LossFree as LossFree
+    from moebalance.balancers import NoBalancing as NoBalancing
+    from moebalance.balancers import PhiBalancing as PhiBalancing
+    from moebalance.balancers import QuantileBalancing as QuantileBalancing
+    from moebalance.balancers import SequenceLoss as SequenceLoss
+    from moebalance.balancers import Sinkhorn as Sinkhorn
+    from moebalance.balancers import SwitchLoss as SwitchLoss
+    from moebalance.balancers import Together as Together
+    from moebalance.balancers import ZLoss as ZLoss
+    from moebalance.balancers import charge as charge
+    from moebalance.balancing import Balancing as Balancing
+    from moebalance.integrations import huggingface as huggingface
+    from moebalance.layer import BalancedRouter as BalancedRouter
+    from moebalance.potentials import Euclidean as Euclidean
+    from moebalance.potentials import LogCosh as LogCosh
+    from moebalance.potentials import LpNorm as LpNorm
+    from moebalance.potentials import NegativeEntropy as NegativeEntropy
+    from moebalance.potentials import Potential as Potential
+    from moebalance.potentials import PseudoHuber as PseudoHuber
+    from moebalance.potentials import Renyi as Renyi
+    from moebalance.potentials import SoftL1 as SoftL1
+    from moebalance.potentials import Softplus as Softplus
+    from moebalance.potentials import Tsallis as Tsallis
+    from moebalance.routing import Batch as Batch
+    from moebalance.routing import Gate as Gate
+    from moebalance.routing import Routing as Routing
+    from moebalance.routing import Sigmoid as Sigmoid
+    from moebalance.routing import Softmax as Softmax
+    from moebalance.routing import Sums as Sums
+    from moebalance.routing import measure as measure
+    from moebalance.routing import route as route
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "moebalance.attachment": ["attach"],
+    "moebalance.balancers": [
+        "Balancer",
+        "EmaSwitchLoss",
+        "GlobalBatchLoss",
+        "LossFree",
+        "NoBalancing",
+        "PhiBalancing",
+        "QuantileBalancing",
+        "SequenceLoss",
+        "Sinkhorn",
+        "SwitchLoss",
+        "Together",
+        "ZLoss",
+        "charge",
+    ],
+    "moebalance.balancing": ["Balancing"],
+    "moebalance.layer": ["BalancedRouter"],
+    "moebalance.potentials": [
+        "Euclidean",
+        "LogCosh",
+        "LpNorm",
+        "NegativeEntropy",
+        "Potential",
+        "PseudoHuber",
+        "Renyi",
+        "SoftL1",
+        "Softplus",
+        "Tsallis",
+    ],
+    "moebalance.routing": [
+        "Batch",
+        "Gate",
+        "Routing",
+        "Sigmoid",
+        "Softmax",
+        "Sums",
+        "measure",
+        "route",
+    ],
+}
+_ORIGIN = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", "huggingface", *_ORIGIN]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "huggingface":
+        return import_module("moebalance.integrations.huggingface")
+    if name in _ORIGIN:
+        return globals().setdefault(name, getattr(import_module(_ORIGIN[name]), name))
+    raise AttributeError(f"module 'moebalance' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The workshop: data, training runs and comparisons, built on the public interface."""

@@ -1,0 +1,65 @@
+"""One call that attaches a balancer to any MoE model."""
+
+import sys
+
+from torch import nn
+
+from moebalance.balancers.base import Balancer
+from moebalance.balancing import Balancing
+from moebalance.layer import BalancedRouter
+
+
+def attach(model: nn.Module, balancer: Balancer | None = None) -> Balancing:
+    """Balance every MoE router of a model, without changing the model.
+
+    Attach before compiling and before wrapping in DistributedDataParallel; before or after moving
+    to another dtype.
+
+    Args:
+        model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
+        balancer: the method. Left out for a model of `BalancedRouter`s, which carry their own.
+
+    Returns:
+        The handle: `step()` after each optimizer step, `metrics()`, `state_dict()`, `detach()`.
+
+    Raises:
+        ValueError: no router found, one of an unknown kind, one balanced already, a frozen one
+            under a method that needs its gradient, or a lever that it does not have.
+        TypeError: `model` or `balancer` is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach needs a torch module; got {type(model).__name__}.")
+    if balancer is not None and not isinstance(balancer, Balancer):
+        raise TypeError(
+            f"balancer={balancer!r}: must be a Balancer such as PhiBalancing(strength=1e-3)."
+        )
+    routers = {n: m for n, m in model.named_modules() if isinstance(m, BalancedRouter)}
+    if routers:
+        return _own(routers, balancer)
+    # Asking for Transformers would import it; a model of its kind can only exist if it is there.
+    if "transformers" in sys.modules:
+        from moebalance.integrations import huggingface
+
+        if huggingface.serves(model):
+            if balancer is None:
+                raise TypeError("attach(model, balancer): a Transformers model needs a balancer.")
+            return huggingface.attach(model, balancer)
+    raise ValueError(
+        f"{type(model).__name__} is neither a Transformers model nor has it a "
+        "moebalance.BalancedRouter: route its MoE layers with BalancedRouter (see the example "
+        "examples/plain_pytorch.py)."
+    )
+
+
+def _own(routers: dict[str, BalancedRouter], balancer: Balancer | None) -> Balancing:
+    methods = {router.balancer for router in routers.values()}
+    if balancer is not None:
+        raise ValueError(
+            f"This model's BalancedRouters carry {methods} already: call attach(model) without a "
+            f"balancer, or build them with {balancer!r}."
+        )
+    if len(methods) > 1:
+        raise ValueError(f"One handle steps one method, but the routers carry {methods}.")
+    for name, router in routers.items():
+        router.name = name or router.name
+    return Balancing(methods.pop(), {name or "router": r for name, r in routers.items()})

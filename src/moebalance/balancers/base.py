@@ -1,0 +1,170 @@
+"""The contract every balancing method signs, and the one formula behind those that charge a price.
+
+A method holds hyper-parameters only. Its functions are pure: state goes in, state comes out; where
+the state lives, which ranks share it and when a step ends is the body's business (`layer.py`).
+
+A method can pull two levers. It can *charge* a price q in the loss,
+
+    penalty = E · ⟨stop_grad(q), mean_t p_t⟩,
+
+or it can *subtract* a price from the affinities before top-k, never from the weights.
+"""
+
+from abc import ABC
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from moebalance.routing import Batch, Gate, Routing, Sums, measure
+
+State = Any
+"""A NamedTuple of float32 tensors, or of such NamedTuples; () for a method without memory."""
+
+
+class Balancer(ABC):
+    """Base of all methods. A subclass is a frozen dataclass that overrides what it needs.
+
+    `charged` alone makes a loss-lever method, `price` alone a selection-lever method. `update`
+    says how memory follows the sums of a finished step; `extra` adds sums beyond scores and counts.
+    """
+
+    def init(self, num_experts: int) -> State:
+        """Make the state before the first step, float32."""
+        return ()
+
+    def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what `extra` returns."""
+        return ()
+
+    def extra(self, state: State, routing: Routing) -> tuple[Tensor, ...]:
+        """Sum what this method needs beyond scores, counts and tokens.
+
+        LAW: for equal state, extra(a ++ b) = extra(a) + extra(b), and padding adds nothing.
+        """
+        return ()
+
+    def observe(self, state: State, routing: Routing) -> Sums:
+        """Take the additive statistics of one batch."""
+        return measure(routing, self.extra(state, routing))
+
+    def update(self, state: State, sums: Sums) -> State:
+        """Advance the state by one optimizer step, given the sums of the whole step.
+
+        LAW: a step without tokens leaves the state as it was.
+        """
+        return state
+
+    def price(self, state: State) -> Float[Tensor, "E"] | None:
+        """Price subtracted from the affinities before top-k; None leaves the choice alone."""
+        return None
+
+    def preference(
+        self,
+        state: State,
+        gate: Gate,
+        logits: Float[Tensor, "T E"],
+        *,
+        mask: Bool[Tensor, "T"] | None,
+        training: bool,
+    ) -> Float[Tensor, "T E"] | None:
+        """What top-k ranks in place of the affinities; None leaves the choice alone."""
+        price = self.price(state)
+        return None if price is None else gate.affinities(logits) - price
+
+    def charged(self, state: State, batch: Batch) -> Float[Tensor, "*rows E"] | None:
+        """Price charged on the scores in the loss, (E,) or (T, E), strength included."""
+        return None
+
+    def penalty(self, state: State, batch: Batch) -> Float[Tensor, ""] | None:
+        """The term this method adds to the loss: a token mean over the batch."""
+        price = self.charged(state, batch)
+        return None if price is None else charge(price, batch.routing)
+
+    def logit_gradient(self, state: State, batch: Batch) -> Float[Tensor, "T E"] | None:
+        """Gradient of `penalty` with respect to the logits, in closed form.
+
+        LAW: equal to autograd of `penalty`. The body injects this, so that no graph is kept.
+        """
+        price = self.charged(state, batch)
+        if price is None:
+            return None
+        routing = batch.routing
+        # clamp: a batch of padding only has no gradient, not 0/0.
+        gradient = routing.gate.pull_back(
+            price * (routing.num_experts / batch.sums.tokens.clamp(min=1)),
+            routing.scores,
+            routing.logits,
+        )
+        weights = routing.token_weights
+        return gradient if weights is None else gradient * weights.unsqueeze(-1)
+
+    @property
+    def charges(self) -> bool:
+        """Whether the method works through the router's gradient."""
+        return _overrides(self, "charged") or _overrides(self, "logit_gradient")
+
+    @property
+    def prices_selection(self) -> bool:
+        """Whether the method keeps a price that a model's own selection bias could hold."""
+        return _overrides(self, "price")
+
+    @property
+    def selects(self) -> bool:
+        """Whether the method changes which experts are chosen."""
+        return self.prices_selection or _overrides(self, "preference")
+
+
+def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, ""]:
+    """E · ⟨stop_grad(price), mean_t p_t⟩ over real tokens.
+
+    With price = α·f this is the Switch loss, with price = α·∇φ(m) the φ-balancing term.
+
+    Args:
+        price: (E,) or (T, E); treated as a constant.
+        routing: the batch whose scores carry the gradient.
+
+    >>> from moebalance.routing import Softmax, route
+    >>> logits = torch.zeros(2, 4)
+    >>> charge(torch.full((4,), 0.5), route(logits, logits.topk(1).indices, Softmax())).item()
+    2.0
+    """
+    worth = (routing.scores * price.detach()).sum(dim=-1)
+    weights = routing.token_weights
+    total = worth.sum() if weights is None else (worth * weights).sum()
+    return total * (routing.num_experts / routing.tokens.clamp(min=1))
+
+
+def per_token(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:
+    """`value` where the step saw a token, `otherwise` where it saw none."""
+    return torch.where(tokens > 0, value, otherwise)
+
+
+def check_positive(name: str, value: float, *, zero: bool = True) -> None:
+    """Refuse a negative, infinite or NaN hyper-parameter.
+
+    Raises:
+        ValueError: if `value` is not a finite number ≥ 0 (> 0 where `zero` is False).
+    """
+    good = 0 <= value < float("inf") if zero else 0 < value < float("inf")
+    if not good:
+        bound = "at least 0" if zero else "greater than 0"
+        raise ValueError(f"{name}={value!r}: must be a finite number {bound}.")
+
+
+def check_rate(name: str, value: float) -> None:
+    """Refuse an averaging rate outside (0, 1].
+
+    Raises:
+        ValueError: if `value` is not in (0, 1].
+    """
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"{name}={value!r}: must lie in (0, 1]; it is the weight of the newest step "
+            "(0.3 remembers about 3 steps, 1 remembers none)."
+        )
+
+
+def _overrides(balancer: Balancer, method: str) -> bool:
+    return getattr(type(balancer), method) is not getattr(Balancer, method)

@@ -1,0 +1,48 @@
+"""EMA-Switch: the Switch loss with the hard load averaged over steps.
+
+    m ← (1 − η) m + η f,        loss = task + α · E · ⟨m, P⟩.
+
+φ-balancing's closest rival explanation: the same memory, with the hard load as statistic and no
+potential (equivalently the Euclidean one). A comparison that leaves it out cannot tell whether the
+potential or the memory does the work.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.balancers.base import Balancer, check_positive, check_rate
+from moebalance.balancers.ema import Ema
+from moebalance.routing import Batch, Sums
+
+
+@dataclass(frozen=True)
+class EmaSwitchLoss(Balancer):
+    """Switch loss on a moving average of the hard load.
+
+    Args:
+        strength: α ≥ 0.
+        rate: η in (0, 1], weight of the newest step; at 1 this is the Switch loss.
+    """
+
+    strength: float = 1e-2
+    rate: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+        check_rate("rate", self.rate)
+
+    def init(self, num_experts: int) -> Ema:
+        """Start with an empty average."""
+        return Ema.empty(num_experts)
+
+    def update(self, state: Ema, sums: Sums) -> Ema:
+        """m ← (1 − η) m + η f, once per optimizer step."""
+        return state.toward(sums.hard_load, self.rate, sums.tokens)
+
+    def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
+        """α m with m as of this batch."""
+        rate = self.rate * batch.share
+        mean = state.toward(batch.sums.hard_load, rate, batch.sums.tokens).read()
+        return self.strength * mean

@@ -1,0 +1,35 @@
+"""Global-batch auxiliary loss: the Switch loss with the load taken over the whole step.
+
+    loss = task + α · E · Σ_e f_e^step P_e,
+
+f^step summed over the micro-batches of the step seen so far (and over ranks). Source: Qiu et al.,
+2025, arXiv 2501.11873, whose buffer over accumulation steps this follows.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.balancers.base import Balancer, State, check_positive
+from moebalance.routing import Batch
+
+
+@dataclass(frozen=True)
+class GlobalBatchLoss(Balancer):
+    """Switch loss on the load of the step instead of the micro-batch.
+
+    The first micro-batch of a step sees only itself; the last one sees the whole step.
+
+    Args:
+        strength: α ≥ 0; 1e-3 in the paper's models.
+    """
+
+    strength: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+
+    def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+        """α f, the hard load of the step so far."""
+        return self.strength * batch.step.hard_load

@@ -1,0 +1,63 @@
+"""Loss-free balancing: a selection price that rises with an expert's load.
+
+    choose by s − price, weight by s;        price_e ← price_e + u · sign(c_e − mean c)
+
+once per optimizer step, c the assignment counts of the whole step. Source: Wang et al., 2024,
+"Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664, Algorithm 1
+(their bias b is −price) and its proportional variant in the ablation.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.balancers.base import Balancer, check_positive, per_token
+from moebalance.routing import Sums
+
+
+class SelectionPrice(NamedTuple):
+    """The price (E,), float32, subtracted from the affinities before top-k."""
+
+    price: Float[Tensor, "E"]
+
+
+@dataclass(frozen=True)
+class LossFree(Balancer):
+    """Move each expert's selection price against its load, outside the gradient.
+
+    Args:
+        rate: u ≥ 0, price step in units of the affinity (softmax probability or sigmoid).
+        rule: "sign" moves by ±u; "proportional" by u times the relative excess c_e / mean c − 1.
+        recentre: keep the prices' mean at 0, so that they cannot drift together.
+    """
+
+    rate: float = 1e-3
+    rule: Literal["sign", "proportional"] = "sign"
+    recentre: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("rate", self.rate)
+        if self.rule not in ("sign", "proportional"):
+            raise ValueError(f"rule={self.rule!r}: must be 'sign' or 'proportional'.")
+
+    def init(self, num_experts: int) -> SelectionPrice:
+        """Start with price 0 for all."""
+        return SelectionPrice(torch.zeros(num_experts))
+
+    def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
+        """Raise the price of experts above the mean load, lower it below."""
+        mean = sums.counts.mean(dim=-1, keepdim=True)
+        excess = sums.counts - mean
+        # clamp: an empty step has excess 0, not 0/0.
+        move = torch.sign(excess) if self.rule == "sign" else excess / mean.clamp(min=1e-30)
+        price = state.price + self.rate * move
+        if self.recentre:
+            price = price - price.mean(dim=-1, keepdim=True)
+        return SelectionPrice(per_token(sums.tokens, price, state.price))
+
+    def price(self, state: SelectionPrice) -> Float[Tensor, "E"]:
+        """The price as it stands."""
+        return state.price

@@ -1,0 +1,10 @@
+"""No balancing: the control every comparison needs."""
+
+from dataclasses import dataclass
+
+from moebalance.balancers.base import Balancer
+
+
+@dataclass(frozen=True)
+class NoBalancing(Balancer):
+    """Watch the experts and change nothing."""

@@ -1,0 +1,86 @@
+"""φ-balancing: charge the gradient of a potential of the *expected* routing distribution.
+
+Source: Chen et al., "φ-Balancing for Mixture-of-Experts Training", ICML 2026, arXiv 2605.15403,
+Eq. 10 and Algorithm 1. Minimising φ(E[p]) over the router is, by convex duality, a min-max problem
+whose online mirror-ascent solution keeps one vector per layer:
+
+    m ← (1 − η) m + η p̄          (p̄: mean pre-top-k score of the step)
+    q  = ∇φ(m)                   (no gradient; m already holds this step)
+    loss = task + α · E · ⟨q, p̄⟩
+
+The dual step size of the mirror ascent is the averaging rate η. The term is linear in p̄, hence
+additive over micro-batches and ranks, which the bilinear Switch loss is not.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.balancers.base import Balancer, check_positive, check_rate
+from moebalance.balancers.ema import Ema
+from moebalance.potentials import NegativeEntropy, Potential
+from moebalance.routing import Batch, Sums
+
+
+@dataclass(frozen=True)
+class PhiBalancing(Balancer):
+    """φ-balancing with any of the nine potentials.
+
+    Args:
+        potential: strictly convex symmetric φ; its gradient is the price.
+        strength: α ≥ 0, the weight of the term. At equal α negative entropy pushes E times harder
+            than Euclidean; `potential.unit_slope()` removes that difference.
+        rate: η in (0, 1], weight of the newest step in the average.
+        statistic: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
+            load f while the gradient still goes through the scores (straight-through).
+        peek: whether the price already contains the batch it is charged on, as in Algorithm 1. With
+            a batch that is only a share s of its step, the price is ∇φ(m + η·s·(p̄ − m)). Without
+            peeking the price comes from finished steps alone and is the same for every batch.
+
+    Departs from the paper: the price is centred, q − ⟨m, q⟩, which changes no gradient while
+    scores sum to one and makes the logged term readable; the average is bias-corrected (`ema.py`).
+
+    Raises:
+        ValueError: strength, rate or statistic out of range.
+
+    >>> PhiBalancing(strength=1e-3, rate=0.3)
+    PhiBalancing(potential=NegativeEntropy(), strength=0.001, rate=0.3, statistic='soft', peek=True)
+    """
+
+    potential: Potential = field(default_factory=NegativeEntropy)
+    strength: float = 1e-3
+    rate: float = 0.3
+    statistic: Literal["soft", "hard"] = "soft"
+    peek: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+        check_rate("rate", self.rate)
+        if self.statistic not in ("soft", "hard"):
+            raise ValueError(f"statistic={self.statistic!r}: must be 'soft' or 'hard'.")
+        if not isinstance(self.potential, Potential):
+            raise TypeError(
+                f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
+            )
+
+    def init(self, num_experts: int) -> Ema:
+        """Start with an empty average."""
+        return Ema.empty(num_experts)
+
+    def update(self, state: Ema, sums: Sums) -> Ema:
+        """m ← (1 − η) m + η p̄, once per optimizer step."""
+        return state.toward(self._load(sums), self.rate, sums.tokens)
+
+    def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
+        """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
+        if self.peek:
+            rate = self.rate * batch.share
+            state = state.toward(self._load(batch.sums), rate, batch.sums.tokens)
+        mean = state.read()
+        price = self.potential.grad(mean)
+        return self.strength * (price - (mean * price).sum(dim=-1, keepdim=True))
+
+    def _load(self, sums: Sums) -> Float[Tensor, "E"]:
+        return sums.soft_load if self.statistic == "soft" else sums.hard_load

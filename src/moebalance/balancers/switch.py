@@ -1,0 +1,37 @@
+"""Switch / GShard / ST-MoE auxiliary loss: hard load of the batch times mean score.
+
+    loss = task + α · E · Σ_e f_e P_e,
+
+f_e the fraction of this batch's assignments that went to expert e (no gradient), P_e the mean
+score. Source: Fedus et al., 2021, arXiv 2101.03961, Eq. 4–6; Zoph et al., 2022, arXiv 2202.08906.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.balancers.base import Balancer, State, check_positive
+from moebalance.routing import Batch
+
+
+@dataclass(frozen=True)
+class SwitchLoss(Balancer):
+    """The auxiliary loss most models are trained with.
+
+    Bilinear in one batch's statistics: its effect changes when a step is split into micro-batches
+    or ranks, and batches from one domain are pushed to use all experts.
+
+    Args:
+        strength: α ≥ 0; 1e-2 in Switch, 1e-3 in Qwen. f sums to one here; Transformers' function
+            counts each of the K assignments as a whole, so its loss is K times this one.
+    """
+
+    strength: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+
+    def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+        """α f, the hard load of this batch."""
+        return self.strength * batch.sums.hard_load

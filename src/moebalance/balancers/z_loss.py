@@ -1,0 +1,49 @@
+"""Router z-loss: keep the router's logits small.
+
+    loss = task + β · mean_t logsumexp(z_t)².
+
+It does not balance; it steadies. Compose it: `Together(PhiBalancing(), ZLoss())`. Source: Zoph et
+al., 2022, "ST-MoE", arXiv 2202.08906, Eq. 5.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.balancers.base import Balancer, State, check_positive
+from moebalance.routing import Batch, Routing, at_least_float32
+
+
+@dataclass(frozen=True)
+class ZLoss(Balancer):
+    """Penalise the squared log-partition of the router's logits.
+
+    Args:
+        strength: β ≥ 0; 1e-3 in ST-MoE.
+    """
+
+    strength: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+
+    def penalty(self, state: State, batch: Batch) -> Float[Tensor, ""]:
+        """β · mean over real tokens of logsumexp(z)²."""
+        squares = _log_partition(batch.routing).square()
+        weights = batch.routing.token_weights
+        total = squares.sum() if weights is None else (squares * weights).sum()
+        return self.strength * total / batch.routing.tokens.clamp(min=1)
+
+    def logit_gradient(self, state: State, batch: Batch) -> Float[Tensor, "T E"]:
+        """2β · logsumexp(z_t) · softmax(z_t) per real token, over their number."""
+        routing = batch.routing
+        rows = 2 * self.strength * _log_partition(routing) / batch.sums.tokens.clamp(min=1)
+        weights = routing.token_weights
+        if weights is not None:
+            rows = rows * weights
+        return rows.unsqueeze(-1) * at_least_float32(routing.logits).softmax(dim=-1)
+
+
+def _log_partition(routing: Routing) -> Float[Tensor, "T"]:
+    return at_least_float32(routing.logits).logsumexp(dim=-1)

@@ -1,0 +1,280 @@
+"""The handle on a model's balanced layers: one object to step, read, save and take away.
+
+It knows layers by name and nothing of the framework that they came from.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance import metrics
+from moebalance.balancers.base import Balancer
+from moebalance.inject import follow
+from moebalance.layer import LayerBalance
+
+logger = logging.getLogger("moebalance")
+
+FORMAT = 1
+"""Version of the layout of `Balancing.state_dict`."""
+
+
+class Balancing:
+    """All balanced layers of one model under one method.
+
+    Made by `attach`. Call `step()` once after each optimizer step, or let a trainer's callback do
+    it. As a context manager it detaches on leaving.
+
+    Args:
+        balancer: the method.
+        layers: the layers by name.
+        after_step: called after each committed step and each load, for example to write prices
+            into a model's own selection bias.
+        on_detach: called once, in reverse order, to undo the attachment.
+    """
+
+    def __init__(
+        self,
+        balancer: Balancer,
+        layers: Mapping[str, LayerBalance],
+        *,
+        after_step: Sequence[Callable[[], None]] = (),
+        on_detach: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self.balancer = balancer
+        self.layers = dict(layers)
+        self.steps = 0
+        self._after_step = list(after_step)
+        self._on_detach = list(on_detach)
+        self._share_loss_scale()
+
+    def step(self) -> None:
+        """End an optimizer step: advance every layer by what it counted.
+
+        Raises:
+            RuntimeError: a layer counted no token since the last step.
+            FloatingPointError: a layer saw NaN or infinite logits; nothing is changed.
+        """
+        self._check_sums()
+        for layer in self.layers.values():
+            layer.commit()
+        self.steps += 1
+        self._publish()
+        if self.steps == 1:
+            self._announce()
+
+    def follow(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Return `loss`; from now on the balancing term is scaled exactly as this loss is.
+
+        Wrap the mean loss of a batch before dividing it by accumulation steps or handing it to a
+        gradient scaler. Not needed where the model computes its own loss.
+        """
+        for scale in self._loss_scales():
+            loss = follow(loss, scale)
+        return loss
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Fix the factor of the balancing term for losses that are not followed."""
+        for cell in self._loss_scales():
+            cell.fill_(scale)
+
+    @torch.no_grad()
+    def loads(self) -> dict[str, tuple[Float[Tensor, "E"], Float[Tensor, "E"]]]:
+        """Hard and soft load of each layer in the last finished step, fractions that sum to 1."""
+        return {
+            name: (layer.last_sums.hard_load, layer.last_sums.soft_load)
+            for name, layer in self.layers.items()
+            if layer.last_sums is not None
+        }
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """About ten numbers on the last finished step, means over layers unless named otherwise.
+
+        Returns:
+            `maxvio`, `maxvio_worst` (largest over layers), `minvio`, `cv`, `gini`, `entropy`
+            (1 is uniform), `dead` (share of experts) on the hard load; `soft_maxvio` and
+            `soft_hard_gap`; `price_spread` where the method prices selection; `tokens` per layer.
+            Empty before the first step.
+        """
+        sums = [layer.last_sums for layer in self.layers.values() if layer.last_sums is not None]
+        if not sums:
+            return {}
+        rows = []
+        for each in sums:
+            hard, soft = each.hard_load, each.soft_load
+            rows.append(
+                torch.stack(
+                    [
+                        metrics.max_violation(hard),
+                        metrics.min_violation(hard),
+                        metrics.coefficient_of_variation(hard),
+                        metrics.gini(hard),
+                        metrics.normalized_entropy(hard),
+                        metrics.dead_fraction(hard),
+                        metrics.max_violation(soft),
+                        metrics.soft_hard_gap(soft, hard),
+                        each.tokens,
+                    ]
+                ).cpu()
+            )
+        table = torch.stack(rows)
+        names = ("maxvio", "minvio", "cv", "gini", "entropy", "dead", "soft_maxvio")
+        names += ("soft_hard_gap", "tokens")
+        found = dict(zip(names, table.mean(dim=0).tolist(), strict=True))
+        found["maxvio_worst"] = table[:, 0].max().item()
+        prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
+        if prices:
+            spreads = [metrics.price_spread(price).item() for price in prices]
+            found["price_spread"] = sum(spreads) / len(spreads)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on: format, method, steps and each layer's tensors."""
+        return {
+            "format": FORMAT,
+            "method": method_name(self.balancer),
+            "balancer": repr(self.balancer),
+            "steps": self.steps,
+            "layers": {
+                name: {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+                for name, layer in self.layers.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Refused whole, with the reason, if it does not fit.
+
+        Raises:
+            ValueError: another format, method, set of layers or number of experts.
+        """
+        self._check_fit(state)
+        if state["balancer"] != repr(self.balancer):
+            logger.warning(
+                "moebalance: state saved under %s continues under %r.",
+                state["balancer"],
+                self.balancer,
+            )
+        for name, layer in self.layers.items():
+            layer.load_state_dict(state["layers"][name])
+            layer.discard()
+        self.steps = state["steps"]
+        self._publish()
+
+    def detach(self) -> None:
+        """Take everything away: the model's outputs are again what they were before `attach`."""
+        while self._on_detach:
+            self._on_detach.pop()()
+        self._after_step.clear()
+
+    def __enter__(self) -> Self:
+        """Use the attachment for a block of code."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    def __repr__(self) -> str:
+        """Show the method and the number of layers."""
+        return f"Balancing({self.balancer!r}, layers={len(self.layers)}, steps={self.steps})"
+
+    def _check_sums(self) -> None:
+        finite = [torch.isfinite(layer.running).all() for layer in self.layers.values()]
+        tokens = [layer.running[2 * layer.num_experts] > 0 for layer in self.layers.values()]
+        verdicts = torch.stack([flag.cpu() for flag in finite + tokens]).view(2, -1)
+        if bool(verdicts.all()):
+            return
+        names = list(self.layers)
+        sick = [name for name, good in zip(names, verdicts[0].tolist(), strict=True) if not good]
+        blind = [name for name, good in zip(names, verdicts[1].tolist(), strict=True) if not good]
+        for layer in self.layers.values():
+            layer.discard()
+        if sick:
+            raise FloatingPointError(
+                f"NaN or infinite router logits in {', '.join(sick)} during step {self.steps + 1}. "
+                "The balancing state was left as it was; this step's sums were dropped. Lower the "
+                "learning rate, clip gradients, or look for the layer's input."
+            )
+        raise RuntimeError(
+            f"No token was counted in {', '.join(blind)} during step {self.steps + 1}. Tokens are "
+            "counted in the backward pass of a model in training mode: call step() once after each "
+            "optimizer step, attach before compiling, and give each step at least one real token."
+        )
+
+    def _publish(self) -> None:
+        for call in self._after_step:
+            call()
+
+    def _announce(self) -> None:
+        first = next(iter(self.layers.values()))
+        found = self.metrics()
+        logger.info(
+            "moebalance: %r on %d routers (first: %d experts, %s); step 1 counted %d tokens a "
+            "router, MaxVio %.2f.",
+            self.balancer,
+            len(self.layers),
+            first.num_experts,
+            first.gate,
+            int(found["tokens"]),
+            found["maxvio"],
+        )
+
+    def _check_fit(self, state: Mapping[str, Any]) -> None:
+        for key in ("format", "method", "balancer", "steps", "layers"):
+            if key not in state:
+                raise ValueError(
+                    f"Not a balancing state: it has no {key!r} (keys: {sorted(state)}). "
+                    "Give what Balancing.state_dict() returned."
+                )
+        if state["format"] != FORMAT:
+            raise ValueError(
+                f"This balancing state has format {state['format']}; this version reads {FORMAT}. "
+                "Use the version of moebalance that wrote it, or start without a state."
+            )
+        if state["method"] != method_name(self.balancer):
+            raise ValueError(
+                f"This balancing state belongs to {state['method']}, but the model is balanced by "
+                f"{method_name(self.balancer)}. Attach the same method, or start without a state."
+            )
+        mine, theirs = set(self.layers), set(state["layers"])
+        if mine != theirs:
+            raise ValueError(
+                "This balancing state belongs to another model: missing layers "
+                f"{sorted(mine - theirs)[:3]}, unknown layers {sorted(theirs - mine)[:3]}."
+            )
+        for name, layer in self.layers.items():
+            own = {key: tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
+            saved = {key: tuple(tensor.shape) for key, tensor in state["layers"][name].items()}
+            if own != saved:
+                raise ValueError(
+                    f"This balancing state does not fit {name}: saved {saved}, needed {own}."
+                )
+
+    def _share_loss_scale(self) -> None:
+        """Give layers on one device one cell, so that following a loss costs one copy."""
+        cells: dict[torch.device, Tensor] = {}
+        for layer in self.layers.values():
+            cell = cells.setdefault(layer.loss_scale.device, layer.loss_scale)
+            layer.loss_scale = cell
+
+    def _loss_scales(self) -> list[Tensor]:
+        return list(
+            {id(layer.loss_scale): layer.loss_scale for layer in self.layers.values()}.values()
+        )
+
+
+def method_name(balancer: Balancer) -> str:
+    """Class names of a method and its parts: `PhiBalancing`, `Together(PhiBalancing, LossFree)`."""
+    parts = [value for value in vars(balancer).values() if isinstance(value, Balancer)]
+    inner = ", ".join(method_name(part) for part in parts)
+    return f"{type(balancer).__name__}({inner})" if parts else type(balancer).__name__

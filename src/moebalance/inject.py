@@ -1,0 +1,162 @@
+"""The node that counts a batch and charges its price, in the backward pass and nowhere else.
+
+An identity on one of the router's outputs is put into the graph. When the gradient comes back
+through it, the router's logits are still at hand: the batch is counted, the price formed, and
+
+    dL/dz ← scale · weight · ∂penalty/∂z
+
+handed to the logits beside whatever the task sends. Backward runs exactly once per batch in plain
+training, under both kinds of activation checkpointing and under torch.compile, whereas forward may
+run twice or under no_grad; hence a batch is counted once, and evaluation never. Nothing beyond the
+logits is kept for backward.
+
+`scale` is the gradient that the trainer put on the task loss (gradient scaler, accumulation, world
+size), read by `follow`, so that a strength means the same under all of them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from moebalance.balancers.base import Balancer, State
+from moebalance.routing import Batch, Gate, Sums, route
+
+
+class Tally(NamedTuple):
+    """The tensors a layer's backward reads and writes.
+
+    Attributes:
+        running: packed sums of the step so far (see `pack`); added to in place.
+        last_step: (2,) tokens and batches of the last finished step.
+        scale: () gradient of the total loss with respect to the task loss.
+    """
+
+    running: Float[Tensor, "sums"]
+    last_step: Float[Tensor, "2"]
+    scale: Float[Tensor, ""]
+
+
+def inject(
+    carrier: Tensor,
+    *,
+    logits: Float[Tensor, "T E"],
+    experts: Int[Tensor, "T K"],
+    mask: Bool[Tensor, "T"] | None,
+    sequences: int,
+    weight: Float[Tensor, ""] | None,
+    balancer: Balancer,
+    gate: Gate,
+    state: State,
+    tally: Tally,
+) -> Tensor:
+    """Return `carrier` unchanged, tied to a backward that counts this batch and charges it.
+
+    Args:
+        carrier: a differentiable output of the router that the loss depends on.
+        logits: (T, E), to receive the gradient of the penalty.
+        experts: (T, K), the chosen experts.
+        mask: (T,) True for real tokens, or None.
+        sequences: number of sequences the tokens are laid out in.
+        weight: this batch's weight in the mean over its step; None for 1.
+        balancer: the method.
+        gate: how scores come from logits.
+        state: the method's state, constant during a step.
+        tally: tensors that the backward pass reads and writes.
+    """
+    static = (balancer, gate, sequences)
+    carried: Tensor = _Inject.apply(static, state, tally, mask, weight, experts, logits, carrier)
+    return carried
+
+
+def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return `loss` unchanged, and write the gradient it receives into `scale`."""
+    followed: Tensor = _Follow.apply(loss, scale)
+    return followed
+
+
+def packed_size(balancer: Balancer, num_experts: int) -> int:
+    """Length of the packed sums: scores E, counts E, tokens, batches, then the method's own."""
+    shapes = balancer.extra_shapes(num_experts)
+    return 2 * num_experts + 2 + sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def pack(sums: Sums) -> Float[Tensor, "sums"]:
+    """Lay the sums of one batch end to end, with a 1 that counts the batch."""
+    count = torch.stack([sums.tokens, torch.ones_like(sums.tokens)])
+    return torch.cat([sums.scores, sums.counts, count, *(e.reshape(-1) for e in sums.extra)])
+
+
+def unpack(packed: Float[Tensor, "sums"], balancer: Balancer, num_experts: int) -> Sums:
+    """Undo `pack`; the number of batches is at index 2E + 1."""
+    shapes = [torch.Size(shape) for shape in balancer.extra_shapes(num_experts)]
+    sizes = [num_experts, num_experts, 1, 1, *(shape.numel() for shape in shapes)]
+    scores, counts, tokens, _, *extra = packed.split(sizes)
+    return Sums(
+        scores,
+        counts,
+        tokens.squeeze(0),
+        tuple(e.view(shape) for e, shape in zip(extra, shapes, strict=True)),
+    )
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        static: tuple[Balancer, Gate, int],
+        state: State,
+        tally: Tally,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        experts: Tensor,
+        logits: Tensor,
+        carrier: Tensor,
+    ) -> Tensor:
+        ctx.static = static
+        # State and tally change in place after this; autograd's version check is not for them.
+        ctx.state, ctx.tally = state, tally
+        ctx.save_for_backward(logits, experts, mask, weight)
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = gradients
+        logits, experts, mask, weight = ctx.saved_tensors
+        balancer, gate, sequences = ctx.static
+        state, tally = ctx.state, ctx.tally
+
+        routing = route(logits, experts, gate, mask=mask, sequences=sequences)
+        sums = balancer.observe(state, routing)
+        tally.running.add_(pack(sums))
+        step = unpack(tally.running, balancer, routing.num_experts)
+        batch = Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
+
+        charge = balancer.logit_gradient(state, batch)
+        if charge is not None:
+            factor = tally.scale if weight is None else tally.scale * weight
+            charge = (charge * factor).to(logits.dtype)
+        return None, None, None, None, None, None, charge, upstream
+
+
+class _Follow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        # A clone, not a view: trainers scale the loss they are given in place.
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        ctx.scale.copy_(gradient)
+        return gradient, None
+
+
+def _share(tokens: Tensor, last_step: Tensor) -> Tensor:
+    """This batch's share of its step, judged by the last step; 1 where steps are one batch."""
+    last_tokens, last_batches = last_step.unbind()
+    share = (tokens / last_tokens.clamp(min=1)).clamp(max=1)
+    return torch.where(last_batches > 1, share, 1.0)

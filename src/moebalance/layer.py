@@ -1,0 +1,239 @@
+"""One MoE layer's balancing state: the only stateful class, and the router made from it.
+
+State is float32 whatever the model's dtype, and persistent. The running sums of a step are plain
+tensors, not buffers: DistributedDataParallel broadcasts rank 0's buffers, which would overwrite
+what the other ranks have counted.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moebalance.balancers.base import Balancer, State
+from moebalance.inject import Tally, inject, pack, packed_size, unpack
+from moebalance.routing import Gate, Softmax, Sums
+
+_SOFTMAX = Softmax()
+
+
+class LayerBalance(nn.Module):
+    """State and running sums of one MoE layer under one method.
+
+    Args:
+        balancer: the method.
+        num_experts: E.
+        gate: how this layer's scores come from its logits.
+        name: what errors and logs call this layer.
+    """
+
+    def __init__(
+        self, balancer: Balancer, num_experts: int, *, gate: Gate = _SOFTMAX, name: str = "router"
+    ) -> None:
+        super().__init__()
+        if not isinstance(balancer, Balancer):
+            raise TypeError(
+                f"balancer={balancer!r}: must be a Balancer such as PhiBalancing(strength=1e-3)."
+            )
+        if num_experts < 2:
+            raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
+        self.balancer, self.num_experts, self.gate, self.name = balancer, num_experts, gate, name
+        template = balancer.init(num_experts)
+        self._rebuild = _rebuilder(template)
+        self._state_names = [f"state_{name}" for name, _ in _leaves(template)]
+        for (_, tensor), name_ in zip(_leaves(template), self._state_names, strict=True):
+            self.register_buffer(name_, tensor.clone())
+        self.register_buffer("last_step", torch.zeros(2))
+        self.last_step: Tensor
+        self.running = torch.zeros(packed_size(balancer, num_experts))
+        self.loss_scale = torch.ones(())
+        self.last_sums: Sums | None = None
+
+    @property
+    def state(self) -> State:
+        """The method's state, built over this module's buffers."""
+        return self._rebuild(iter([self.get_buffer(name) for name in self._state_names]))
+
+    @property
+    def price(self) -> Float[Tensor, "E"] | None:
+        """The selection price in force, or None."""
+        return self.balancer.price(self.state)
+
+    def preference(
+        self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
+    ) -> Float[Tensor, "T E"] | None:
+        """What top-k shall rank in place of the affinities; None to leave the choice alone."""
+        with torch.no_grad():
+            return self.balancer.preference(
+                self.state, self.gate, logits.detach(), mask=mask, training=training
+            )
+
+    def inject(
+        self,
+        carrier: Tensor,
+        logits: Float[Tensor, "T E"],
+        experts: Int[Tensor, "T K"],
+        *,
+        mask: Bool[Tensor, "T"] | None = None,
+        sequences: int = 1,
+        weight: Float[Tensor, ""] | None = None,
+    ) -> Tensor:
+        """Tie this batch's counting and charge to the backward pass of `carrier`; see `inject`."""
+        return inject(
+            carrier,
+            logits=logits,
+            experts=experts,
+            mask=mask,
+            sequences=sequences,
+            weight=weight,
+            balancer=self.balancer,
+            gate=self.gate,
+            state=self.state,
+            tally=Tally(self.running, self.last_step, self.loss_scale),
+        )
+
+    def count(self, sums: Sums) -> None:
+        """Add a batch's sums to the running step by hand, for loops that inject nothing."""
+        self.running.add_(pack(sums))
+
+    @torch.no_grad()
+    def commit(self) -> Sums:
+        """End the optimizer step: advance the state by the running sums and clear them."""
+        sums = unpack(self.running.clone(), self.balancer, self.num_experts)
+        after = self.balancer.update(self.state, sums)
+        for name, (_, tensor) in zip(self._state_names, _leaves(after), strict=True):
+            # In place: compiled graphs and CUDA graphs hold on to these very tensors.
+            self.get_buffer(name).copy_(tensor)
+        tokens_and_batches = self.running[2 * self.num_experts : 2 * self.num_experts + 2]
+        self.last_step.copy_(tokens_and_batches)
+        self.last_sums = sums
+        self.discard()
+        return sums
+
+    def discard(self) -> None:
+        """Forget what was counted since the last commit."""
+        self.running.zero_()
+
+    def extra_repr(self) -> str:
+        """Show the method and the size."""
+        return f"{self.balancer}, num_experts={self.num_experts}, gate={self.gate}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to another device, but never to another dtype."""
+        device = fn(torch.empty(0, device=self.running.device)).device
+        for name, tensor in self._buffers.items():
+            assert tensor is not None
+            self._buffers[name] = self._moved(tensor, device)
+        self.running = self._moved(self.running, device)
+        self.loss_scale = self._moved(self.loss_scale, device)
+        return self
+
+    @staticmethod
+    def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+        if tensor.is_meta and device.type != "meta":
+            raise RuntimeError(
+                "A balancing state was created on the meta device and has no values to move: "
+                "build the router on a real device, or load its state with assign=True."
+            )
+        return tensor.to(device)
+
+
+class BalancedRouter(LayerBalance):
+    """Top-k routing for a hand-written MoE layer, balanced by any method.
+
+    Args:
+        balancer: the method.
+        num_experts: E.
+        top_k: K, experts per token.
+        gate: `Softmax()` or `Sigmoid()`.
+        normalize: whether the K weights of a token are divided by their sum.
+        name: what errors and logs call this layer.
+
+    Raises:
+        ValueError: top_k out of 1..E, or shapes that do not fit.
+
+    >>> from moebalance import PhiBalancing
+    >>> router = BalancedRouter(PhiBalancing(), num_experts=8, top_k=2)
+    >>> weights, experts = router(torch.randn(5, 8))
+    >>> weights.shape, experts.shape
+    (torch.Size([5, 2]), torch.Size([5, 2]))
+    """
+
+    def __init__(
+        self,
+        balancer: Balancer,
+        num_experts: int,
+        top_k: int,
+        *,
+        gate: Gate = _SOFTMAX,
+        normalize: bool = True,
+        name: str = "router",
+    ) -> None:
+        super().__init__(balancer, num_experts, gate=gate, name=name)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
+            )
+        self.top_k, self.normalize = top_k, normalize
+
+    def forward(
+        self, logits: Float[Tensor, "*tokens E"], mask: Bool[Tensor, "*tokens"] | None = None
+    ) -> tuple[Float[Tensor, "*tokens K"], Int[Tensor, "*tokens K"]]:
+        """Choose experts and weigh them.
+
+        Args:
+            logits: (T, E) or (B, S, E), from the router's linear map.
+            mask: (T,) or (B, S), True or nonzero for real tokens; None if all are real.
+
+        Returns:
+            Weights (…, K) in the logits' dtype and experts (…, K), int64.
+        """
+        if logits.shape[-1] != self.num_experts:
+            raise ValueError(
+                f"{self.name}: logits of shape {tuple(logits.shape)} for {self.num_experts} "
+                "experts: the last axis must be the experts."
+            )
+        if mask is not None and mask.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{self.name}: mask of shape {tuple(mask.shape)} for logits of shape "
+                f"{tuple(logits.shape)}: it must have the logits' shape without the last axis."
+            )
+        flat = logits.reshape(-1, self.num_experts)
+        flat_mask = None if mask is None else mask.reshape(-1).bool()
+        affinities = self.gate.affinities(flat)
+        preference = self.preference(flat, flat_mask, training=self.training)
+        ranked = affinities.detach() if preference is None else preference
+        experts = ranked.topk(self.top_k, dim=-1).indices
+        weights = affinities.gather(-1, experts)
+        if self.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.training and torch.is_grad_enabled():
+            sequences = logits.shape[0] if logits.dim() == 3 else 1
+            weights = self.inject(weights, flat, experts, mask=flat_mask, sequences=sequences)
+        shape = (*logits.shape[:-1], self.top_k)
+        return weights.to(logits.dtype).view(shape), experts.view(shape)
+
+
+def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Name the tensors of a (nested) NamedTuple in order."""
+    for field in getattr(state, "_fields", ()):
+        value = getattr(state, field)
+        if isinstance(value, Tensor):
+            yield prefix + field, value
+        else:
+            yield from _leaves(value, f"{prefix}{field}_")
+
+
+def _rebuilder(template: State) -> Callable[[Iterator[Tensor]], State]:
+    """Make the function that puts tensors, in `_leaves` order, back into the template's shape."""
+    fields = getattr(template, "_fields", ())
+    parts = [
+        next if isinstance(value, Tensor) else _rebuilder(value)
+        for value in (getattr(template, field) for field in fields)
+    ]
+    kind = type(template)
+    if not fields:
+        return lambda tensors: ()
+    return lambda tensors: kind(*(part(tensors) for part in parts))

@@ -1,0 +1,317 @@
+"""Metrics: how even an expert load is, how far soft and hard load differ, who serves which domain.
+
+Pure functions of tensors with the expert axis last and any leading axes (layers, steps). A load is
+a count of assignments or a share of them: every function divides by the sum itself,
+
+    f_e = load_e / Σ_j load_j,    uniform: f_e = 1/E.
+
+Results are float32, or float64 if the input is; a load that sums to 0 gives nan (checking it would
+stall a GPU). Hard load counts top-k assignments; soft load is the router's mean distribution.
+A batch of N tokens is never perfectly even: compare `max_violation` with `sampling_floor`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int, Real
+from torch import Tensor
+
+
+def max_violation(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+    """MaxVio, the excess of the busiest expert: max_e f_e · E − 1, in [0, E − 1].
+
+    0 is even; 1 means that the busiest expert receives twice its share, and with one expert per
+    device the step waits for it. Source: Wang et al., arXiv 2408.15664.
+
+    Args:
+        load: (..., E) counts or shares.
+
+    >>> max_violation(torch.tensor([10, 10, 40, 20]))
+    tensor(1.)
+    """
+    share = _share(load)
+    return share.amax(-1) * share.shape[-1] - 1
+
+
+def min_violation(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+    """MinVio, the shortfall of the idlest expert: 1 − min_e f_e · E, in [0, 1].
+
+    0 is even; 1 means that some expert received nothing and learns nothing.
+
+    Args:
+        load: (..., E) counts or shares.
+
+    >>> min_violation(torch.tensor([10, 10, 40, 20]))
+    tensor(0.5000)
+    """
+    share = _share(load)
+    return 1 - share.amin(-1) * share.shape[-1]
+
+
+def coefficient_of_variation(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+    """Standard deviation over mean, √(E Σ f_e² − 1), in [0, √(E − 1)].
+
+    0 is even; √(E/G − 1) is what G equally loaded experts and E − G empty ones give. Its square is
+    the importance loss of Shazeer et al., arXiv 1701.06538. The deviation divides by E, not E − 1.
+
+    Args:
+        load: (..., E) counts or shares.
+
+    >>> coefficient_of_variation(torch.tensor([0.5, 0.5, 0.0, 0.0]))
+    tensor(1.)
+    """
+    share = _share(load)
+    return share.std(-1, correction=0) * share.shape[-1]
+
+
+def gini(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+    """Gini coefficient Σ_ij |f_i − f_j| / (2E), in [0, 1 − 1/E].
+
+    0 is even; the largest value is one expert serving all. Unlike `max_violation` it sees the
+    whole distribution: above about 0.1 many experts are off their share.
+
+    Args:
+        load: (..., E) counts or shares.
+
+    >>> gini(torch.tensor([1, 1, 0, 0]))
+    tensor(0.5000)
+    """
+    ordered = _share(load).sort(-1).values
+    num_experts = ordered.shape[-1]
+    rank = torch.arange(1, num_experts + 1, device=ordered.device, dtype=ordered.dtype)
+    return ((2 * rank - num_experts - 1) * ordered).sum(-1) / num_experts
+
+
+def normalized_entropy(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+    """−Σ f_e log f_e / log E, in [0, 1]; nan for a single expert.
+
+    1 is even, 0 one expert serving all. E to the power of it is the number of experts in effective
+    use: 0.9 of 64 experts is 42. It hardly moves near 1, where `max_violation` is the sharper eye.
+
+    Args:
+        load: (..., E) counts or shares.
+
+    >>> normalized_entropy(torch.tensor([0.5, 0.5, 0.0, 0.0]))
+    tensor(0.5000)
+    """
+    share = _share(load)
+    entropy: Tensor = torch.special.entr(share).sum(-1)
+    # Rounding lifts the entropy of an even load above log E by an ulp or two.
+    return (entropy / math.log(share.shape[-1])).clamp(max=1)
+
+
+def dead_fraction(
+    load: Real[Tensor, "*batch E"], threshold: float = 0.01
+) -> Float[Tensor, "*batch"]:
+    """Share of experts with f_e < threshold/E, in [0, 1 − 1/E] for a threshold up to 1.
+
+    0 is good; anything else is capacity paid for and unused. Say over which window the load was
+    counted: in a small batch a healthy expert may be empty by chance.
+
+    Args:
+        load: (..., E) counts or shares.
+        threshold: what counts as dead, as a multiple of the uniform share.
+
+    Raises:
+        ValueError: if the threshold is not positive: then no expert could be dead.
+
+    >>> dead_fraction(torch.tensor([50, 50, 0, 100]))
+    tensor(0.2500)
+    """
+    if not threshold > 0:
+        raise ValueError(
+            f"dead_fraction(threshold={threshold}): no load lies below it; give a positive "
+            "multiple of the uniform share, 0.01 for experts below a hundredth of it."
+        )
+    share = _share(load)
+    dead = (share * share.shape[-1] < threshold).to(share.dtype).mean(-1)
+    return dead.masked_fill(share.isnan().any(-1), math.nan)
+
+
+def served_fraction(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+    """Σ_e min(f_e, 1/E), in [1/E, 1]: what experts that can hold exactly their share would serve.
+
+    1 is even; 1 minus it is dropped at capacity factor 1, and is the total variation distance from
+    the uniform load.
+
+    Args:
+        load: (..., E) counts or shares.
+
+    >>> served_fraction(torch.tensor([3, 1, 0, 0]))
+    tensor(0.5000)
+    """
+    share = _share(load)
+    return share.clamp(max=1 / share.shape[-1]).sum(-1)
+
+
+def soft_hard_gap(
+    soft: Real[Tensor, "*batch E"], hard: Real[Tensor, "*batch E"]
+) -> Float[Tensor, "*batch"]:
+    """Total variation distance ½ Σ_e |soft_e − hard_e| of the two loads' shares, in [0, 1].
+
+    The share of assignments that would have to move for the top-k counts to match the router's
+    mean distribution. Methods that balance the soft load leave this much of the hard load to
+    chance: where it exceeds the imbalance of the soft load, balance the hard load as well.
+
+    Args:
+        soft: (..., E) mean router distribution, or its sum over tokens.
+        hard: (..., E) assignments, counts or shares.
+
+    >>> soft_hard_gap(torch.tensor([0.5, 0.5]), torch.tensor([75, 25]))
+    tensor(0.2500)
+    """
+    return (_share(soft) - _share(hard)).abs().sum(-1) / 2
+
+
+def sampling_floor(tokens: int, num_experts: int, top_k: int) -> float:
+    """The `max_violation` that chance alone leaves: √(2 ln E · E/(N K)), for N K well above E ln E.
+
+    Were every assignment drawn evenly and independently, each count would deviate from its mean
+    N K/E by its square root, and the largest of E such deviations is near √(2 ln E) of them. A
+    round figure from above: the true mean is lower by about a fifth at E = 64. Only a violation
+    well beyond it says something about the router.
+
+    Args:
+        tokens: N, the tokens that the load was counted over.
+        num_experts: E.
+        top_k: K, experts per token.
+
+    Raises:
+        ValueError: if tokens is below 1 or top_k is not between 1 and num_experts.
+
+    >>> round(sampling_floor(tokens=4096, num_experts=64, top_k=8), 3)
+    0.127
+    """
+    if tokens < 1 or not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"sampling_floor(tokens={tokens}, num_experts={num_experts}, top_k={top_k}): "
+            "give tokens ≥ 1 and 1 ≤ top_k ≤ num_experts."
+        )
+    return math.sqrt(2 * math.log(num_experts) * num_experts / (tokens * top_k))
+
+
+def purity(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor, "*batch"]:
+    """Load-weighted mean of `expert_purity`: Σ_e max_D N_{D,e} / N, in [1/D, 1].
+
+    The share of assignments that come from their expert's main domain. Routing blind to domains
+    scores the share of the largest domain, not 0: report that next to it.
+
+    Args:
+        domain_load: (..., D, E) assignments of each domain's tokens to each expert.
+
+    >>> purity(torch.tensor([[8, 0], [2, 10]]))
+    tensor(0.9000)
+    """
+    return _share(domain_load, (-2, -1)).amax(-2).sum(-1)
+
+
+def expert_purity(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor, "*batch E"]:
+    """max_D N_{D,e} / N_e of each expert, in [1/D, 1]; nan for an expert without load.
+
+    1 is an expert of one domain. Source: the specialisation study of arXiv 2605.15403.
+
+    Args:
+        domain_load: (..., D, E) assignments of each domain's tokens to each expert.
+
+    Returns:
+        (..., E) purities.
+
+    >>> expert_purity(torch.tensor([[8, 0], [2, 10]]))
+    tensor([0.8000, 1.0000])
+    """
+    return _share(domain_load.mT).amax(-1)
+
+
+def mutual_information(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor, "*batch"]:
+    """I(domain; expert) = H(D) + H(E) − H(D, E) in nats, in [0, min(log D, log E)].
+
+    0: the expert tells nothing about the domain. Domains weigh as counted: normalise the rows
+    first to weigh them alike. Counts of N independent assignments already show about
+    (D − 1)(E − 1)/(2N).
+
+    Args:
+        domain_load: (..., D, E) assignments of each domain's tokens to each expert.
+
+    >>> mutual_information(torch.eye(2))
+    tensor(0.6931)
+    """
+    joint = _share(domain_load, (-2, -1))
+    entr = torch.special.entr
+    information: Tensor = (
+        entr(joint.sum(-1)).sum(-1) + entr(joint.sum(-2)).sum(-1) - entr(joint).sum((-2, -1))
+    )
+    # Rounding takes the difference just below 0 where domain and expert are independent.
+    return information.clamp(min=0)
+
+
+def churn(
+    before: Int[Tensor, "*batch T K"], after: Int[Tensor, "*batch T K"]
+) -> Float[Tensor, "*batch"]:
+    """Share of tokens whose set of experts changed, whatever the order, in [0, 1].
+
+    Route the same tokens at two checkpoints. High early and falling is healthy; staying high late
+    in training means that experts keep losing what they learnt to others.
+
+    Args:
+        before: (..., T, K) expert ids of each token.
+        after: (..., T, K) expert ids of the same tokens later.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    >>> churn(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1, 0], [2, 4]]))
+    tensor(0.5000)
+    """
+    if before.shape != after.shape:
+        raise ValueError(
+            f"churn: experts before {tuple(before.shape)} and after {tuple(after.shape)} must "
+            "have one shape (..., T, K); route the same tokens with the same top_k."
+        )
+    changed = (before.sort(-1).values != after.sort(-1).values).any(-1)
+    return changed.float().mean(-1)
+
+
+def coactivation(experts: Int[Tensor, "T K"], num_experts: int) -> Float[Tensor, "E E"]:
+    """N_ij / N_i, how often expert j serves a token that expert i serves; diagonal 1.
+
+    Rows sum to K. Pairs near 1 act as one larger expert; even mixing gives about
+    (K − 1)/(E − 1). Source: OLMoE, arXiv 2409.02060.
+
+    Args:
+        experts: (T, K) expert ids of each token.
+        num_experts: E.
+
+    Returns:
+        (E, E) shares; nan in the row of an expert that served nobody.
+
+    >>> coactivation(torch.tensor([[0, 1], [0, 2]]), num_experts=3)
+    tensor([[1.0000, 0.5000, 0.5000],
+            [1.0000, 1.0000, 0.0000],
+            [1.0000, 0.0000, 1.0000]])
+    """
+    serves = torch.zeros(experts.shape[0], num_experts, device=experts.device)
+    serves.scatter_(-1, experts.long(), 1.0)
+    together = serves.mT @ serves
+    return together / together.diagonal()[:, None]
+
+
+def price_spread(price: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+    """max_e − min_e of a price, in the price's own unit; adding a constant to it changes nothing.
+
+    0 without pressure. Still growing late in training: the method pushes ever harder without
+    getting balance, so look for an expert that cannot respond.
+
+    Args:
+        price: (..., E) price of each expert.
+
+    >>> price_spread(torch.tensor([-0.5, 0.0, 1.0]))
+    tensor(1.5000)
+    """
+    return price.amax(-1) - price.amin(-1)
+
+
+def _share(load: Tensor, axes: int | tuple[int, ...] = -1) -> Tensor:
+    load = load.to(torch.promote_types(load.dtype, torch.float32))
+    return load / load.sum(axes, keepdim=True)

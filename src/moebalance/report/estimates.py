@@ -1,0 +1,190 @@
+"""From runs to numbers: each method's metrics over its seeds, mean ± sample standard deviation.
+
+A run counts with its last evaluation, and only if that was made at the run's last planned step:
+a run cut short is never averaged with whole ones. A method with no whole run keeps what its runs
+have, marked ``partial``, and takes part in no comparison.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moebalance.report.methods import display_name, looks
+from moebalance.runlog import Row, Run
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, its sample standard deviation (None for one seed), and their number."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Estimate | None:
+        """The estimate from one value a seed, or None without any.
+
+        >>> Estimate.of([1.0, 3.0])
+        Estimate(mean=2.0, sd=1.4142135623730951, n=2)
+        """
+        known = list(values)
+        if not known:
+            return None
+        return cls(
+            statistics.fmean(known),
+            statistics.stdev(known) if len(known) > 1 else None,
+            len(known),
+        )
+
+    def text(self, digits: int) -> str:
+        """``mean ± sd`` with that many decimals; the mean alone for one seed."""
+        tail = "" if self.sd is None else f" ± {number(self.sd, digits)}"
+        return number(self.mean, digits) + tail
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One method (one set of hyper-parameters) under one batching mode, over its seeds.
+
+    ``values[metric][seed]`` is what ``estimates[metric]`` summarises; a metric that no run has is
+    in neither. ``used`` are the runs behind them.
+    """
+
+    method: str
+    balancer: str
+    label: str
+    runs: tuple[Run, ...]
+    used: tuple[Run, ...]
+    partial: bool
+    values: Mapping[str, Mapping[Any, float]] = field(default_factory=dict)
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    step_time_s: float | None = None
+    step_time_ratio: float | None = None
+
+
+def method_summaries(runs: Sequence[Run], metrics: Iterable[str]) -> list[MethodSummary]:
+    """Group runs of one batching mode by method and hyper-parameters, in page order.
+
+    Args:
+        runs: runs that share a batching mode.
+        metrics: the keys of the evaluation row to summarise.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.balancer), []).append(run)
+    order = list(looks(method for method, _ in groups))
+    keys = sorted(groups, key=lambda key: (order.index(key[0]), key[1]))
+    labels = _labels(keys)
+    times = {key: _step_time_s(groups[key]) for key in keys}
+    baseline = next((times[key] for key in keys if key[0] == "none"), None)
+    metrics = tuple(metrics)
+    return [
+        _summary(key, labels[key], groups[key], metrics, time_s=times[key], baseline_s=baseline)
+        for key in keys
+    ]
+
+
+def is_whole(run: Run) -> bool:
+    """Whether the run has an evaluation at its last planned step."""
+    planned = run.header.get("steps")
+    return bool(run.evals) and (
+        not isinstance(planned, int) or bool(run.evals[-1]["step"] >= planned)
+    )
+
+
+def finite(row: Row, key: str) -> float | None:
+    """The row's number, or None where it is missing, null or not finite."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def number(value: float, digits: int) -> str:
+    """A number with a true minus sign, and no minus on zero.
+
+    >>> number(-0.0004, 3), number(-1.5, 1)
+    ('0.000', '−1.5')
+    """
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "" if float(text) == 0 else "−")
+
+
+def _summary(
+    key: tuple[str, str],
+    label: str,
+    runs: list[Run],
+    metrics: tuple[str, ...],
+    *,
+    time_s: float | None,
+    baseline_s: float | None,
+) -> MethodSummary:
+    whole = [run for run in runs if is_whole(run)]
+    used = whole or [run for run in runs if run.evals]
+    values = {metric: by_seed for metric in metrics if (by_seed := _by_seed(used, metric))}
+    estimates = {m: e for m, by_seed in values.items() if (e := Estimate.of(by_seed.values()))}
+    return MethodSummary(
+        method=key[0],
+        balancer=key[1],
+        label=label,
+        runs=tuple(runs),
+        used=tuple(used),
+        partial=not whole,
+        values=values,
+        estimates=estimates,
+        step_time_s=time_s,
+        step_time_ratio=time_s / baseline_s if time_s is not None and baseline_s else None,
+    )
+
+
+def _by_seed(runs: Iterable[Run], metric: str) -> dict[Any, float]:
+    """One value a seed: two runs with one seed are one sample, runs without seed one each."""
+    found: dict[Any, list[float]] = {}
+    for run in runs:
+        value = finite(run.evals[-1], metric)
+        if value is not None:
+            seed = run.seed if run.seed is not None else str(run.path)
+            found.setdefault(seed, []).append(value)
+    return {seed: statistics.fmean(values) for seed, values in found.items()}
+
+
+def _step_time_s(runs: Iterable[Run]) -> float | None:
+    medians = []
+    for run in runs:
+        times = [t for row in run.steps if (t := finite(row, "step_time_s")) is not None]
+        if times:
+            medians.append(statistics.median(times))
+    return statistics.median(medians) if medians else None
+
+
+def _labels(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """The method's name; where several settings of it were run, what tells them apart as well."""
+    labels = {}
+    for method, balancer in keys:
+        rivals = [other for m, other in keys if m == method]
+        label = display_name(method)
+        if len(rivals) > 1:
+            arguments = [_arguments(other) for other in rivals]
+            mine = arguments[rivals.index(balancer)]
+            own = [a for a in mine if not all(a in other for other in arguments)]
+            label += " · " + (", ".join(own) or f"setting {rivals.index(balancer) + 1}")
+        labels[method, balancer] = label
+    return labels
+
+
+def _arguments(balancer: str) -> list[str]:
+    """The outermost arguments of a ``repr``: ``A(b=C(1, 2), d=3)`` gives ``b=C(1, 2)``, ``d=3``."""
+    inner = balancer.partition("(")[2].removesuffix(")")
+    found, depth = [""], 0
+    for character in inner:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    return [argument.strip() for argument in found if argument.strip()]

@@ -1,0 +1,193 @@
+"""Maps of load: layer × expert, and domain × expert, as SVG on one diverging scale.
+
+Every cell is a ratio to an even share, binned to thirds of a doubling from ¼× to 4×; the page
+gives each bin its colour (``h0`` … ``h12``, ``h6`` is an even share), ``dead`` to less than 1 % of
+a share, ``na`` to what was not measured.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from moebalance.report.axes import Ink
+from moebalance.runlog import Row, Run
+
+BINS = 13
+_WIDTH = 440.0
+_DEAD = 0.01
+
+
+class Cell(NamedTuple):
+    """A ratio to an even share (None: not measured) and the words to show for it."""
+
+    ratio: float | None
+    words: str
+
+
+def load_map(run: Run, ink: Ink, *, max_cells: int = 2000) -> str | None:
+    """Layer × expert: each layer's experts from the most to the least loaded.
+
+    Where there are more than ``max_cells``, neighbours in rank are averaged.
+
+    Returns None if the run logged no load.
+    """
+    row = source(run, "load")
+    if row is None:
+        return None
+    layers = [layer for layer in _matrix(row["load"]) if layer]
+    columns = max(16, max_cells // len(layers))
+    names = _layer_names(run, len(layers))
+    grid = [
+        _binned(_ranked(_ratios(layer)), columns, name)
+        for layer, name in zip(layers, names, strict=True)
+    ]
+    return _grid(grid, names, ink, "Load of every expert, relative to an even share")
+
+
+def domain_maps(run: Run, ink: Ink, *, max_cells: int = 2000) -> list[tuple[str, str]]:
+    """Domain × expert for the first and the last layer: (layer's name, SVG) pairs.
+
+    Each row says how the tokens of one domain spread over the experts, and is normalised to sum
+    to one. Experts are ordered by the domain they serve most, so specialists line up as blocks.
+    """
+    row = source(run, "domain_load")
+    if row is None:
+        return []
+    layers = row["domain_load"]
+    names = _layer_names(run, len(layers))
+    maps = []
+    for index in sorted({0, len(layers) - 1}):
+        domains = _matrix(layers[index])
+        if not domains or not domains[0] or len({len(domain) for domain in domains}) > 1:
+            continue
+        ratios = [_ratios(domain) for domain in domains]
+        known = _domain_names(run, len(domains))
+        order = sorted(range(len(domains[0])), key=lambda e, r=ratios: _served(r, e))  # type: ignore[misc]
+        order = order[: max(16, max_cells // len(domains))]
+        grid = [
+            [Cell(line[e], f"{name} → expert {e}: {_times(line[e])} an even share") for e in order]
+            for line, name in zip(ratios, known, strict=True)
+        ]
+        label = f"Share of each domain's tokens by expert, {names[index]}"
+        maps.append((names[index], _grid(grid, known, ink, label)))
+    return maps
+
+
+def source(run: Run, key: str) -> Row | None:
+    """The row to draw ``key`` from: the last evaluation that has it, else the last snapshot."""
+    for row in (*reversed(run.evals), *reversed(run.snapshots)):
+        value = row.get(key)
+        if isinstance(value, list) and value and all(isinstance(x, list) and x for x in value):
+            return row
+    return None
+
+
+def colour_class(ratio: float | None) -> str:
+    """The cell's CSS class.
+
+    >>> [colour_class(r) for r in (None, 0.0, 0.25, 1.0, 2.0, 9.0)]
+    ['na', 'dead', 'h0', 'h6', 'h9', 'h12']
+    """
+    if ratio is None:
+        return "na"
+    if ratio < _DEAD:
+        return "dead"
+    middle = BINS // 2
+    return f"h{min(max(round(3 * math.log2(ratio)), -middle), middle) + middle}"
+
+
+def _ratios(shares: Sequence[float | None]) -> list[float | None]:
+    known = [share for share in shares if share is not None]
+    mean = math.fsum(known) / len(known) if known else 0.0
+    return [None if share is None or mean <= 0 else share / mean for share in shares]
+
+
+def _ranked(ratios: Sequence[float | None]) -> list[tuple[int, float | None]]:
+    return sorted(
+        enumerate(ratios), key=lambda item: math.inf if item[1] is None else -float(item[1])
+    )
+
+
+def _binned(ranked: list[tuple[int, float | None]], columns: int, layer: str) -> list[Cell]:
+    group = math.ceil(len(ranked) / columns)
+    cells = []
+    for start in range(0, len(ranked), group):
+        part = ranked[start : start + group]
+        known = [ratio for _, ratio in part if ratio is not None]
+        ratio = math.fsum(known) / len(known) if known else None
+        rank = f"rank {start + 1} of {len(ranked)}"
+        who = f"expert {part[0][0]}, {rank}" if group == 1 else f"{len(part)} experts from {rank}"
+        cells.append(Cell(ratio, f"{layer}, {who}: {_times(ratio)} an even share"))
+    return cells
+
+
+def _served(ratios: Sequence[Sequence[float | None]], expert: int) -> tuple[int, float]:
+    """The domain an expert serves most, and (negated) how much more than the domains' mean."""
+    column = [line[expert] or 0.0 for line in ratios]
+    main = max(range(len(column)), key=column.__getitem__)
+    total = math.fsum(column)
+    return main, -column[main] / total if total else 0.0
+
+
+def _grid(grid: Sequence[Sequence[Cell]], names: Sequence[str], ink: Ink, label: str) -> str:
+    height = 18.0 if len(grid) <= 8 else 12.0 if len(grid) <= 32 else 6.0
+    gutter = min(6.4 * max(len(name) for name in names) + 10, 150.0)
+    every = math.ceil(12 / height)
+    parts = []
+    for i, (cells, name) in enumerate(zip(grid, names, strict=True)):
+        top = i * height
+        if i % every == 0:
+            parts.append(
+                f'<text x="{gutter - 8:.1f}" y="{top + height / 2 + 4:.1f}" text-anchor="end" '
+                f'style="fill:{ink.muted}">{escape(name[:22])}</text>'
+            )
+        width = (_WIDTH - gutter) / len(cells)
+        gap = 0.8 if width > 4 else 0.0
+        parts.extend(
+            f'<rect class="{colour_class(cell.ratio)}" x="{gutter + j * width:.2f}" y="{top:g}" '
+            f'width="{width - gap:.2f}" height="{height - 0.8:g}">'
+            f"<title>{escape(cell.words)}</title></rect>"
+            for j, cell in enumerate(cells)
+        )
+    size = f"0 0 {_WIDTH:g} {len(grid) * height:g}"
+    return (
+        f'<svg class="map" viewBox="{size}" role="img" aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _times(ratio: float | None) -> str:
+    return "not measured against" if ratio is None else f"{ratio:.2f}×"
+
+
+def _matrix(value: Any) -> list[list[float | None]]:
+    """Lists of numbers, with whatever is not a finite number as None."""
+    if not isinstance(value, list):
+        return []
+    return [
+        [float(x) if isinstance(x, int | float) and math.isfinite(x) else None for x in line]
+        for line in value
+        if isinstance(line, list)
+    ]
+
+
+def _layer_names(run: Run, count: int) -> list[str]:
+    """``layer 3`` from a module's name such as ``model.layers.3.mlp.gate``."""
+    model = run.header.get("model")
+    layers = model.get("layers") if isinstance(model, dict) else None
+    if not isinstance(layers, list) or len(layers) != count:
+        layers = [str(i) for i in range(count)]
+    found = [re.search(r"\d+", str(layer)) for layer in layers]
+    return [f"layer {match[0] if match else i}" for i, match in enumerate(found)]
+
+
+def _domain_names(run: Run, count: int) -> list[str]:
+    data = run.header.get("data")
+    domains = data.get("domains") if isinstance(data, dict) else None
+    if not isinstance(domains, list) or len(domains) != count:
+        return [f"domain {i}" for i in range(count)]
+    return [str(domain) for domain in domains]

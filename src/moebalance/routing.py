@@ -1,0 +1,222 @@
+"""What one router did with one batch: scores, choices and the additive sums taken from them.
+
+Every gate in use is a softmax of *log-affinities* a(z), which covers softmax gates (a(z) = z) and
+normalised sigmoid gates (a(z) = log σ(z)) with one formula and one derivative:
+
+    p = softmax(a(z)),      ∂⟨q, p⟩/∂z = p ∘ (q − ⟨p, q⟩) ∘ a'(z).
+
+The affinity exp(a(z)), softmax probability or plain sigmoid, is what a router ranks when it chooses
+its experts; the score p, whose rows sum to one, is what a balancer observes and charges.
+
+Symbols: T tokens, E experts, K chosen experts per token.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Gate(ABC):
+    """How a router turns logits into affinities; subclasses give a(z) and its derivative."""
+
+    @abstractmethod
+    def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """a(z), elementwise up to a constant per token, float32 or wider."""
+
+    @abstractmethod
+    def slope(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"] | None:
+        """a'(z), or None where it is 1 everywhere."""
+
+    def affinities(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """exp(a(z)): the quantity top-k ranks, on the scale the router itself uses."""
+        return self.log_affinity(logits).exp()
+
+    def scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """p = softmax(a(z)): rows sum to one, float32 at least, differentiable."""
+        return self.log_affinity(logits).softmax(dim=-1)
+
+    def pull_back(
+        self,
+        price: Float[Tensor, "*rows E"],
+        scores: Float[Tensor, "T E"],
+        logits: Float[Tensor, "T E"],
+    ) -> Float[Tensor, "T E"]:
+        """Gradient of Σ_t ⟨price_t, p_t⟩ with respect to the logits.
+
+        Args:
+            price: (E,) the same for every token, or (T, E).
+            scores: p (T, E), as `scores(logits)` gave them.
+            logits: z (T, E).
+        """
+        gradient = scores * (price - (scores * price).sum(dim=-1, keepdim=True))
+        slope = self.slope(logits)
+        return gradient if slope is None else gradient * slope
+
+
+@dataclass(frozen=True)
+class Softmax(Gate):
+    """p = softmax(z): Switch, Mixtral, Qwen, OLMoE; softmax before or after top-k alike.
+
+    >>> Softmax().scores(torch.zeros(1, 4))
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+
+    def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """log softmax(z)."""
+        return at_least_float32(logits).log_softmax(dim=-1)
+
+    def scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """softmax(z), in one pass."""
+        return at_least_float32(logits).softmax(dim=-1)
+
+    def affinities(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """softmax(z): affinity and score are the same number for this gate."""
+        return self.scores(logits)
+
+    def slope(self, logits: Float[Tensor, "T E"]) -> None:
+        """1: softmax is invariant to the log-normaliser."""
+        return
+
+
+@dataclass(frozen=True)
+class Sigmoid(Gate):
+    """p = σ(z) / Σσ(z): DeepSeek-V3, GLM-4 and the loss-free paper.
+
+    >>> Sigmoid().affinities(torch.zeros(1, 2))
+    tensor([[0.5000, 0.5000]])
+    """
+
+    def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """log σ(z)."""
+        return F.logsigmoid(at_least_float32(logits))
+
+    def slope(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """1 − σ(z)."""
+        return torch.sigmoid(-at_least_float32(logits))
+
+
+class Routing(NamedTuple):
+    """What one router did with one batch.
+
+    Attributes:
+        logits: z (T, E), as the router's linear map gave them.
+        scores: p (T, E), rows sum to one, float32 at least, differentiable.
+        experts: (T, K) int64, the experts each token was sent to.
+        gate: how `scores` came from `logits`.
+        mask: (T,) True for a real token, False for padding; None if all are real.
+        sequences: number of equally long sequences the T tokens are laid out in, row by row.
+    """
+
+    logits: Float[Tensor, "T E"]
+    scores: Float[Tensor, "T E"]
+    experts: Int[Tensor, "T K"]
+    gate: Gate
+    mask: Bool[Tensor, "T"] | None = None
+    sequences: int = 1
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.logits.shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.experts.shape[-1]
+
+    @property
+    def tokens(self) -> Float[Tensor, ""]:
+        """Number of real tokens."""
+        if self.mask is None:
+            return self.scores.new_tensor(float(self.scores.shape[0]))
+        return self.mask.sum().to(self.scores.dtype)
+
+    @property
+    def token_weights(self) -> Float[Tensor, "T"] | None:
+        """1 for a real token, 0 for padding; None if all are real."""
+        return None if self.mask is None else self.mask.to(self.scores.dtype)
+
+
+class Sums(NamedTuple):
+    """Additive statistics of a batch: those of a concatenation are the sums of the parts'.
+
+    Attributes:
+        scores: Σ_t p_t (E,).
+        counts: number of tokens sent to each expert (E,).
+        tokens: number of real tokens ().
+        extra: further additive tensors that one method needs, for example a histogram.
+    """
+
+    scores: Float[Tensor, "E"]
+    counts: Float[Tensor, "E"]
+    tokens: Float[Tensor, ""]
+    extra: tuple[Tensor, ...] = ()
+
+    @property
+    def soft_load(self) -> Float[Tensor, "E"]:
+        """p̄, the mean score; zeros if no token was seen."""
+        # clamp: an empty batch has sums 0 and shall have mean 0, not 0/0.
+        return self.scores / self.tokens.clamp(min=1)
+
+    @property
+    def hard_load(self) -> Float[Tensor, "E"]:
+        """f, the fraction of assignments per expert; zeros if no token was seen."""
+        return self.counts / self.counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+class Batch(NamedTuple):
+    """One batch and its place in the optimizer step it belongs to.
+
+    Attributes:
+        routing: what the router did with this batch.
+        sums: this batch's sums.
+        step: sums of the step so far, this batch included.
+        share: this batch's share of the tokens of its step, in (0, 1]; 1 if it is the whole step.
+    """
+
+    routing: Routing
+    sums: Sums
+    step: Sums
+    share: float | Tensor = 1.0
+
+
+def route(
+    logits: Float[Tensor, "T E"],
+    experts: Int[Tensor, "T K"],
+    gate: Gate,
+    *,
+    mask: Bool[Tensor, "T"] | None = None,
+    sequences: int = 1,
+) -> Routing:
+    """Describe what a router did, given its logits and its choice.
+
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> route(logits, logits.topk(2).indices, Softmax()).scores.sum().item()
+    1.0
+    """
+    return Routing(logits, gate.scores(logits), experts, gate, mask, sequences)
+
+
+def measure(routing: Routing, extra: Sequence[Tensor] = ()) -> Sums:
+    """Sum what one batch did: scores, assignment counts and tokens, padding left out."""
+    weights = routing.token_weights
+    # Without a mask a constant 1 is expanded rather than allocated: (T·K,) of stride 0.
+    assignments = routing.scores.new_ones(()).expand(routing.experts.numel())
+    if weights is None:
+        scores = routing.scores.sum(dim=0)
+    else:
+        scores = weights @ routing.scores
+        assignments = weights.unsqueeze(-1).expand_as(routing.experts).reshape(-1)
+    counts = torch.zeros_like(scores).scatter_add(0, routing.experts.reshape(-1), assignments)
+    return Sums(scores, counts, routing.tokens, tuple(extra))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half precision to float32 and leave float64 (the tests of mathematics) alone."""
+    return x if x.dtype == torch.float64 else x.float()
