@@ -104,8 +104,8 @@ def write_run(
             "load": load,
             "soft": load,
         }
-        if batching == "one-domain":
-            numbers["domain_load"] = [_domain_loads(dice, layer, mi) for layer in load]
+        specialised = mi if batching == "one-domain" else mi / 2
+        numbers["domain_load"] = [_domain_loads(dice, layer, specialised) for layer in load]
         log.write("eval", step=last, **(numbers | evaluation))
     if end:
         log.write("end", status="complete" if stop is None else "interrupted", wall_s=last * time_s)

@@ -259,6 +259,15 @@ def test_mutual_information_at_its_extremes():
     assert mutual_information(torch.eye(8)).item() == pytest.approx(math.log(8))
 
 
+def test_mutual_information_of_independent_axes_is_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    domains = torch.rand(200, 5, 1, generator=generator)
+    experts = torch.rand(200, 1, 16, generator=generator)
+    information = mutual_information(domains * experts)
+    assert (information >= 0).all()
+    assert (information <= 2e-6).all()
+
+
 def test_chance_information_is_as_large_as_stated():
     tokens, domains, experts = 2000, 4, 16
     draws = np.random.default_rng(0).multinomial(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import math
+import pkgutil
 
 import numpy as np
 import pytest
@@ -477,6 +479,8 @@ def test_impossible_parameters_are_refused(build, words):
 
 
 def test_doctests():
-    results = doctest.testmod(moebalance.potentials)
-    assert results.attempted >= 10
-    assert results.failed == 0
+    package = moebalance.potentials
+    names = [f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__)]
+    results = [doctest.testmod(importlib.import_module(name)) for name in names]
+    assert sum(result.attempted for result in results) >= 10
+    assert sum(result.failed for result in results) == 0

@@ -4,7 +4,7 @@ It knows layers by name and nothing of the framework that they came from.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +22,18 @@ logger = logging.getLogger("moebalance")
 FORMAT = 1
 """Version of the layout of `Balancing.state_dict`."""
 
+_METRICS = (
+    "maxvio",
+    "minvio",
+    "cv",
+    "gini",
+    "entropy",
+    "dead",
+    "soft_maxvio",
+    "soft_hard_gap",
+    "tokens",
+)
+
 
 class Balancing:
     """All balanced layers of one model under one method.
@@ -32,25 +44,24 @@ class Balancing:
     Args:
         balancer: the method.
         layers: the layers by name.
-        after_step: called after each committed step and each load, for example to write prices
-            into a model's own selection bias.
-        on_detach: called once, in reverse order, to undo the attachment.
     """
 
-    def __init__(
-        self,
-        balancer: Balancer,
-        layers: Mapping[str, LayerBalance],
-        *,
-        after_step: Sequence[Callable[[], None]] = (),
-        on_detach: Sequence[Callable[[], None]] = (),
-    ) -> None:
+    def __init__(self, balancer: Balancer, layers: Mapping[str, LayerBalance]) -> None:
         self.balancer = balancer
         self.layers = dict(layers)
         self.steps = 0
-        self._after_step = list(after_step)
-        self._on_detach = list(on_detach)
+        self._loss_scale = 1.0
+        self._on_step: list[Callable[[], None]] = []
+        self._on_detach: list[Callable[[], None]] = []
         self._share_loss_scale()
+
+    def on_step(self, call: Callable[[], None]) -> None:
+        """Call this after each step and each load, for example to write prices into a model."""
+        self._on_step.append(call)
+
+    def on_detach(self, call: Callable[[], None]) -> None:
+        """Call this once on detaching, last come first."""
+        self._on_detach.append(call)
 
     def step(self) -> None:
         """End an optimizer step: advance every layer by what it counted.
@@ -63,6 +74,7 @@ class Balancing:
         for layer in self.layers.values():
             layer.commit()
         self.steps += 1
+        self._reset_loss_scale()
         self._publish()
         if self.steps == 1:
             self._announce()
@@ -78,9 +90,9 @@ class Balancing:
         return loss
 
     def set_loss_scale(self, scale: float) -> None:
-        """Fix the factor of the balancing term for losses that are not followed."""
-        for cell in self._loss_scales():
-            cell.fill_(scale)
+        """Fix the factor of the balancing term for losses that are not followed; 1 at first."""
+        self._loss_scale = scale
+        self._reset_loss_scale()
 
     @torch.no_grad()
     def loads(self) -> dict[str, tuple[Float[Tensor, "E"], Float[Tensor, "E"]]]:
@@ -123,9 +135,7 @@ class Balancing:
                 ).cpu()
             )
         table = torch.stack(rows)
-        names = ("maxvio", "minvio", "cv", "gini", "entropy", "dead", "soft_maxvio")
-        names += ("soft_hard_gap", "tokens")
-        found = dict(zip(names, table.mean(dim=0).tolist(), strict=True))
+        found = dict(zip(_METRICS, table.mean(dim=0).tolist(), strict=True))
         found["maxvio_worst"] = table[:, 0].max().item()
         prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
         if prices:
@@ -169,7 +179,7 @@ class Balancing:
         """Take everything away: the model's outputs are again what they were before `attach`."""
         while self._on_detach:
             self._on_detach.pop()()
-        self._after_step.clear()
+        self._on_step.clear()
 
     def __enter__(self) -> Self:
         """Use the attachment for a block of code."""
@@ -212,7 +222,7 @@ class Balancing:
         )
 
     def _publish(self) -> None:
-        for call in self._after_step:
+        for call in self._on_step:
             call()
 
     def _announce(self) -> None:
@@ -266,6 +276,10 @@ class Balancing:
         for layer in self.layers.values():
             cell = cells.setdefault(layer.loss_scale.device, layer.loss_scale)
             layer.loss_scale = cell
+
+    def _reset_loss_scale(self) -> None:
+        for cell in self._loss_scales():
+            cell.fill_(self._loss_scale)
 
     def _loss_scales(self) -> list[Tensor]:
         return list(

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from moebalance.balancers.base import Balancer, State
 from moebalance.routing import Batch, Gate, Sums, route
@@ -67,13 +66,15 @@ def inject(
         tally: tensors that the backward pass reads and writes.
     """
     static = (balancer, gate, sequences)
-    carried: Tensor = _Inject.apply(static, state, tally, mask, weight, experts, logits, carrier)
+    carried: Tensor = _Inject.apply(  # type: ignore[no-untyped-call]
+        static, state, tally, mask, weight, experts, logits, carrier
+    )
     return carried
 
 
 def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return `loss` unchanged, and write the gradient it receives into `scale`."""
-    followed: Tensor = _Follow.apply(loss, scale)
+    followed: Tensor = _Follow.apply(loss, scale)  # type: ignore[no-untyped-call]
     return followed
 
 
@@ -93,7 +94,7 @@ def unpack(packed: Float[Tensor, "sums"], balancer: Balancer, num_experts: int) 
     """Undo `pack`; the number of batches is at index 2E + 1."""
     shapes = [torch.Size(shape) for shape in balancer.extra_shapes(num_experts)]
     sizes = [num_experts, num_experts, 1, 1, *(shape.numel() for shape in shapes)]
-    scores, counts, tokens, _, *extra = packed.split(sizes)
+    scores, counts, tokens, _, *extra = torch.split(packed, sizes)
     return Sums(
         scores,
         counts,

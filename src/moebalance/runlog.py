@@ -142,11 +142,14 @@ class RunLog:
             elif row.get("step", 0) <= step:
                 kept.append(line)
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        with temporary.open("wb") as out:
-            out.writelines(line + b"\n" for line in kept)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
+        try:
+            with temporary.open("wb") as out:
+                out.writelines(line + b"\n" for line in kept)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
         log = cls(file)
         log._started_s -= earlier_s
         return log

@@ -10,7 +10,6 @@ A method can pull two levers. It can *charge* a price q in the loss,
 or it can *subtract* a price from the affinities before top-k, never from the weights.
 """
 
-from abc import ABC
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ State = Any
 """A NamedTuple of float32 tensors, or of such NamedTuples; () for a method without memory."""
 
 
-class Balancer(ABC):
+class Balancer:
     """Base of all methods. A subclass is a frozen dataclass that overrides what it needs.
 
     `charged` alone makes a loss-lever method, `price` alone a selection-lever method. `update`

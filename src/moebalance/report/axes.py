@@ -69,7 +69,7 @@ class Axis:
             share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
 
-    def ticks(self, about: int = 5) -> list[tuple[float, str]]:
+    def ticks(self, about: int = 6) -> list[tuple[float, str]]:
         """Round values on the axis, with their labels.
 
         >>> [label for _, label in Axis(0.0, 1.0, 0, 100).ticks()]

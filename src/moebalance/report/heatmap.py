@@ -69,7 +69,7 @@ def domain_maps(run: Run, ink: Ink, *, max_cells: int = 2000) -> list[tuple[str,
         order = sorted(range(len(domains[0])), key=lambda e, r=ratios: _served(r, e))  # type: ignore[misc]
         order = order[: max(16, max_cells // len(domains))]
         grid = [
-            [Cell(line[e], f"{name} → expert {e}: {_times(line[e])} an even share") for e in order]
+            [Cell(line[e], f"{name} → expert {e}: {_times(line[e])}") for e in order]
             for line, name in zip(ratios, known, strict=True)
         ]
         label = f"Share of each domain's tokens by expert, {names[index]}"
@@ -119,9 +119,9 @@ def _binned(ranked: list[tuple[int, float | None]], columns: int, layer: str) ->
         part = ranked[start : start + group]
         known = [ratio for _, ratio in part if ratio is not None]
         ratio = math.fsum(known) / len(known) if known else None
-        rank = f"rank {start + 1} of {len(ranked)}"
-        who = f"expert {part[0][0]}, {rank}" if group == 1 else f"{len(part)} experts from {rank}"
-        cells.append(Cell(ratio, f"{layer}, {who}: {_times(ratio)} an even share"))
+        ranks = f"mean of ranks {start + 1} to {start + len(part)}"
+        who = f"expert {part[0][0]}" if group == 1 else ranks
+        cells.append(Cell(ratio, f"{layer}, {who}: {_times(ratio)}"))
     return cells
 
 
@@ -139,20 +139,24 @@ def _grid(grid: Sequence[Sequence[Cell]], names: Sequence[str], ink: Ink, label:
     every = math.ceil(12 / height)
     parts = []
     for i, (cells, name) in enumerate(zip(grid, names, strict=True)):
-        top = i * height
+        top, width = i * height, (_WIDTH - gutter) / len(cells)
         if i % every == 0:
             parts.append(
                 f'<text x="{gutter - 8:.1f}" y="{top + height / 2 + 4:.1f}" text-anchor="end" '
                 f'style="fill:{ink.muted}">{escape(name[:22])}</text>'
             )
-        width = (_WIDTH - gutter) / len(cells)
-        gap = 0.8 if width > 4 else 0.0
+        # A row is drawn in units of one cell; the page's style sheet gives a cell its size. That
+        # keeps a cell at some sixty bytes, and a page may hold thousands.
+        tight = ' class="tight"' if width < 4 else ""
+        parts.append(
+            f'<g{tight} transform="translate({gutter:.1f},{top:g})scale({width:.4f},{height:g})">'
+        )
         parts.extend(
-            f'<rect class="{colour_class(cell.ratio)}" x="{gutter + j * width:.2f}" y="{top:g}" '
-            f'width="{width - gap:.2f}" height="{height - 0.8:g}">'
+            f'<rect class="{colour_class(cell.ratio)}" x="{j}">'
             f"<title>{escape(cell.words)}</title></rect>"
             for j, cell in enumerate(cells)
         )
+        parts.append("</g>")
     size = f"0 0 {_WIDTH:g} {len(grid) * height:g}"
     return (
         f'<svg class="map" viewBox="{size}" role="img" aria-label="{escape(label)}">'
@@ -161,7 +165,7 @@ def _grid(grid: Sequence[Sequence[Cell]], names: Sequence[str], ink: Ink, label:
 
 
 def _times(ratio: float | None) -> str:
-    return "not measured against" if ratio is None else f"{ratio:.2f}×"
+    return "not measured" if ratio is None else f"{ratio:.2f}×"
 
 
 def _matrix(value: Any) -> list[list[float | None]]:

@@ -38,8 +38,9 @@ class Anchor(NamedTuple):
 LEADER_FROM = 14.0
 _HEIGHT = 15.0
 _MARK = 7.0
-_DIRECTIONS = [(math.cos(k * math.pi / 6), math.sin(k * math.pi / 6)) for k in range(12)]
-_REACHES = (9.0, 14.0, 22.0, 34.0, 48.0, 66.0, 90.0)
+_CROSSING = 200.0
+_DIRECTIONS = [(math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)) for k in range(16)]
+_REACHES = (9.0, 14.0, 22.0, 34.0, 48.0, 66.0, 90.0, 120.0)
 
 
 def place(
@@ -47,8 +48,8 @@ def place(
 ) -> list[Box]:
     """A box for each text: near its mark, inside the bounds, over as little as possible.
 
-    Every text tries twelve directions at growing distances and takes the cheapest place given
-    where the others stand; a few rounds settle it.
+    Every text tries sixteen directions at growing distances and takes the cheapest place given
+    where the others stand, until none moves; the best of four orders of choosing is kept.
 
     Args:
         anchors: the marks with their texts.
@@ -61,15 +62,11 @@ def place(
         _choices(anchor, (*marks[:i], *marks[i + 1 :]), [marks[i], *obstacles], bounds, letter)
         for i, anchor in enumerate(anchors)
     ]
-    chosen = [options[0][1] for options in choices]
-    for _ in range(6):
-        before = list(chosen)
-        for i, options in enumerate(choices):
-            rivals = [(anchors[j], chosen[j]) for j in range(len(anchors)) if j != i]
-            chosen[i] = _cheapest(anchors[i], options, rivals)
-        if chosen == before:
-            break
-    return chosen
+    starts = [list(range(len(anchors))), sorted(range(len(anchors)), key=lambda i: anchors[i].x)]
+    settled = [
+        _settle(anchors, choices, turns) for start in starts for turns in (start, start[::-1])
+    ]
+    return min(settled, key=lambda result: result[0])[1]
 
 
 def leader(anchor: Anchor, box: Box) -> tuple[float, float] | None:
@@ -93,24 +90,40 @@ def _choices(
             cost = 50 * (width * _HEIGHT - box.overlap(bounds)) + 1.2 * reach
             cost += 4 * (1 - dx) + sum(6 * box.overlap(mark) for mark in marks)
             cost += sum(box.overlap(other) for other in obstacles)
-            cost += sum(90 for mark in marks if _crosses(anchor, box, mark))
+            cost += sum(_CROSSING for mark in marks if _crosses(anchor, box, mark))
             options.append((cost, box))
     return sorted(options)
 
 
+def _settle(
+    anchors: Sequence[Anchor], choices: Sequence[Sequence[tuple[float, Box]]], turns: Sequence[int]
+) -> tuple[float, list[Box]]:
+    """Let the texts choose one after another until none moves; the total cost and the boxes."""
+    chosen: dict[int, tuple[float, Box]] = {}
+    for _ in range(6):
+        before = dict(chosen)
+        for i in turns:
+            rivals = [(anchors[j], chosen[j][1]) for j in chosen if j != i]
+            chosen[i] = _cheapest(anchors[i], choices[i], rivals)
+        if chosen == before:
+            break
+    boxes = [chosen[i] for i in range(len(anchors))]
+    return sum(cost for cost, _ in boxes), [box for _, box in boxes]
+
+
 def _cheapest(
     anchor: Anchor, options: Sequence[tuple[float, Box]], rivals: Sequence[tuple[Anchor, Box]]
-) -> Box:
+) -> tuple[float, Box]:
     best, least = options[0][1], math.inf
     for cost, box in options:
         if cost >= least:
             break
         for other, text in rivals:
             cost += 8 * box.overlap(text)
-            cost += 90 * (_crosses(anchor, box, text) + _crosses(other, text, box))
+            cost += _CROSSING * (_crosses(anchor, box, text) + _crosses(other, text, box))
         if cost < least:
             best, least = box, cost
-    return best
+    return least, best
 
 
 def _crosses(anchor: Anchor, box: Box, other: Box) -> bool:

@@ -94,7 +94,7 @@ def write_figure(runs: Sequence[Run], path: Path | str) -> Path:
         f'<text x="22" y="32" font-size="15" font-weight="600" fill="{_FIGURE_INK["text"]}">'
         "Validation loss against load imbalance</text>"
         f'<text x="22" y="51" fill="{_FIGURE_INK["muted"]}">'
-        f"{escape(section.title)}, {seeds}</text>{inner}</svg>\n",
+        f"{escape(section.title)}, {seeds}; down and to the left is better</text>{inner}</svg>\n",
         encoding="utf-8",
     )
     return path
@@ -124,7 +124,7 @@ def _section(section: Section, ink: Ink, look: dict[str, Look], cells: int) -> d
     return {
         "title": section.title,
         "about": section.about,
-        "verdict": section.verdict,
+        "verdict": _tied(section.verdict),
         "notes": section.notes,
         "columns": [m for m in METRICS if any(m.key in s.estimates for s in section.methods)],
         "timed": any(m.step_time_s is not None for m in section.methods),
@@ -133,6 +133,7 @@ def _section(section: Section, ink: Ink, look: dict[str, Look], cells: int) -> d
         "rows": [_row(method, section, ink) for method in section.methods],
         "legend": [(m, display_name(m), ink.methods[m], marker(m)) for m in present],
         "scatter": scatter(section.methods, ink),
+        "scatter_narrow": scatter(section.methods, ink, width=360, height=380, named=False),
         "curves": curves(section.methods, ink),
         "window": window_of(section.methods),
         "loads": [
@@ -148,6 +149,11 @@ def _section(section: Section, ink: Ink, look: dict[str, Look], cells: int) -> d
             and (maps := domain_maps(run, ink, max_cells=cells))
         ],
     }
+
+
+def _tied(sentence: str) -> str:
+    """Keep a number and its uncertainty or unit on one line."""
+    return sentence.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u202f%")
 
 
 def _row(method: MethodSummary, section: Section, ink: Ink) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from moebalance.report.labels import Anchor, Box, leader, place
 from moebalance.report.methods import looks
 from moebalance.runlog import Run
 
-WIDTH, HEIGHT = 560, 400
+WIDTH, HEIGHT, CURVES_WIDTH = 640, 400, 470
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 40, 52
 _POINTS = 120
 _STAR = " ".join(
@@ -46,12 +46,18 @@ def marker(method: str) -> str:
 
 
 def scatter(
-    methods: Sequence[MethodSummary], ink: Ink, *, width: int = WIDTH, height: int = HEIGHT
+    methods: Sequence[MethodSummary],
+    ink: Ink,
+    *,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    named: bool = True,
 ) -> str | None:
     """Validation loss against global MaxVio: a mark a method with ± sd bars, faint dots per seed.
 
     Returns None if no method has both numbers. The lower left is where one wants to be. MaxVio is
-    on a logarithmic axis if it spans more than a factor of eight.
+    on a logarithmic axis if it spans more than a factor of eight. Without ``named`` the marks
+    stand alone, for a page too narrow for their names.
     """
     shown = [m for m in methods if {"loss", "maxvio"} <= m.estimates.keys()]
     if not shown:
@@ -60,15 +66,15 @@ def scatter(
     seeds = [point for m in shown for point in _seed_points(m)]
     across = [v for span, _ in spans for v in span] + [point[0] for point in seeds]
     up = [v for _, span in spans for v in span] + [point[1] for point in seeds]
-    x = Axis.over(across, _LEFT, width - _RIGHT, log_above=8)
+    x = Axis.over(across, _LEFT, width - _RIGHT, log_above=8, margin=0.12)
     y = Axis.over(up, height - _BOTTOM, _TOP)
     parts = [
         frame(
             x,
             y,
             ink,
-            x_title=f"MaxVio, global (lower is better{', log scale' if x.log else ''})",
-            y_title="Validation loss, nats/token (lower is better)",
+            x_title=f"MaxVio, global{', log scale' if x.log else ''}",
+            y_title="Validation loss, nats/token",
         ),
         _links(shown, x, y, ink),
     ]
@@ -84,7 +90,8 @@ def scatter(
         bar = f"M{low_x:.1f} {at[1]:.1f}H{high_x:.1f}M{at[0]:.1f} {low_y:.1f}V{high_y:.1f}"
         parts.append(_mark(m, anchors[-1], bar, dots, ink))
     bounds = Box(_LEFT + 2, _TOP - 6, width - 4, height - _BOTTOM - 2)
-    parts += _names(shown, anchors, place(anchors, bars, bounds), ink)
+    if named:
+        parts += _names(shown, anchors, place(anchors, bars, bounds), ink)
     return _svg(
         "".join(parts), "Validation loss against global MaxVio, one mark a method", width, height
     )
@@ -137,7 +144,7 @@ def curves(methods: Sequence[MethodSummary], ink: Ink, key: str = "maxvio") -> s
     points = [point for line in found.values() for point in line]
     if not points:
         return None
-    x = Axis.over([0.0, max(p.step for p in points)], _LEFT, WIDTH - _RIGHT, margin=0.02)
+    x = Axis.over([0.0, max(p.step for p in points)], _LEFT, CURVES_WIDTH - _RIGHT, margin=0.02)
     y = Axis.over(
         [v for p in points for v in (p.low, p.high)], HEIGHT - _BOTTOM, _TOP, log_above=20
     )
@@ -162,13 +169,12 @@ def curves(methods: Sequence[MethodSummary], ink: Ink, key: str = "maxvio") -> s
             f'<path class="line" d="{path}" style="fill:none;stroke:{colour};stroke-width:1.8;'
             f'stroke-linejoin:round;stroke-linecap:round{dash}"/></g>'
         )
-    return _svg("".join(parts), "MaxVio of each training step, one line a method")
+    return _svg("".join(parts), "MaxVio of each training step, one line a method", CURVES_WIDTH)
 
 
-def _svg(body: str, label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{body}</svg>'
-    )
+def _svg(body: str, label: str, width: int = WIDTH, height: int = HEIGHT) -> str:
+    size = f"0 0 {width} {height}"
+    return f'<svg viewBox="{size}" role="img" aria-label="{escape(label)}">{body}</svg>'
 
 
 def _mark(

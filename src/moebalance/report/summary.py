@@ -37,7 +37,7 @@ METRICS = (
         2,
         "How far the busiest expert lies above an even share, over the whole evaluation set: "
         "largest load / mean load − 1, averaged over layers. 0 is perfect; 1 means that one "
-        "expert gets twice its share; above about 1 experts are wasted and parallel ones wait.",
+        "expert gets twice its share; above about 1, experts are wasted and parallel ones wait.",
     ),
     Metric(
         "maxvio_batch",
@@ -57,9 +57,9 @@ METRICS = (
         "soft_hard_gap",
         "Soft–hard gap",
         3,
-        "How far the load that top-k delivers lies from the load that the probabilities promise. "
-        "Small is good; a large gap beside a small soft MaxVio means that the method balances "
-        "probabilities and not work.",
+        "How far the load that top-k delivers lies from the load that the probabilities promise: "
+        "the share of load that would have to move (total variation distance). Small is good; a "
+        "large gap beside a small soft MaxVio means that probabilities are balanced, not work.",
     ),
     Metric(
         "gini",
@@ -79,8 +79,8 @@ METRICS = (
         "dead_experts",
         "Dead experts",
         1,
-        "Experts, over all layers, that got almost no token. 0 is good; each one is memory that "
-        "learns nothing.",
+        "Experts, over all layers, that got less than 1 % of an even share. 0 is good; each one is "
+        "memory that learns next to nothing.",
     ),
     Metric(
         "mi",
@@ -94,8 +94,9 @@ METRICS = (
         "purity",
         "Purity",
         3,
-        "The share of an expert's tokens that come from its main domain, averaged over experts. "
-        "1 / (number of domains) means no specialisation, 1 means one domain an expert.",
+        "The share of an expert's tokens that come from its main domain, averaged over experts by "
+        "load. The largest domain's share of the text means no specialisation, 1 means that every "
+        "expert serves one domain only.",
     ),
 )
 _BATCHINGS = {
@@ -168,7 +169,7 @@ def _section(batching: str, runs: Sequence[Run]) -> Section:
     methods = tuple(method_summaries(runs, [metric.key for metric in METRICS]))
     title, about = _BATCHINGS.get(batching, (f"{batching} micro-batches", ""))
     slots = {_num_slots(run) for run in runs}
-    floors = {_floor(run) for run in runs}
+    floors = {_floor(run) for method in methods for run in method.used}
     return Section(
         batching=batching,
         title=title,
@@ -209,7 +210,7 @@ def _notes(runs: Sequence[Run], methods: Sequence[MethodSummary]) -> list[str]:
 
 
 def _use(run: Run, method: MethodSummary) -> str:
-    if run not in method.used:
+    if all(run is not used for used in method.used):
         return "not in the averages" if run.evals else "no evaluation, not in the averages"
     return f"shown with its evaluation at step {run.evals[-1]['step']}, in no comparison"
 
@@ -229,7 +230,8 @@ def _floor(run: Run) -> float | None:
     if not isinstance(model, dict) or not isinstance(data, dict):
         return None
     experts, top_k = finite(model, "num_experts"), finite(model, "top_k")
-    tokens = finite(data, "val_tokens")
+    # An evaluation may take a part of the validation set; then it says how many tokens it took.
+    tokens = (finite(run.evals[-1], "tokens") if run.evals else None) or finite(data, "val_tokens")
     if not experts or not top_k or not tokens or experts < 2:
         return None
     return math.sqrt(2 * math.log(experts) * experts / (tokens * top_k))

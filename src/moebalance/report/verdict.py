@@ -81,7 +81,7 @@ def verdict(methods: Sequence[MethodSummary]) -> str:
     parts = [
         _against_baseline(name, hero, baseline) if baseline else _alone(name, hero),
         _against_rivals(hero, rivals),
-        _best_balance(hero, rivals),
+        _best_balance(hero, [m for m in (*settings, *rivals) if m is not hero]),
     ]
     return "; ".join(part for part in parts if part) + "."
 

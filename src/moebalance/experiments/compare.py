@@ -1,0 +1,196 @@
+"""Compare methods under equal compute: every method × seed × batching is one run of its own.
+
+Runs are independent processes of one or more threads each; what is complete is not run again, so an
+interrupted comparison goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from moebalance.experiments.methods import build_method
+from moebalance.experiments.recipe import Recipe
+from moebalance.runlog import LOG_NAME, Run, read_run
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    method: str
+    seed: int
+    batching: str
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """What progress bars call it."""
+        return f"{self.method} · seed {self.seed} · {self.batching}"
+
+
+Progress = Callable[[Mapping[Job, int], Mapping[Job, str]], None]
+"""Called every half second with the last step of each running job and the state of every job."""
+
+
+def plan(recipe: Recipe, folder: Path) -> list[Job]:
+    """List the runs of a comparison, seed by seed, so that early results pair.
+
+    Raises:
+        ValueError: an unknown method or option, before anything is run.
+    """
+    spec = recipe.compare
+    for method in spec.methods:
+        build_method(method, recipe.methods)
+    return [
+        Job(method, seed, batching, folder / batching / f"{_slug(method)}-seed{seed}")
+        for seed in spec.seeds
+        for batching in spec.batching
+        for method in spec.methods
+    ]
+
+
+def compare(
+    recipe: Recipe, folder: Path, *, workers: int | None = None, progress: Progress | None = None
+) -> list[Run]:
+    """Run a comparison and return its run logs.
+
+    Args:
+        recipe: what to compare on what.
+        folder: where the runs go; complete runs of the same recipe there are kept.
+        workers: processes at a time, by default one a core; threads are shared out evenly.
+        progress: told how far things are.
+
+    Raises:
+        RuntimeError: a run failed; the others are finished first and stay.
+    """
+    # Tokenised once here, so that the workers only read it.
+    from moebalance.experiments.data import load_data
+
+    jobs = plan(recipe, folder)
+    cache = folder / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    todo = [job for job in jobs if not is_complete(job, recipe)]
+    states = {job: "waiting" if job in todo else "kept" for job in jobs}
+    if todo:
+        load_data(recipe.data, cache_dir=cache)
+        _run(recipe, todo, cache, workers or os.cpu_count() or 1, states, progress)
+    failed = [job.label for job in jobs if states[job].startswith("failed")]
+    if failed:
+        reasons = "; ".join(f"{job.label}: {states[job]}" for job in jobs if job.label in failed)
+        raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed. {reasons}")
+    return [read_run(job.folder / LOG_NAME) for job in jobs]
+
+
+def is_complete(job: Job, recipe: Recipe) -> bool:
+    """Whether this very run has been made already, to its end."""
+    path = job.folder / LOG_NAME
+    if not path.is_file():
+        return False
+    try:
+        run = read_run(path)
+    except ValueError:
+        return False
+    return run.status == "complete" and _relevant(run.header["recipe"], job) == _relevant(
+        recipe.as_dict(), job
+    )
+
+
+def _run(
+    recipe: Recipe,
+    todo: list[Job],
+    cache: Path,
+    workers: int,
+    states: dict[Job, str],
+    progress: Progress | None,
+) -> None:
+    workers = min(workers, len(todo))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # spawn: a forked child would share torch's thread pools in an undefined state.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(threads,)
+    ) as pool:
+        futures = {job: pool.submit(_work, recipe, job, cache) for job in todo}
+        try:
+            while any(not future.done() for future in futures.values()):
+                _tell(futures, states, progress)
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            # The workers got the signal as well; let each close its log, start no more.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        _tell(futures, states, progress)
+
+
+def _tell(
+    futures: Mapping[Job, Future[None]], states: dict[Job, str], progress: Progress | None
+) -> None:
+    steps = {}
+    for job, future in futures.items():
+        if not future.done():
+            states[job] = "running" if future.running() else "waiting"
+            if future.running():
+                steps[job] = last_step(job.folder / LOG_NAME)
+        elif states[job] in ("waiting", "running"):
+            error = future.exception()
+            states[job] = "done" if error is None else f"failed: {error}"
+    if progress is not None:
+        progress(steps, states)
+
+
+def _start(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    # Ctrl-C must reach a worker as KeyboardInterrupt, so that it closes its log.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _work(recipe: Recipe, job: Job, cache: Path) -> None:
+    from moebalance.experiments.train import train_run
+
+    train_run(
+        recipe,
+        method=job.method,
+        seed=job.seed,
+        batching=job.batching,
+        folder=job.folder,
+        cache_dir=cache,
+    )
+
+
+def last_step(path: Path) -> int:
+    """The last step in a log that is being written; reads its end only."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 65536))
+            found = re.findall(rb'"kind": ?"step", ?"step": ?(\d+)', file.read())
+    except FileNotFoundError:
+        return 0
+    return int(found[-1]) if found else 0
+
+
+def _relevant(recipe: Mapping[str, Any], job: Job) -> Any:
+    """The parts of a recipe that a run depends on, through JSON as a log has them."""
+    words = set(re.findall(r"[a-z-]+", job.method))
+    methods = {word: table for word, table in recipe["methods"].items() if word in words}
+    return json.loads(
+        json.dumps([recipe["model"], recipe["data"], {**recipe["train"], "batching": ""}, methods])
+    )
+
+
+def _slug(method: str) -> str:
+    """A folder name for a method; a digest keeps two that look alike apart."""
+    plain = re.sub(r"[^a-z0-9.+-]+", "-", method.lower()).strip("-")
+    if plain == method:
+        return plain
+    return f"{plain[:60]}-{hashlib.sha256(method.encode()).hexdigest()[:6]}"

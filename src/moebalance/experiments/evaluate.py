@@ -1,0 +1,121 @@
+"""Held-out loss, expert loads and specialisation of a model, in one pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from moebalance import metrics
+from moebalance.balancing import Balancing
+from moebalance.experiments.batches import TokenDataset
+from moebalance.layer import LayerBalance
+
+
+class _Watch:
+    """Counts of one layer: by domain and expert, scores, and MaxVio of each batch."""
+
+    def __init__(self, layer: LayerBalance, num_domains: int) -> None:
+        self.layer = layer
+        self.domain_counts = torch.zeros(num_domains, layer.num_experts)
+        self.scores = torch.zeros(layer.num_experts)
+        self.violations: list[Tensor] = []
+        self.domains: Tensor | None = None
+
+    def see(self, router: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
+        logits, _, experts = output[:3]
+        assert self.domains is not None
+        per_token = self.domains.repeat_interleave(experts.shape[0] // self.domains.shape[0])
+        cells = (per_token.unsqueeze(-1) * self.layer.num_experts + experts).reshape(-1).cpu()
+        counts = torch.bincount(cells, minlength=self.domain_counts.numel())
+        counts = counts.view_as(self.domain_counts).float()
+        self.domain_counts += counts
+        self.scores += self.layer.gate.scores(logits).sum(dim=0).cpu()
+        self.violations.append(metrics.max_violation(counts.sum(dim=0)))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, balancing: Balancing, dataset: TokenDataset, *, batch_size: int
+) -> dict[str, Any]:
+    """Evaluate a balanced model on held-out sequences.
+
+    Args:
+        model: a Transformers language model with `balancing` attached.
+        balancing: its handle; names the layers to watch.
+        dataset: sequences with their domains.
+        batch_size: sequences a batch; `maxvio_batch` is the mean over these batches.
+
+    Returns:
+        `loss` in nats per token; the hard load's `maxvio`, `gini`, `entropy`, `dead` over the whole
+        set and `maxvio_batch`; `soft_maxvio`, `soft_hard_gap`; `mi` (nats) and `purity` between
+        domain and expert, all means over layers; `dead_experts` over all layers; and the loads.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    with _watching(model, balancing, len(dataset.domain_names)) as watches:
+        for batch in DataLoader(dataset, batch_size=batch_size):
+            for watch in watches.values():
+                watch.domains = batch["domain"].to(device)
+            ids = batch["input_ids"].to(device)
+            predicted = ids.shape[0] * (ids.shape[1] - 1)
+            total += model(input_ids=ids, labels=ids).loss.item() * predicted
+            tokens += predicted
+    model.train(was_training)
+
+    by_domain = torch.stack([watch.domain_counts for watch in watches.values()])
+    soft = torch.stack([watch.scores for watch in watches.values()])
+    hard = by_domain.sum(dim=1)
+    dead = metrics.dead_fraction(hard)
+    batches = torch.stack([torch.stack(watch.violations) for watch in watches.values()])
+    return {
+        "loss": total / tokens,
+        "maxvio": _mean(metrics.max_violation(hard)),
+        "maxvio_batch": _mean(batches),
+        "soft_maxvio": _mean(metrics.max_violation(soft)),
+        "soft_hard_gap": _mean(metrics.soft_hard_gap(soft, hard)),
+        "gini": _mean(metrics.gini(hard)),
+        "entropy": _mean(metrics.normalized_entropy(hard)),
+        "dead": _mean(dead),
+        "dead_experts": round((dead * hard.shape[-1]).sum().item()),
+        "mi": _mean(metrics.mutual_information(by_domain)),
+        "purity": _mean(metrics.purity(by_domain)),
+        "tokens": tokens,
+        "load": fractions(hard),
+        "soft": fractions(soft),
+        "domain_load": fractions(by_domain, over=(-2, -1)),
+    }
+
+
+def fractions(load: Tensor, over: tuple[int, ...] = (-1,)) -> list[Any]:
+    """A load as nested lists of shares, rounded to what a picture can show."""
+    shares = (load / load.sum(dim=over, keepdim=True)).tolist()
+    return [_rounded(share) for share in shares]
+
+
+@contextmanager
+def _watching(
+    model: nn.Module, balancing: Balancing, num_domains: int
+) -> Iterator[dict[str, _Watch]]:
+    watches = {name: _Watch(layer, num_domains) for name, layer in balancing.layers.items()}
+    handles = [
+        model.get_submodule(name).register_forward_hook(watch.see)
+        for name, watch in watches.items()
+    ]
+    try:
+        yield watches
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mean(values: Tensor) -> float:
+    return values.float().mean().item()
+
+
+def _rounded(values: Any) -> Any:
+    return [_rounded(v) for v in values] if isinstance(values, list) else round(values, 6)

@@ -1,0 +1,143 @@
+"""Words people type become methods: `phi`, `loss-free`, `phi+loss-free` and their options.
+
+A method's word derives from its class (`GlobalBatchLoss` → `global-batch`), its options are the
+class's own fields, and `a+b` composes. Nothing is registered: a new class is found because it is
+exported.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import reduce
+from typing import Any
+
+from moebalance import balancers, potentials
+from moebalance.balancers import Balancer, Together
+from moebalance.experiments.corpus import did_you_mean
+from moebalance.potentials import POTENTIALS, Potential
+
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def word(kind: type[Balancer]) -> str:
+    """The word for a method's class.
+
+    >>> word(balancers.GlobalBatchLoss), word(balancers.NoBalancing), word(balancers.ZLoss)
+    ('global-batch', 'none', 'z-loss')
+    """
+    parts = [part.lower() for part in re.findall(r"[A-Z][a-z]*", kind.__name__)]
+    if parts[-1] in ("balancing", "loss") and len("".join(parts[:-1])) > 1:
+        parts.pop()
+    return "none" if parts == ["no"] else "-".join(parts)
+
+
+def method_classes() -> dict[str, type[Balancer]]:
+    """Every method by its word."""
+    exported = (getattr(balancers, name) for name in balancers.__all__)
+    kinds = [
+        kind
+        for kind in exported
+        if isinstance(kind, type) and issubclass(kind, Balancer)
+        if kind not in (Balancer, Together)
+    ]
+    return {word(kind): kind for kind in kinds}
+
+
+def build_method(name: str, options: Options | None = None) -> Balancer:
+    """Make the method that `name` says.
+
+    Args:
+        name: words joined by `+`, each with options of its own in brackets if need be:
+            `phi(strength=0.01)+loss-free`.
+        options: fields by word, for example a recipe's `[methods.phi]`; brackets go before them.
+
+    Raises:
+        ValueError: an unknown word or option, with the nearest one that exists.
+
+    >>> build_method("phi(rate=0.5)+loss-free", {"phi": {"strength": 0.01, "rate": 0.1}}).first.rate
+    0.5
+    """
+    options = options or {}
+    parts = []
+    for part in split_outside_brackets(name, "+"):
+        kind, own = _parse(part)
+        parts.append(_build_one(kind, {**options.get(kind, {}), **own}))
+    return reduce(Together, parts)
+
+
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """Split at separators that no bracket encloses.
+
+    >>> split_outside_brackets("phi(strength=0.1,rate=0.3),none", ",")
+    ['phi(strength=0.1,rate=0.3)', 'none']
+    """
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def _parse(part: str) -> tuple[str, dict[str, Any]]:
+    """`phi(strength=0.1)` → `("phi", {"strength": 0.1})`."""
+    kind, bracket, rest = part.partition("(")
+    if not bracket:
+        return kind, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(k.arg for k in call.keywords):
+            raise ValueError("options are written name=value")
+        own = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"Cannot read method {part!r} ({error}): write it like phi(strength=0.01, rate=0.3)."
+        ) from error
+    return kind.strip(), own
+
+
+def _build_one(name: str, options: Mapping[str, Any]) -> Balancer:
+    kinds = method_classes()
+    if name not in kinds:
+        raise ValueError(
+            f"Unknown method {name!r}.{did_you_mean(name, kinds)} Possible: {', '.join(kinds)}, "
+            "and combinations such as phi+loss-free."
+        )
+    kind = kinds[name]
+    possible = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for key in options:
+        if key not in possible:
+            raise ValueError(
+                f"Method {name!r} has no option {key!r}.{did_you_mean(key, possible)} "
+                f"Possible: {', '.join(possible) or 'none'}."
+            )
+    values = {
+        key: _build_potential(value) if key == "potential" else value
+        for key, value in options.items()
+    }
+    return kind(**values)
+
+
+def _build_potential(value: Any) -> Potential:
+    """`"Tsallis"`, or a table `{name = "Tsallis", alpha = 1.2, unit_slope = true}`."""
+    table = {"name": value} if isinstance(value, str) else dict(value)
+    name, unit_slope = table.pop("name", None), table.pop("unit_slope", False)
+    possible = [kind.__name__ for kind in POTENTIALS]
+    if name not in possible:
+        raise ValueError(
+            f"Unknown potential {name!r}.{did_you_mean(str(name), possible)} "
+            f"Possible: {', '.join(possible)}."
+        )
+    kind = getattr(potentials, name)
+    known = [field.name for field in fields(kind)]
+    for key in table:
+        if key not in known:
+            raise ValueError(
+                f"Potential {name} has no option {key!r}.{did_you_mean(key, known)} "
+                f"Possible: {', '.join([*known, 'unit_slope'])}."
+            )
+    potential: Potential = kind(**table)
+    return potential.unit_slope() if unit_slope else potential

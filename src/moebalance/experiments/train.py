@@ -1,0 +1,327 @@
+"""One training run: a Transformers MoE model from a configuration, HF Trainer, one method, one log.
+
+The seed fixes the initial weights and the data order, whatever the method; so runs of different
+methods with one seed are paired.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from moebalance import __version__
+from moebalance.attachment import attach
+from moebalance.balancers import Balancer
+from moebalance.balancing import Balancing
+from moebalance.experiments.batches import TokenDataset, ordered_indices
+from moebalance.experiments.corpus import did_you_mean
+from moebalance.experiments.data import TextData, load_data
+from moebalance.experiments.evaluate import evaluate, fractions
+from moebalance.experiments.methods import build_method
+from moebalance.experiments.recipe import Recipe
+from moebalance.integrations.huggingface import STATE_FILE, BalanceCallback
+from moebalance.runlog import LOG_NAME, RunLog
+
+logger = logging.getLogger(__name__)
+
+_EVAL_SEED = 20260523  # of the held-out sequences: the same for every run
+
+
+def train_run(
+    recipe: Recipe,
+    *,
+    method: str,
+    seed: int,
+    batching: str,
+    folder: Path,
+    resume: bool = False,
+    cache_dir: Path | None = None,
+) -> Path:
+    """Train one model and write its run log.
+
+    Args:
+        recipe: what to train on what.
+        method: the method's word; its options come from the recipe.
+        seed: of weights and data order.
+        batching: `"mixed"` or `"one-domain"`.
+        folder: where the log and the checkpoints go.
+        resume: go on from the last whole checkpoint in `folder`, if there is one.
+        cache_dir: where tokenised text is kept between runs.
+
+    Returns:
+        The path of the run log.
+    """
+    options = dict(recipe.methods)
+    balancer = build_method(method, options)
+    data = load_data(recipe.data, cache_dir=cache_dir)
+    transformers.set_seed(seed)
+    model = build_model(recipe, data.tokenizer.vocab_size)
+    balancing = attach(model, balancer)
+    checkpoint = last_whole_checkpoint(folder) if resume else None
+    path = folder / LOG_NAME
+    step = 0 if checkpoint is None else _step_of(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        path.unlink(missing_ok=True)
+    log = RunLog(path) if checkpoint is None else RunLog.resume(path, step)
+    with log:
+        if checkpoint is None:
+            header = _header(recipe, method, balancer, seed, batching, data, model, balancing)
+            log.write("header", **header)
+        trainer = _trainer(recipe, model, balancing, data, log, seed, batching, folder)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return path
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel:
+    """Make the recipe's model with fresh weights.
+
+    Raises:
+        ValueError: unknown architecture or configuration key, with the nearest valid name.
+    """
+    keys = dict(recipe.model)
+    architecture = keys.pop("architecture")
+    experts = keys.pop("experts_implementation", None)
+    possible = _architectures()
+    if architecture not in possible:
+        raise ValueError(
+            f"[model] architecture={architecture!r}.{did_you_mean(architecture, possible)} It must "
+            "be a causal language model of the installed Transformers, such as qwen3_moe."
+        )
+    default = AutoConfig.for_model(architecture)
+    fields = getattr(type(default), "__dataclass_fields__", {})
+    known = sorted({*default.to_dict(), *default.attribute_map, *fields})
+    for key in keys:
+        if key not in known:
+            raise ValueError(
+                f"[model] {architecture} has no configuration key {key!r}."
+                f"{did_you_mean(key, known)}"
+            )
+    config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **keys)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    return model
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that can be read in full; None if there is none."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
+        problem = _damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        logger.warning("%s is not whole (%s): trying the one before.", checkpoint, problem)
+    return None
+
+
+class _Journal(TrainerCallback):
+    """Writes the run log: a row a step, load snapshots, evaluations."""
+
+    def __init__(
+        self, log: RunLog, recipe: Recipe, balancing: Balancing, held_out: TokenDataset
+    ) -> None:
+        self.log, self.spec = log, recipe.train
+        self.balancing, self.held_out = balancing, held_out
+        self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_time_s = time.perf_counter() - self.started
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        step = state.global_step
+        own = {k.removeprefix("moe/"): v for k, v in logs.items() if k.startswith("moe/")}
+        self.log.write(
+            "step",
+            step=step,
+            loss=logs["loss"],
+            lr=logs.get("learning_rate"),
+            grad_norm=logs.get("grad_norm"),
+            step_time_s=self.step_time_s,
+            **own,
+        )
+        if step % self.spec.snapshot_every == 0 or step == args.max_steps:
+            loads = self.balancing.loads().values()
+            hard, soft = (torch.stack(load) for load in zip(*loads, strict=True))
+            self.log.write("snapshot", step=step, load=fractions(hard), soft=fractions(soft))
+        every = self.spec.eval_every
+        if step == args.max_steps or (every and step % every == 0):
+            found = evaluate(
+                kwargs["model"], self.balancing, self.held_out, batch_size=self.spec.batch_size
+            )
+            self.log.write("eval", step=step, **found)
+
+
+def _trainer(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    balancing: Balancing,
+    data: TextData,
+    log: RunLog,
+    seed: int,
+    batching: str,
+    folder: Path,
+) -> Trainer:
+    spec = recipe.train
+    order = ordered_indices(
+        data.train.domains,
+        batch_size=spec.batch_size,
+        num_batches=spec.steps * spec.accumulation,
+        batching=batching,
+        seed=seed,
+    )
+    held_out = data.validation.in_order(
+        ordered_indices(
+            data.validation.domains,
+            batch_size=1,
+            num_batches=spec.eval_sequences,
+            seed=_EVAL_SEED,
+        )
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=spec.steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.accumulation,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=round(spec.warmup * spec.steps),
+        weight_decay=spec.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=spec.max_grad_norm,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if spec.save_every else "no",
+        save_steps=spec.save_every or 500,
+        save_total_limit=2,
+        seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    callbacks = [BalanceCallback(balancing), _Journal(log, recipe, balancing, held_out)]
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=data.train.in_order(order),
+        data_collator=_collate,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    ids = torch.stack([item["input_ids"] for item in items])
+    return {"input_ids": ids, "labels": ids}
+
+
+def _header(
+    recipe: Recipe,
+    method: str,
+    balancer: Balancer,
+    seed: int,
+    batching: str,
+    data: TextData,
+    model: PreTrainedModel,
+    balancing: Balancing,
+) -> dict[str, Any]:
+    layer = next(iter(balancing.layers.values()))
+    top_k = cast(int, model.get_submodule(layer.name).top_k)
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return {
+        "format": 1,
+        "name": recipe.name,
+        "method": method,
+        "balancer": repr(balancer),
+        "seed": seed,
+        "batching": batching,
+        "steps": recipe.train.steps,
+        "recipe": recipe.as_dict(),
+        "versions": {
+            "moebalance": __version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+        "data": data.header(),
+        "model": {
+            "architecture": recipe.model["architecture"],
+            "parameters": total,
+            "active_parameters": total - round(experts * (1 - top_k / layer.num_experts)),
+            "num_experts": layer.num_experts,
+            "top_k": top_k,
+            "layers": list(balancing.layers),
+        },
+    }
+
+
+def _commit() -> str | None:
+    """Commit of this library's source tree, where it runs from one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _architectures() -> list[str]:
+    return sorted(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _step_of(checkpoint: Path) -> int:
+    tail = checkpoint.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
+    for name in needed:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for name in ("model.safetensors", STATE_FILE):
+            with safe_open(checkpoint / name, framework="pt") as file:
+                file.keys()
+        # Reading is the test: a truncated archive raises here.
+        torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,182 @@
+"""The balancers that every shared law is held against, and the batches that they are shown.
+
+A new method is one line in `BALANCERS`; `test_laws.py` does the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebalance.balancers import (
+    Balancer,
+    EmaSwitchLoss,
+    GlobalBatchLoss,
+    LossFree,
+    NoBalancing,
+    PhiBalancing,
+    QuantileBalancing,
+    SequenceLoss,
+    Sinkhorn,
+    SwitchLoss,
+    Together,
+    ZLoss,
+)
+from moebalance.potentials import (
+    Euclidean,
+    LogCosh,
+    LpNorm,
+    NegativeEntropy,
+    Potential,
+    PseudoHuber,
+    Renyi,
+    SoftL1,
+    Softplus,
+    Tsallis,
+)
+from moebalance.routing import Batch, Gate, Routing, Sigmoid, Softmax, Sums, route
+
+POTENTIALS: dict[str, Potential] = {
+    "euclidean": Euclidean(),
+    "lp": LpNorm(2.5),
+    "soft-l1": SoftL1(delta=0.3),
+    "negative-entropy": NegativeEntropy(),
+    "tsallis": Tsallis(alpha=1.3),
+    "renyi": Renyi(alpha=0.7),
+    "pseudo-huber": PseudoHuber(delta=0.4),
+    "log-cosh": LogCosh(beta=3.0),
+    "softplus": Softplus(),
+}
+
+BALANCERS: dict[str, Balancer] = {
+    **{f"phi-{name}": PhiBalancing(p, strength=0.05) for name, p in POTENTIALS.items()},
+    "phi-unit-slope": PhiBalancing(NegativeEntropy().unit_slope(), strength=0.2, rate=0.7),
+    "phi-hard": PhiBalancing(strength=0.05, rate=0.5, statistic="hard"),
+    "phi-no-peek": PhiBalancing(Tsallis(), strength=0.05, rate=0.6, peek=False),
+    "phi-hard-no-peek": PhiBalancing(Euclidean(), strength=0.3, statistic="hard", peek=False),
+    "phi-no-memory": PhiBalancing(strength=0.05, rate=1.0),
+    "switch": SwitchLoss(strength=0.03),
+    "global-batch": GlobalBatchLoss(strength=0.02),
+    "sequence": SequenceLoss(strength=0.04),
+    "ema-switch": EmaSwitchLoss(strength=0.03, rate=0.4),
+    "loss-free": LossFree(),
+    "loss-free-fast": LossFree(rate=0.05),
+    "loss-free-proportional": LossFree(rate=0.02, rule="proportional"),
+    "loss-free-recentred": LossFree(rate=0.02, recentre=True),
+    "quantile": QuantileBalancing(),
+    "quantile-coarse": QuantileBalancing(bins=64),
+    "sinkhorn": Sinkhorn(),
+    "sinkhorn-sharp": Sinkhorn(iterations=3, temperature=0.5),
+    "z-loss": ZLoss(strength=0.02),
+    "none": NoBalancing(),
+    "phi-and-loss-free": Together(PhiBalancing(strength=0.05), LossFree(rate=0.01)),
+    "switch-z-and-quantile": Together(
+        Together(SwitchLoss(strength=0.03), ZLoss(strength=0.02)), QuantileBalancing(bins=128)
+    ),
+}
+
+GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
+
+
+def random_logits(
+    tokens: int, num_experts: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits (T, E) of a router that prefers its last experts."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(tokens, num_experts, generator=generator, dtype=torch.float64)
+    return (noise + torch.linspace(-1, 1, num_experts, dtype=torch.float64)).to(dtype)
+
+
+def random_routing(
+    tokens: int = 24,
+    num_experts: int = 8,
+    top_k: int = 2,
+    *,
+    gate: Gate | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    padded: bool = False,
+    sequences: int = 1,
+) -> Routing:
+    """Plain top-k routing of `random_logits`; `padded` makes about a third of the tokens padding.
+
+    The first token of every sequence is real.
+    """
+    logits = random_logits(tokens, num_experts, seed=seed, dtype=dtype)
+    mask = None
+    if padded:
+        generator = torch.Generator().manual_seed(seed + 1)
+        mask = torch.rand(tokens, generator=generator) > 0.35
+        mask.view(sequences, -1)[:, 0] = True
+    return plain_top_k(logits, top_k, gate=gate, mask=mask, sequences=sequences)
+
+
+def plain_top_k(
+    logits: Tensor,
+    top_k: int,
+    *,
+    gate: Gate | None = None,
+    mask: Tensor | None = None,
+    sequences: int = 1,
+) -> Routing:
+    """Route each token to its K largest logits."""
+    experts = logits.detach().topk(top_k, dim=-1).indices
+    return route(logits, experts, gate or Softmax(), mask=mask, sequences=sequences)
+
+
+def skewed_state(balancer: Balancer, num_experts: int, *, gate: Gate | None = None) -> Any:
+    """A state that has seen three unbalanced steps."""
+    state = balancer.init(num_experts)
+    for seed in (101, 102, 103):
+        routing = random_routing(64, num_experts, 2, gate=gate, seed=seed)
+        state = balancer.update(state, balancer.observe(state, routing))
+    return state
+
+
+def one_batch(balancer: Balancer, state: Any, routing: Routing, share: float = 1.0) -> Batch:
+    """The batch of `routing`, alone in its step."""
+    sums = balancer.observe(state, routing)
+    return Batch(routing, sums, sums, share)
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """The tensors of a state, or of sums, in order."""
+    if isinstance(state, Tensor):
+        return [state]
+    return [tensor for part in state for tensor in tensors(part)]
+
+
+def to_double(state: Any) -> Any:
+    """The same state in float64, for tests of mathematics."""
+    if isinstance(state, Tensor):
+        return state.double()
+    parts = [to_double(part) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    """Sums of two batches together."""
+    extra = tuple(x + y for x, y in zip(a.extra, b.extra, strict=True))
+    return Sums(a.scores + b.scores, a.counts + b.counts, a.tokens + b.tokens, extra)
+
+
+def permute(value: Any, order: Tensor) -> Any:
+    """Renumber the experts of a state or of sums: their expert axis comes first."""
+    if isinstance(value, Tensor):
+        return value[order] if value.dim() else value
+    parts = [permute(part, order) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def parts(balancer: Balancer) -> list[Balancer]:
+    """The methods that a composition is made of."""
+    if isinstance(balancer, Together):
+        return [*parts(balancer.first), *parts(balancer.second)]
+    return [balancer]
+
+
+def charging_parts(balancer: Balancer) -> list[Balancer]:
+    """Those parts that charge a price on the scores."""
+    return [part for part in parts(balancer) if type(part).charged is not Balancer.charged]

@@ -1,0 +1,393 @@
+"""Laws that every balancing method obeys; the methods are listed in `cases.py`."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moebalance as mb
+from cases import (
+    BALANCERS,
+    GATES,
+    add,
+    charging_parts,
+    one_batch,
+    permute,
+    plain_top_k,
+    random_logits,
+    random_routing,
+    skewed_state,
+    tensors,
+    to_double,
+)
+from moebalance.balancers import Balancer
+from moebalance.routing import Gate, Routing, route
+
+every_balancer = pytest.mark.parametrize(
+    "balancer", [pytest.param(balancer, id=name) for name, balancer in BALANCERS.items()]
+)
+every_gate = pytest.mark.parametrize(
+    "gate", [pytest.param(gate, id=name) for name, gate in GATES.items()]
+)
+few = settings(max_examples=4, deadline=None, derandomize=True)
+seeds = st.integers(0, 10_000)
+sizes = st.tuples(st.integers(1, 40), st.sampled_from([2, 3, 8, 17]), st.integers(1, 2))
+
+
+def close(a, b, tolerance: float = 1e-6) -> None:
+    """Tensors of `a` and `b` agree relative to the largest entry."""
+    left, right = tensors(a), tensors(b)
+    assert len(left) == len(right)
+    for x, y in zip(left, right, strict=True):
+        scale = max(y.abs().max().item(), 1e-12) if y.numel() else 1.0
+        torch.testing.assert_close(x, y, rtol=0, atol=tolerance * scale)
+
+
+def identical(a, b) -> None:
+    left, right = tensors(a), tensors(b)
+    assert len(left) == len(right)
+    for x, y in zip(left, right, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def rotations(base: torch.Tensor) -> torch.Tensor:
+    """Every rotation of the rows of `base` (N, E): a batch in which all E experts are alike."""
+    turns = range(base.shape[-1])
+    return torch.cat([base.roll(turn, dims=-1) for turn in turns])
+
+
+# --- statistics -------------------------------------------------------------------------------
+
+
+@every_balancer
+@given(size=sizes, other_tokens=st.integers(0, 30), seed=seeds, padded=st.booleans())
+@few
+def test_sums_of_a_concatenation_are_the_sums_of_the_parts(
+    balancer, size, other_tokens, seed, padded
+):
+    tokens, num_experts, top_k = size
+    state = skewed_state(balancer, num_experts)
+    a = random_routing(tokens, num_experts, top_k, seed=seed, padded=padded)
+    b = random_routing(max(other_tokens, 1), num_experts, top_k, seed=seed + 1, padded=padded)
+    mask = None if not padded else torch.cat([a.mask, b.mask])
+    both = route(
+        torch.cat([a.logits, b.logits]), torch.cat([a.experts, b.experts]), a.gate, mask=mask
+    )
+    whole = balancer.observe(state, both)
+    close(whole, add(balancer.observe(state, a), balancer.observe(state, b)))
+
+
+@every_balancer
+def test_extra_sums_have_the_announced_shapes(balancer):
+    routing = random_routing(10, 8)
+    extra = balancer.observe(balancer.init(8), routing).extra
+    assert tuple(tuple(tensor.shape) for tensor in extra) == balancer.extra_shapes(8)
+
+
+@every_balancer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_state_sums_and_gradient_are_float32_whatever_the_logits(balancer, dtype):
+    routing = random_routing(24, 8, dtype=dtype)
+    state = balancer.init(8)
+    for _ in range(2):
+        batch = one_batch(balancer, state, routing)
+        results = [*tensors(state), *tensors(batch.sums)]
+        results += [balancer.logit_gradient(state, batch), balancer.penalty(state, batch)]
+        results += [balancer.price(state), preference(balancer, state, routing)]
+        assert {r.dtype for r in results if r is not None} == {torch.float32}
+        state = balancer.update(state, batch.sums)
+
+
+@every_balancer
+def test_state_stays_float32_under_another_default_dtype(balancer):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        state = balancer.init(8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors(state))
+
+
+@every_balancer
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_float64_logits_are_taken_and_an_update_keeps_the_dtype_of_the_state(balancer, state_dtype):
+    routing = random_routing(24, 8, dtype=torch.float64)
+    state = balancer.init(8) if state_dtype == torch.float32 else to_double(balancer.init(8))
+    batch = one_batch(balancer, state, routing)
+    gradient = balancer.logit_gradient(state, batch)
+    assert gradient is None or gradient.dtype == torch.float64
+    assert all(t.dtype == state_dtype for t in tensors(balancer.update(state, batch.sums)))
+
+
+@every_balancer
+@pytest.mark.parametrize("tokens", [0, 6], ids=["no-token", "all-padding"])
+@every_gate
+def test_batch_without_real_token_changes_no_state_and_has_zero_gradient(balancer, tokens, gate):
+    state = skewed_state(balancer, 8)
+    mask = torch.zeros(tokens, dtype=torch.bool)
+    routing = plain_top_k(random_logits(tokens, 8), 2, gate=gate, mask=mask)
+    batch = one_batch(balancer, state, routing)
+    identical(balancer.update(state, batch.sums), state)
+    gradient = balancer.logit_gradient(state, batch)
+    if gradient is not None:
+        assert gradient.shape == (tokens, 8)
+        assert not gradient.any()
+        assert balancer.penalty(state, batch).item() == 0
+    assert torch.isfinite(torch.cat([t.reshape(-1) for t in tensors(batch.sums)])).all()
+
+
+@every_balancer
+@every_gate
+def test_padding_changes_neither_sums_nor_term_nor_choice_of_real_tokens(balancer, gate):
+    sequences, length, padding, num_experts = 3, 7, 4, 8
+    state = skewed_state(balancer, num_experts, gate=gate)
+    real = random_logits(sequences * length, num_experts, seed=5)
+    # One sequence more is padding altogether.
+    logits = 1e4 * torch.randn(sequences + 1, length + padding, num_experts)
+    logits[:sequences, :length] = real.view(sequences, length, num_experts)
+    mask = torch.zeros(sequences + 1, length + padding, dtype=torch.bool)
+    mask[:sequences, :length] = True
+    flat = mask.view(-1)
+
+    short = plain_top_k(real, 2, gate=gate, sequences=sequences)
+    long = plain_top_k(
+        logits.view(-1, num_experts), 2, gate=gate, mask=flat, sequences=sequences + 1
+    )
+    expected, found = one_batch(balancer, state, short), one_batch(balancer, state, long)
+    close(found.sums, expected.sums)
+    close(balancer.update(state, found.sums), balancer.update(state, expected.sums))
+    gradient = balancer.logit_gradient(state, expected)
+    if gradient is not None:
+        padded_gradient = balancer.logit_gradient(state, found)
+        # A penalty of centred prices is a small difference of large terms: absolute.
+        torch.testing.assert_close(
+            balancer.penalty(state, found), balancer.penalty(state, expected), rtol=0, atol=1e-7
+        )
+        close(padded_gradient[flat], gradient)
+        assert not padded_gradient[~flat].any()
+    ranked = preference(balancer, state, short)
+    if ranked is not None:
+        close(preference(balancer, state, long)[flat], ranked)
+
+
+# --- the methods as functions -----------------------------------------------------------------
+
+
+@every_balancer
+@given(seed=seeds, num_experts=st.sampled_from([3, 8]), padded=st.booleans())
+@few
+def test_renumbering_the_experts_renumbers_every_result(balancer, seed, num_experts, padded):
+    order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(seed))
+    new_number = order.argsort()
+    routing = random_routing(18, num_experts, 2, seed=seed, padded=padded, sequences=3)
+    renumbered = route(
+        routing.logits[:, order],
+        new_number[routing.experts],
+        routing.gate,
+        mask=routing.mask,
+        sequences=3,
+    )
+    state = skewed_state(balancer, num_experts)
+    other = permute(state, order)
+    batch, twin = one_batch(balancer, state, routing), one_batch(balancer, other, renumbered)
+
+    close(twin.sums, permute(batch.sums, order))
+    close(balancer.update(other, twin.sums), permute(balancer.update(state, batch.sums), order))
+    for mine, theirs in [
+        (balancer.penalty(state, batch), balancer.penalty(other, twin)),
+        (columns(balancer.charged(state, batch), order), balancer.charged(other, twin)),
+        (
+            columns(balancer.logit_gradient(state, batch), order),
+            balancer.logit_gradient(other, twin),
+        ),
+        (columns(balancer.price(state), order), balancer.price(other)),
+        (
+            columns(preference(balancer, state, routing), order),
+            preference(balancer, other, renumbered),
+        ),
+    ]:
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(theirs, mine, rtol=2e-6, atol=1e-6)
+
+
+@every_balancer
+def test_functions_are_pure(balancer):
+    routing = random_routing(24, 8, padded=True, sequences=4)
+    state = skewed_state(balancer, 8)
+    copies = [t.clone() for t in [*tensors(state), routing.logits, routing.scores, routing.experts]]
+
+    def everything():
+        batch = one_batch(balancer, state, routing, share=0.5)
+        results = [balancer.update(state, batch.sums), batch.sums]
+        results += [balancer.penalty(state, batch), balancer.logit_gradient(state, batch)]
+        results += [balancer.price(state), preference(balancer, state, routing)]
+        return [result for result in results if result is not None]
+
+    identical(everything(), everything())
+    identical([*tensors(state), routing.logits, routing.scores, routing.experts], copies)
+
+
+@every_balancer
+def test_hyper_parameters_are_frozen_hashable_and_comparable(balancer):
+    assert len({balancer, eval(repr(balancer), public_names())}) == 1
+    for field in fields(balancer):
+        with pytest.raises(FrozenInstanceError):
+            setattr(balancer, field.name, 1)
+
+
+@every_balancer
+def test_repr_is_the_expression_that_builds_it(balancer):
+    assert eval(repr(balancer), public_names()) == balancer
+
+
+@every_balancer
+def test_levers_are_announced_truly(balancer):
+    routing = random_routing(24, 8)
+    state = skewed_state(balancer, 8)
+    batch = one_batch(balancer, state, routing)
+    assert balancer.charges == (balancer.logit_gradient(state, batch) is not None)
+    assert balancer.charges == (balancer.penalty(state, batch) is not None)
+    assert balancer.prices_selection == (balancer.price(state) is not None)
+    assert balancer.selects == (preference(balancer, state, routing) is not None)
+
+
+@every_balancer
+@every_gate
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
+)
+def test_logit_gradient_is_autograd_of_the_penalty(balancer, gate, padded, dtype, tolerance):
+    state = skewed_state(balancer, 8, gate=gate)
+    if dtype == torch.float64:
+        state = to_double(state)
+    routing = random_routing(24, 8, gate=gate, dtype=dtype, padded=padded, sequences=4, seed=3)
+    # A step that holds another micro-batch as well.
+    before = balancer.observe(state, random_routing(24, 8, gate=gate, dtype=dtype, seed=4))
+    batch = one_batch(balancer, state, routing, share=0.4)
+    batch = batch._replace(step=add(before, batch.sums))
+
+    closed = balancer.logit_gradient(state, batch)
+    if closed is None:
+        return
+    logits = routing.logits.clone().requires_grad_()
+    live = route(logits, routing.experts, gate, mask=routing.mask, sequences=4)
+    balancer.penalty(state, batch._replace(routing=live)).backward()
+    close(closed, logits.grad, tolerance)
+
+
+# --- what the levers do -----------------------------------------------------------------------
+
+
+selecting = pytest.mark.parametrize(
+    "balancer",
+    [pytest.param(b, id=name) for name, b in BALANCERS.items() if b.prices_selection],
+)
+charging = pytest.mark.parametrize(
+    "balancer",
+    [pytest.param(b, id=name) for name, b in BALANCERS.items() if b.charges],
+)
+
+
+@selecting
+@every_gate
+@given(seed=seeds, expert=st.integers(0, 7), amount=st.floats(0, 1))
+@few
+def test_raising_the_price_of_one_expert_never_raises_its_load(
+    balancer, gate, seed, expert, amount
+):
+    """Exact for every token: its rank can only fall while all others' keys stay."""
+    state = skewed_state(balancer, 8, gate=gate)
+    routing = random_routing(64, 8, gate=gate, seed=seed)
+    ranked = preference(balancer, state, routing)
+    # What is ranked is the affinity minus the price, so a dearer expert is ranked so much lower.
+    torch.testing.assert_close(ranked, gate.affinities(routing.logits) - balancer.price(state))
+    dearer = ranked.clone()
+    dearer[:, expert] -= amount
+    assert (dearer.topk(2).indices == expert).sum() <= (ranked.topk(2).indices == expert).sum()
+
+
+@selecting
+@every_gate
+def test_an_update_makes_the_busiest_expert_dearer_than_the_idlest(balancer, gate):
+    state = balancer.init(8)
+    routing = random_routing(256, 8, gate=gate, seed=11)
+    sums = balancer.observe(state, routing)
+    change = balancer.price(balancer.update(state, sums)) - balancer.price(state)
+    assert change[sums.counts.argmax()] > change[sums.counts.argmin()]
+
+
+@charging
+@every_gate
+def test_a_gradient_step_lowers_the_mean_score_of_the_one_busy_expert(balancer, gate):
+    """One expert is busier than all others, who are alike.
+
+    For arbitrary loads this is false of single experts: taking score from an expert with a large
+    score may hand some to a dear one with a small score. With equal prices q for all others the
+    term is E·(q + (q_busy − q)·p̄_busy), and a step down its gradient lowers p̄_busy.
+    """
+    others = rotations(torch.randn(6, 7, generator=torch.Generator().manual_seed(0)))
+    logits = torch.cat([others.max(dim=-1, keepdim=True).values + 0.5, others], dim=-1)
+    routing = plain_top_k(logits, 2, gate=gate)
+    # Methods that do not peek charge what finished steps have shown.
+    state = balancer.update(balancer.init(8), balancer.observe(balancer.init(8), routing))
+    batch = one_batch(balancer, state, routing)
+    step = balancer.logit_gradient(state, batch)
+    after = gate.scores(logits - 1e-2 * step / step.abs().max()).mean(dim=0)
+    assert after[0] < batch.sums.soft_load[0]
+
+
+@charging
+@every_gate
+def test_a_small_gradient_step_lowers_the_penalty_at_the_same_price(balancer, gate):
+    state = to_double(skewed_state(balancer, 8, gate=gate))
+    routing = random_routing(48, 8, gate=gate, dtype=torch.float64, seed=9)
+    batch = one_batch(balancer, state, routing)
+    gradient = balancer.logit_gradient(state, batch)
+    length = 1e-3 / gradient.abs().max()
+    moved = route(routing.logits - length * gradient, routing.experts, gate)
+    change = balancer.penalty(state, batch._replace(routing=moved)) - balancer.penalty(state, batch)
+    assert change / (-length * gradient.square().sum()) == pytest.approx(1, rel=1e-2)
+
+
+@charging
+@every_gate
+def test_a_batch_in_which_all_experts_are_alike_is_not_charged(balancer, gate):
+    base = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    routing = plain_top_k(rotations(base), 2, gate=gate)
+    for part in charging_parts(balancer):
+        state = to_double(part.init(8))
+        for _ in range(3):
+            batch = one_batch(part, state, routing)
+            assert part.logit_gradient(state, batch).abs().max() < 1e-15
+            state = part.update(state, batch.sums)
+
+
+def preference(balancer: Balancer, state, routing: Routing) -> torch.Tensor | None:
+    return balancer.preference(
+        state, routing.gate, routing.logits, mask=routing.mask, training=True
+    )
+
+
+def columns(tensor: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor[..., order]
+
+
+def public_names() -> dict[str, object]:
+    return {name: getattr(mb, name) for name in mb.__all__ if name != "huggingface"}
+
+
+def test_a_gate_pulls_back_any_price_per_token_as_autograd_does():
+    for gate in GATES.values():
+        assert isinstance(gate, Gate)
+        logits = random_logits(9, 5, dtype=torch.float64).requires_grad_()
+        price = torch.randn(9, 5, dtype=torch.float64)
+        scores = gate.scores(logits)
+        (expected,) = torch.autograd.grad((scores * price).sum(), logits)
+        close(gate.pull_back(price, scores, logits).detach(), expected, 1e-12)
