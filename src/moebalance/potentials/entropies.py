@@ -1,4 +1,4 @@
-"""Negative entropies: potentials whose price has a pole at an empty expert, but for Tsallis above 1."""
+"""Negative entropies: the price has a pole at an empty expert, but for Tsallis above 1."""
 # ruff: noqa: D102 - `Potential` documents the methods; each class's docstring gives its formulas.
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Renyi(Potential):
     Strictly convex: minus the logarithm of a strictly concave sum. Scaling a load by s divides its
     price by s, so ⟨m, q⟩ = −r always, which fixes the scale of the inverse: with powers
     (−q_e)^(−r), ∇φ* = r/(−q_e) · their shares, φ* = log(their sum) + r log r − r, finite for
-    q_e < 0. A load that sums to s, as an average started from zero does, is priced 1/s times as high.
+    q_e < 0. A load that sums to s, as an average started from zero does, is priced 1/s times as
+    high.
 
     >>> Renyi(alpha=0.5).grad(torch.tensor([0.5, 0.5]))
     tensor([-1., -1.])

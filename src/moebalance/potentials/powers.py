@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from moebalance.potentials.base import Potential, require
 class Euclidean(Potential):
     """φ = ½ Σ m_e², price m_e: the potential behind the Switch loss. Its own conjugate.
 
+    >>> import torch
     >>> Euclidean().grad(torch.tensor([0.25, 0.75]))
     tensor([0.2500, 0.7500])
     """
@@ -43,6 +43,7 @@ class LpNorm(Potential):
 
     The conjugate is the same with p' in place of p, 1/p + 1/p' = 1: finite everywhere.
 
+    >>> import torch
     >>> LpNorm(3.0).grad(torch.tensor([0.5, 0.5]))
     tensor([0.2500, 0.2500])
     """

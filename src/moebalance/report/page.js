@@ -6,7 +6,7 @@ for (const button of document.querySelectorAll("table.methods thead button")) {
     const table = head.closest("table");
     const column = [...head.parentNode.children].indexOf(head);
     const turned = { ascending: "descending", descending: "ascending" };
-    const order = turned[head.ariaSort] || button.dataset.first;
+    const order = turned[head.getAttribute("aria-sort")] || button.dataset.first;
     for (const other of head.parentNode.children) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", order);
     const sign = order === "ascending" ? 1 : -1;

@@ -1,0 +1,353 @@
+"""Attaching to Transformers models: every promise, on every family of `families.py`."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, tiny, tokens
+from torch import Tensor, nn
+
+import moebalance as mb
+from moebalance.integrations.huggingface import find_sites
+
+SIGMOID = {"deepseek_v3", "glm4_moe"}
+NATIVE_BIAS = {"deepseek_v3", "glm4_moe", "ernie4_5_moe"}
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def watch(model: nn.Module, names: list[str]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Keep the last output of each router; return them and the way to stop."""
+    seen: dict[str, Any] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: seen.__setitem__(name, output)
+        )
+        for name in names
+    ]
+    return seen, lambda: [handle.remove() for handle in handles]
+
+
+def router_gradients(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    return {name: model.get_submodule(name).weight.grad.clone() for name in names}
+
+
+@each_family
+def test_every_moe_layer_is_found_with_its_gate(family: str) -> None:
+    model = tiny(family)
+    sites = find_sites(model)
+    experts = [name for name, _ in model.named_modules() if name.endswith(".experts")]
+    assert len(sites) == len(experts) == 2
+    for site in sites:
+        assert (site.num_experts, site.top_k) == (8, 2)
+        assert site.rule.gate == (mb.Sigmoid() if family in SIGMOID else mb.Softmax())
+        assert (site.bias is not None) == (family in NATIVE_BIAS)
+
+
+@each_family
+def test_the_rule_recomputes_the_routers_own_weights(family: str) -> None:
+    model, ids = tiny(family), tokens()
+    sites = {site.name: site for site in find_sites(model)}
+    seen, stop = watch(model, list(sites))
+    model(input_ids=ids)
+    stop()
+    for name, (logits, weights, experts, *_) in seen.items():
+        torch.testing.assert_close(
+            sites[name].rule.weigh(logits, experts), weights.float(), rtol=1e-5, atol=1e-7
+        )
+
+
+@each_family
+def test_injected_gradient_equals_the_explicit_term(family: str) -> None:
+    ids, balancer = tokens(), mb.PhiBalancing(strength=0.5)
+    model = tiny(family)
+    names = [site.name for site in find_sites(model)]
+    gates = {site.name: site.rule.gate for site in find_sites(model)}
+
+    seen, stop = watch(model, names)
+    loss = model(input_ids=ids, labels=ids).loss
+    stop()
+    loss.backward(retain_graph=True)
+    task = router_gradients(model, names)
+    model.zero_grad()
+    for name, (logits, _, experts, *_) in seen.items():
+        routing = mb.route(logits, experts, gates[name])
+        sums = mb.measure(routing)
+        loss = loss + balancer.penalty(balancer.init(8), mb.Batch(routing, sums, sums))
+    loss.backward()
+    explicit = router_gradients(model, names)
+    model.zero_grad()
+
+    with mb.attach(model, balancer):
+        model(input_ids=ids, labels=ids).loss.backward()
+        injected = router_gradients(model, names)
+    for name in names:
+        size = explicit[name].norm()
+        assert (injected[name] - explicit[name]).norm() <= 1e-6 * size
+        # The term is large enough here for the comparison to mean something.
+        assert (explicit[name] - task[name]).norm() > 1e-2 * size
+
+
+@each_family
+def test_statistics_equal_a_recomputation_from_the_routers_output(family: str) -> None:
+    model, ids = tiny(family), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    real = mask.bool().reshape(-1)
+    with mb.attach(model, mb.NoBalancing()) as balancing:
+        seen, stop = watch(model, list(balancing.layers))
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        stop()
+        balancing.step()
+        for name, layer in balancing.layers.items():
+            logits, _, experts, *_ = seen[name]
+            sums = layer.last_sums
+            assert sums.tokens.item() == 19
+            expected = torch.bincount(experts[real].reshape(-1), minlength=8).float()
+            assert torch.equal(sums.counts, expected)
+            scores = layer.gate.scores(logits)[real].sum(dim=0)
+            torch.testing.assert_close(sums.scores, scores.detach())
+
+
+@each_family
+def test_selection_price_moves_the_choice_but_not_the_weight_of_who_stays(family: str) -> None:
+    model, ids = tiny(family).eval(), tokens()
+    # A dense model cannot be told apart by deeper layers: look at the first router only, whose
+    # input does not depend on any choice.
+    name = find_sites(model)[0].name
+    rule = find_sites(model)[0].rule
+    seen, stop = watch(model, [name])
+    model(input_ids=ids)
+    stop()
+    before = seen[name][2]
+    busiest = torch.bincount(before.reshape(-1), minlength=8).argmax().item()
+    with mb.attach(model, mb.LossFree(rate=10.0)) as balancing:
+        sums = mb.Sums(torch.ones(8), torch.ones(8), torch.tensor(1.0))
+        sums.counts[busiest] = 9.0
+        for layer in balancing.layers.values():
+            layer.count(sums)
+        balancing.step()
+        seen, stop = watch(model, [name])
+        model(input_ids=ids)
+        stop()
+    logits, weights, after, *_ = seen[name]
+    assert (before == busiest).any()
+    assert not (after == busiest).any()
+    # What stays is weighed by its affinity alone: the price has no part in it.
+    torch.testing.assert_close(
+        weights.float(), rule.weigh(logits, after), rtol=1e-5, atol=1e-7
+    )
+
+
+@each_family
+def test_detach_restores_outputs_bit_for_bit_and_keys_never_change(family: str) -> None:
+    model, ids = tiny(family), tokens()
+    keys = list(model.state_dict())
+    before = model(input_ids=ids).logits
+    both = mb.Together(mb.PhiBalancing(strength=0.1), mb.LossFree(rate=0.05))
+    balancing = mb.attach(model, both)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        balancing.step()
+    assert list(model.state_dict()) == keys
+    assert not torch.equal(model(input_ids=ids).logits, before)
+    balancing.detach()
+    assert torch.equal(model(input_ids=ids).logits, before)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    fresh = tiny(family)
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in fresh.modules())
+
+
+@pytest.mark.parametrize("family", sorted(NATIVE_BIAS))
+def test_a_native_selection_bias_carries_the_price_and_is_saved_with_the_model(
+    family: str, tmp_path: Any
+) -> None:
+    model, ids = tiny(family), tokens()
+    balancing = mb.attach(model, mb.LossFree(rate=0.05))
+    model(input_ids=ids, labels=ids).loss.backward()
+    balancing.step()
+    sites = find_sites(model)
+    for site in sites:
+        price = balancing.layers[site.name].price
+        assert price.abs().max() > 0
+        torch.testing.assert_close(site.bias.reshape(-1), -price)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for mine, theirs in zip(sites, find_sites(again), strict=True):
+        assert torch.equal(mine.bias, theirs.bias)
+
+
+CHECKPOINTING = {"plain": None, "non-reentrant": False, "reentrant": True}
+COMPILING = {
+    "eager": lambda model: model,
+    "whole": lambda model: torch.compile(model, backend="aot_eager"),
+    "layers": lambda model: [layer.compile(backend="aot_eager") for layer in model.model.layers]
+    and model,
+}
+
+
+@pytest.mark.parametrize("compiling", COMPILING)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_counted_once_and_charged_alike_in_every_mode(checkpointing: str, compiling: str) -> None:
+    ids = tokens()
+    both = mb.Together(mb.PhiBalancing(strength=0.5), mb.LossFree(rate=0.01))
+
+    def run(checkpointing: str, compiling: str) -> tuple[list[Tensor], Tensor]:
+        torch._dynamo.reset()
+        model = tiny("mixtral")
+        balancing = mb.attach(model, both)
+        reentrant = CHECKPOINTING[checkpointing]
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        call = COMPILING[compiling](model)
+        for _ in range(2):
+            (3 * call(input_ids=ids, labels=ids).loss).backward()
+            balancing.step()
+        sums = [layer.last_sums.counts for layer in balancing.layers.values()]
+        model.eval()
+        with torch.no_grad():
+            call(input_ids=ids, labels=ids)
+        assert all(layer.running.abs().sum() == 0 for layer in balancing.layers.values())
+        return sums, model.model.layers[0].mlp.gate.weight.grad
+
+    expected_counts, expected_gradient = run("plain", "eager")
+    counts, gradient = run(checkpointing, compiling)
+    for mine, theirs in zip(counts, expected_counts, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.sum() == ids.numel() * 2
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_evaluation_and_no_grad_forwards_are_not_counted() -> None:
+    model, ids = tiny("mixtral"), tokens()
+    balancing = mb.attach(model, mb.PhiBalancing())
+    with torch.no_grad():
+        model(input_ids=ids)
+    model.eval()
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(RuntimeError, match=r"No token was counted in model\.layers\.0"):
+        balancing.step()
+
+
+def test_an_active_native_loss_is_switched_off_with_one_line_and_restored(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, ids = tiny("mixtral", output_router_logits=True, router_aux_loss_coef=0.7), tokens()
+    with caplog.at_level(logging.WARNING, "moebalance"):
+        balancing = mb.attach(model, mb.NoBalancing())
+    assert [r.message for r in caplog.records] == [
+        "moebalance: switched off MixtralForCausalLM's own balancing loss (output_router_logits="
+        "True, router_aux_loss_coef=0.7); detach() switches it on again."
+    ]
+    assert model(input_ids=ids, labels=ids).aux_loss is None
+    balancing.detach()
+    assert model(input_ids=ids, labels=ids).aux_loss is not None
+
+
+def test_a_model_without_routers_is_refused() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no MoE router"):
+        mb.attach(transformers.LlamaForCausalLM(config), mb.PhiBalancing())
+
+
+def test_a_second_attachment_is_refused() -> None:
+    model = tiny("mixtral")
+    mb.attach(model, mb.PhiBalancing())
+    with pytest.raises(ValueError, match="balanced already"):
+        mb.attach(model, mb.LossFree())
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = tiny("mixtral")
+    model.model.layers[0].compile(backend="eager")
+    with pytest.raises(ValueError, match="attach first, then compile"):
+        mb.attach(model, mb.PhiBalancing())
+
+
+def test_a_frozen_router_is_refused_only_where_its_gradient_is_needed() -> None:
+    model = tiny("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate is frozen"):
+        mb.attach(model, mb.PhiBalancing())
+    mb.attach(model, mb.LossFree()).detach()
+
+
+def test_a_group_limited_router_without_a_bias_refuses_selection_methods() -> None:
+    model = tiny("deepseek_v2", topk_method="group_limited_greedy", n_group=4, topk_group=1)
+    with pytest.raises(ValueError, match="limits the choice by groups"):
+        mb.attach(model, mb.LossFree())
+    ids = tokens()
+    with mb.attach(model, mb.PhiBalancing()) as balancing:
+        model(input_ids=ids, labels=ids).loss.backward()
+        balancing.step()
+
+
+def test_an_unknown_rule_is_refused_by_name() -> None:
+    class OddRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.top_k = nn.Parameter(torch.randn(8, 32)), 2
+
+        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = hidden @ self.weight.T
+            values, experts = logits.topk(2)
+            return logits, values.tanh(), experts
+
+    model = tiny("mixtral")
+    model.model.layers[1].mlp.gate = OddRouter()
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate \(OddRouter\) is a router of a kind"):
+        mb.attach(model, mb.PhiBalancing())
+
+
+def test_more_chosen_experts_than_there_are_is_refused() -> None:
+    model = tiny("mixtral")
+    model.model.layers[0].mlp.gate.top_k = 9
+    with pytest.raises(ValueError, match="9 of 8 experts"):
+        mb.attach(model, mb.PhiBalancing())
+
+
+def test_nan_logits_name_the_layer_and_the_step_and_leave_the_state() -> None:
+    model, ids = tiny("mixtral"), tokens()
+    balancing = mb.attach(model, mb.PhiBalancing())
+    model(input_ids=ids, labels=ids).loss.backward()
+    balancing.step()
+    before = balancing.state_dict()
+    with torch.no_grad():
+        good = model.model.layers[1].mlp.gate.weight.clone()
+        model.model.layers[1].mlp.gate.weight[3] = torch.nan
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(FloatingPointError, match=r"model\.layers\.1\.mlp\.gate during step 2"):
+        balancing.step()
+    after = balancing.state_dict()
+    for name, layer in before["layers"].items():
+        assert all(torch.equal(layer[key], after["layers"][name][key]) for key in layer)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.copy_(good)
+    model(input_ids=ids, labels=ids).loss.backward()
+    balancing.step()
+    assert balancing.steps == 2
+
+
+def test_an_empty_step_of_padding_only_is_refused() -> None:
+    model, ids = tiny("mixtral"), tokens()
+    balancing = mb.attach(model, mb.PhiBalancing())
+    model(input_ids=ids, attention_mask=torch.zeros_like(ids), labels=ids).loss.backward()
+    with pytest.raises(RuntimeError, match="at least one real token"):
+        balancing.step()
+
+
+def test_what_is_neither_transformers_nor_ours_is_refused() -> None:
+    with pytest.raises(ValueError, match="BalancedRouter"):
+        mb.attach(nn.Linear(2, 2), mb.PhiBalancing())
+    with pytest.raises(TypeError, match="torch module"):
+        mb.attach("mixtral", mb.PhiBalancing())
+    with pytest.raises(TypeError, match="must be a Balancer"):
+        mb.attach(tiny("mixtral"), "phi")
