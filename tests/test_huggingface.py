@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, tiny, tokens
 from torch import Tensor, nn
 
 import moebalance as mb
+from families import FAMILIES, tiny, tokens
 from moebalance.integrations.huggingface import find_sites
 
 SIGMOID = {"deepseek_v3", "glm4_moe"}
@@ -136,9 +136,7 @@ def test_selection_price_moves_the_choice_but_not_the_weight_of_who_stays(family
     assert (before == busiest).any()
     assert not (after == busiest).any()
     # What stays is weighed by its affinity alone: the price has no part in it.
-    torch.testing.assert_close(
-        weights.float(), rule.weigh(logits, after), rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(weights.float(), rule.weigh(logits, after), rtol=1e-5, atol=1e-7)
 
 
 @each_family
@@ -183,8 +181,9 @@ CHECKPOINTING = {"plain": None, "non-reentrant": False, "reentrant": True}
 COMPILING = {
     "eager": lambda model: model,
     "whole": lambda model: torch.compile(model, backend="aot_eager"),
-    "layers": lambda model: [layer.compile(backend="aot_eager") for layer in model.model.layers]
-    and model,
+    "layers": lambda model: (
+        [layer.compile(backend="aot_eager") for layer in model.model.layers] and model
+    ),
 }
 
 
@@ -303,7 +302,9 @@ def test_an_unknown_rule_is_refused_by_name() -> None:
 
     model = tiny("mixtral")
     model.model.layers[1].mlp.gate = OddRouter()
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate \(OddRouter\) is a router of a kind"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.gate \(OddRouter\) is a router of a kind"
+    ):
         mb.attach(model, mb.PhiBalancing())
 
 
@@ -351,3 +352,17 @@ def test_what_is_neither_transformers_nor_ours_is_refused() -> None:
         mb.attach("mixtral", mb.PhiBalancing())
     with pytest.raises(TypeError, match="must be a Balancer"):
         mb.attach(tiny("mixtral"), "phi")
+
+
+def test_a_trained_selection_bias_is_where_the_price_starts() -> None:
+    model, ids = tiny("deepseek_v3"), tokens()
+    bias = find_sites(model)[0].bias
+    bias.copy_(torch.linspace(-0.3, 0.3, 8))
+    trained = bias.clone()
+    balancing = mb.attach(model, mb.LossFree(rate=0.01))
+    assert torch.equal(bias, trained)
+    model(input_ids=ids, labels=ids).loss.backward()
+    balancing.step()
+    assert (bias - trained).abs().max().item() == pytest.approx(0.01, rel=1e-4)
+    balancing.detach()
+    assert torch.equal(bias, trained)

@@ -145,10 +145,13 @@ def test_batch_without_real_token_changes_no_state_and_has_zero_gradient(balance
 @every_gate
 def test_padding_changes_neither_sums_nor_term_nor_choice_of_real_tokens(balancer, gate):
     sequences, length, padding, num_experts = 3, 7, 4, 8
-    state = skewed_state(balancer, num_experts, gate=gate)
-    real = random_logits(sequences * length, num_experts, seed=5)
+    state = to_double(skewed_state(balancer, num_experts, gate=gate))
+    real = random_logits(sequences * length, num_experts, seed=5, dtype=torch.float64)
     # One sequence more is padding altogether.
-    logits = 1e4 * torch.randn(sequences + 1, length + padding, num_experts)
+    garbage = random_logits(
+        (sequences + 1) * (length + padding), num_experts, seed=6, dtype=torch.float64
+    )
+    logits = 1e4 * garbage.view(sequences + 1, length + padding, num_experts)
     logits[:sequences, :length] = real.view(sequences, length, num_experts)
     mask = torch.zeros(sequences + 1, length + padding, dtype=torch.bool)
     mask[:sequences, :length] = True
@@ -159,20 +162,20 @@ def test_padding_changes_neither_sums_nor_term_nor_choice_of_real_tokens(balance
         logits.view(-1, num_experts), 2, gate=gate, mask=flat, sequences=sequences + 1
     )
     expected, found = one_batch(balancer, state, short), one_batch(balancer, state, long)
-    close(found.sums, expected.sums)
-    close(balancer.update(state, found.sums), balancer.update(state, expected.sums))
+    close(found.sums, expected.sums, 1e-12)
+    close(balancer.update(state, found.sums), balancer.update(state, expected.sums), 1e-12)
     gradient = balancer.logit_gradient(state, expected)
     if gradient is not None:
         padded_gradient = balancer.logit_gradient(state, found)
         # A penalty of centred prices is a small difference of large terms: absolute.
         torch.testing.assert_close(
-            balancer.penalty(state, found), balancer.penalty(state, expected), rtol=0, atol=1e-7
+            balancer.penalty(state, found), balancer.penalty(state, expected), rtol=0, atol=1e-14
         )
-        close(padded_gradient[flat], gradient)
+        close(padded_gradient[flat], gradient, 1e-12)
         assert not padded_gradient[~flat].any()
     ranked = preference(balancer, state, short)
     if ranked is not None:
-        close(preference(balancer, state, long)[flat], ranked)
+        close(preference(balancer, state, long)[flat], ranked, 1e-12)
 
 
 # --- the methods as functions -----------------------------------------------------------------

@@ -102,15 +102,17 @@ class LayerBalance(nn.Module):
     def commit(self) -> Sums:
         """End the optimizer step: advance the state by the running sums and clear them."""
         sums = unpack(self.running.clone(), self.balancer, self.num_experts)
-        after = self.balancer.update(self.state, sums)
-        for name, (_, tensor) in zip(self._state_names, _leaves(after), strict=True):
-            # In place: compiled graphs and CUDA graphs hold on to these very tensors.
-            self.get_buffer(name).copy_(tensor)
+        self._write(self.balancer.update(self.state, sums))
         tokens_and_batches = self.running[2 * self.num_experts : 2 * self.num_experts + 2]
         self.last_step.copy_(tokens_and_batches)
         self.last_sums = sums
         self.discard()
         return sums
+
+    @torch.no_grad()
+    def adopt(self, price: Float[Tensor, "E"]) -> None:
+        """Start from a selection price that the model was trained with."""
+        self._write(self.balancer.adopt(self.state, price.float()))
 
     def discard(self) -> None:
         """Forget what was counted since the last commit."""
@@ -119,6 +121,11 @@ class LayerBalance(nn.Module):
     def extra_repr(self) -> str:
         """Show the method and the size."""
         return f"{self.balancer}, num_experts={self.num_experts}, gate={self.gate}"
+
+    def _write(self, state: State) -> None:
+        for name, (_, tensor) in zip(self._state_names, _leaves(state), strict=True):
+            # In place: compiled graphs and CUDA graphs hold on to these very tensors.
+            self.get_buffer(name).copy_(tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to another device, but never to another dtype."""

@@ -59,6 +59,10 @@ class Balancer:
         """Price subtracted from the affinities before top-k; None leaves the choice alone."""
         return None
 
+    def adopt(self, state: State, price: Float[Tensor, "E"]) -> State:
+        """Take over a selection price that a model was trained with; ignored by other methods."""
+        return state
+
     def preference(
         self,
         state: State,

@@ -61,3 +61,7 @@ class LossFree(Balancer):
     def price(self, state: SelectionPrice) -> Float[Tensor, "E"]:
         """The price as it stands."""
         return state.price
+
+    def adopt(self, state: SelectionPrice, price: Float[Tensor, "E"]) -> SelectionPrice:
+        """Go on from the model's own price."""
+        return SelectionPrice(price)

@@ -81,6 +81,10 @@ class QuantileBalancing(Balancer):
         """The price as it stands."""
         return state.price
 
+    def adopt(self, state: SelectionPrice, price: Float[Tensor, "E"]) -> SelectionPrice:
+        """Go on from the model's own price."""
+        return SelectionPrice(price)
+
 
 def _compress(margin: Tensor) -> Tensor:
     """[−2, 2] → [0, 1] by the signed cube root."""

@@ -76,6 +76,10 @@ class Together(Balancer):
         """The price of the one that has one."""
         return _sum(self.first.price(state.first), self.second.price(state.second))
 
+    def adopt(self, state: Both, price: Float[Tensor, "E"]) -> Both:
+        """Hand the price to both; who does not select ignores it."""
+        return Both(self.first.adopt(state.first, price), self.second.adopt(state.second, price))
+
     def preference(
         self,
         state: Both,

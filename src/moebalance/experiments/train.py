@@ -72,9 +72,9 @@ def train_run(
     balancer = build_method(method, options)
     data = load_data(recipe.data, cache_dir=cache_dir)
     transformers.set_seed(seed)
-    model = build_model(recipe, data.tokenizer.vocab_size)
-    balancing = attach(model, balancer)
     checkpoint = last_whole_checkpoint(folder) if resume else None
+    model = build_model(recipe, data.tokenizer.vocab_size, checkpoint)
+    balancing = attach(model, balancer)
     path = folder / LOG_NAME
     step = 0 if checkpoint is None else _step_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,11 @@ def train_run(
     return path
 
 
-def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel:
-    """Make the recipe's model with fresh weights.
+def build_model(recipe: Recipe, vocab_size: int, checkpoint: Path | None = None) -> PreTrainedModel:
+    """Make the recipe's model, with fresh weights or those of a checkpoint.
+
+    The weights are loaded here because a Trainer that resumes leaves out experts which Transformers
+    saves under other names than it holds them: it logs "missing keys" and goes on without them.
 
     Raises:
         ValueError: unknown architecture or configuration key, with the nearest valid name.
@@ -115,7 +118,11 @@ def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel:
                 f"{did_you_mean(key, known)}"
             )
     config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **keys)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model: PreTrainedModel
+    if checkpoint is None:
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config)
     if experts is not None:
         model.set_experts_implementation(experts)
     return model

@@ -59,9 +59,10 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
         hook = RouterHook(layer, site, forward, reselect=balancer.selects and not native)
         balancing.on_detach(site.router.register_forward_hook(hook.after_router).remove)
         if site.bias is not None and native:
-            original = site.bias.detach().clone()
-            balancing.on_step(partial(_write_bias, site.bias, original, layer))
-            balancing.on_detach(partial(_write_bias, site.bias, original, None))
+            bias = site.bias.detach()
+            layer.adopt(-bias.reshape(-1))
+            balancing.on_step(partial(_write_bias, bias, layer))
+            balancing.on_detach(partial(bias.copy_, bias.clone()))
     hooks = _ModelHooks(balancing, forward)
     for module in {id(m): m for m in (model, inner)}.values():
         before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
@@ -187,11 +188,11 @@ class _ModelHooks:
         return None
 
 
-def _write_bias(bias: Tensor, original: Tensor, layer: LayerBalance | None) -> None:
-    """Set a model's own selection bias to what it was, less the layer's price if one is given."""
-    price = None if layer is None else layer.price
-    with torch.no_grad():
-        bias.copy_(original if price is None else original - price.to(original).view_as(original))
+def _write_bias(bias: Tensor, layer: LayerBalance) -> None:
+    """Set a model's own selection bias to −price."""
+    price = layer.price
+    assert price is not None
+    bias.copy_(-price.view_as(bias))
 
 
 def _refuse_second(sites: list[Site]) -> None:
