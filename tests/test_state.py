@@ -76,11 +76,15 @@ def test_a_double_model_trains():
     balancing.step()
 
 
-def test_a_state_made_on_the_meta_device_is_not_taken_for_zeros():
+def test_a_router_made_on_the_meta_device_starts_afresh_on_a_real_one():
     with torch.device("meta"):
-        router = BalancedRouter(PHI, EXPERTS, TOP_K)
-    with pytest.raises(RuntimeError, match="created on the meta device"):
-        router.to_empty(device="cpu")
+        router = BalancedRouter(Together(PHI, LossFree()), EXPERTS, TOP_K)
+    router.to_empty(device="cpu")
+    fresh = BalancedRouter(Together(PHI, LossFree()), EXPERTS, TOP_K)
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(router.state_dict()[name], tensor)
+    router(torch.randn(5, EXPERTS, requires_grad=True))[0].sum().backward()
+    assert router.running[2 * EXPERTS] == 5
 
 
 def test_running_sums_are_neither_buffers_nor_saved():

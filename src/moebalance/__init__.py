@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from moebalance.potentials import SoftL1 as SoftL1
     from moebalance.potentials import Softplus as Softplus
     from moebalance.potentials import Tsallis as Tsallis
+    from moebalance.potentials import UnitSlope as UnitSlope
     from moebalance.routing import Batch as Batch
     from moebalance.routing import Gate as Gate
     from moebalance.routing import Routing as Routing
@@ -76,6 +77,7 @@ _HOME = {
         "SoftL1",
         "Softplus",
         "Tsallis",
+        "UnitSlope",
     ],
     "moebalance.routing": [
         "Batch",
@@ -90,7 +92,7 @@ _HOME = {
 }
 _ORIGIN = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", "huggingface", *_ORIGIN]
+__all__ = ["__version__", *_ORIGIN]
 
 
 def __getattr__(name: str) -> Any:
@@ -102,4 +104,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "huggingface"])

@@ -172,6 +172,7 @@ class Balancing:
         for name, layer in self.layers.items():
             layer.load_state_dict(state["layers"][name])
             layer.discard()
+            layer.last_sums = None
         self.steps = state["steps"]
         self._publish()
 

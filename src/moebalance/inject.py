@@ -129,16 +129,17 @@ class _Inject(torch.autograd.Function):
         balancer, gate, sequences = ctx.static
         state, tally = ctx.state, ctx.tally
 
-        routing = route(logits, experts, gate, mask=mask, sequences=sequences)
-        sums = balancer.observe(state, routing)
-        tally.running.add_(pack(sums))
-        step = unpack(tally.running, balancer, routing.num_experts)
-        batch = Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
+        with torch.no_grad():
+            routing = route(logits, experts, gate, mask=mask, sequences=sequences)
+            sums = balancer.observe(state, routing)
+            tally.running.add_(pack(sums))
+            step = unpack(tally.running, balancer, routing.num_experts)
+            batch = Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
 
-        charge = balancer.logit_gradient(state, batch)
-        if charge is not None:
-            factor = tally.scale if weight is None else tally.scale * weight
-            charge = (charge * factor).to(logits.dtype)
+            charge = balancer.logit_gradient(state, batch)
+            if charge is not None:
+                factor = tally.scale if weight is None else tally.scale * weight
+                charge = (charge * factor).to(logits.dtype)
         return None, None, None, None, None, None, charge, upstream
 
 

@@ -40,21 +40,14 @@ class LayerBalance(nn.Module):
         if num_experts < 2:
             raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
         self.balancer, self.num_experts, self.gate, self.name = balancer, num_experts, gate, name
-        template = balancer.init(num_experts)
-        self._rebuild = _rebuilder(template)
-        self._state_names = [f"state_{name}" for name, _ in _leaves(template)]
-        for (_, tensor), name_ in zip(_leaves(template), self._state_names, strict=True):
-            self.register_buffer(name_, tensor.clone())
-        self.register_buffer("last_step", torch.zeros(2))
         self.last_step: Tensor
-        self.running = torch.zeros(packed_size(balancer, num_experts))
-        self.loss_scale = torch.ones(())
-        self.last_sums: Sums | None = None
+        self.last_sums: Sums | None
+        self._reset()
 
     @property
     def state(self) -> State:
         """The method's state, built over this module's buffers."""
-        return self._rebuild(iter([self.get_buffer(name) for name in self._state_names]))
+        return _refill(self._template, iter([self.get_buffer(name) for name in self._state_names]))
 
     @property
     def price(self) -> Float[Tensor, "E"] | None:
@@ -122,6 +115,18 @@ class LayerBalance(nn.Module):
         """Show the method and the size."""
         return f"{self.balancer}, num_experts={self.num_experts}, gate={self.gate}"
 
+    def _reset(self) -> None:
+        """Make the state before the first step, on the device in force."""
+        self._template = self.balancer.init(self.num_experts)
+        self._state_names = [f"state_{name}" for name, _ in _leaves(self._template)]
+        for name, (_, tensor) in zip(self._state_names, _leaves(self._template), strict=True):
+            self.register_buffer(name, tensor.clone())
+        self.register_buffer("last_step", torch.zeros(2, dtype=torch.float32))
+        size = packed_size(self.balancer, self.num_experts)
+        self.running = torch.zeros(size, dtype=torch.float32)
+        self.loss_scale = torch.ones((), dtype=torch.float32)
+        self.last_sums = None
+
     def _write(self, state: State) -> None:
         for name, (_, tensor) in zip(self._state_names, _leaves(state), strict=True):
             # In place: compiled graphs and CUDA graphs hold on to these very tensors.
@@ -130,21 +135,17 @@ class LayerBalance(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to another device, but never to another dtype."""
         device = fn(torch.empty(0, device=self.running.device)).device
+        if self.running.is_meta and device.type != "meta":
+            # Deferred initialisation: there are no values to move, so make the first ones.
+            with torch.device(device):
+                self._reset()
+            return self
         for name, tensor in self._buffers.items():
             assert tensor is not None
-            self._buffers[name] = self._moved(tensor, device)
-        self.running = self._moved(self.running, device)
-        self.loss_scale = self._moved(self.loss_scale, device)
+            self._buffers[name] = tensor.to(device)
+        self.running = self.running.to(device)
+        self.loss_scale = self.loss_scale.to(device)
         return self
-
-    @staticmethod
-    def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-        if tensor.is_meta and device.type != "meta":
-            raise RuntimeError(
-                "A balancing state was created on the meta device and has no values to move: "
-                "build the router on a real device, or load its state with assign=True."
-            )
-        return tensor.to(device)
 
 
 class BalancedRouter(LayerBalance):
@@ -213,9 +214,11 @@ class BalancedRouter(LayerBalance):
         preference = self.preference(flat, flat_mask, training=self.training)
         ranked = affinities.detach() if preference is None else preference
         experts = ranked.topk(self.top_k, dim=-1).indices
-        weights = affinities.gather(-1, experts)
         if self.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            # Of the logarithms: a chosen affinity may be too small to divide by.
+            weights = self.gate.log_affinity(flat).gather(-1, experts).softmax(dim=-1)
+        else:
+            weights = affinities.gather(-1, experts)
         if self.training and torch.is_grad_enabled():
             sequences = logits.shape[0] if logits.dim() == 3 else 1
             weights = self.inject(weights, flat, experts, mask=flat_mask, sequences=sequences)
@@ -233,14 +236,11 @@ def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _leaves(value, f"{prefix}{field}_")
 
 
-def _rebuilder(template: State) -> Callable[[Iterator[Tensor]], State]:
-    """Make the function that puts tensors, in `_leaves` order, back into the template's shape."""
+def _refill(template: State, tensors: Iterator[Tensor]) -> State:
+    """Put tensors, in `_leaves` order, into the shape of `template`."""
+    if isinstance(template, Tensor):
+        return next(tensors)
     fields = getattr(template, "_fields", ())
-    parts = [
-        next if isinstance(value, Tensor) else _rebuilder(value)
-        for value in (getattr(template, field) for field in fields)
-    ]
-    kind = type(template)
     if not fields:
-        return lambda tensors: ()
-    return lambda tensors: kind(*(part(tensors) for part in parts))
+        return ()
+    return type(template)(*[_refill(getattr(template, field), tensors) for field in fields])

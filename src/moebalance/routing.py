@@ -211,10 +211,17 @@ def measure(routing: Routing, extra: Sequence[Tensor] = ()) -> Sums:
     if weights is None:
         scores = routing.scores.sum(dim=0)
     else:
-        scores = weights @ routing.scores
+        scores = real_rows(routing.scores, routing.mask).sum(dim=0)
         assignments = weights.unsqueeze(-1).expand_as(routing.experts).reshape(-1)
     counts = torch.zeros_like(scores).scatter_add(0, routing.experts.reshape(-1), assignments)
     return Sums(scores, counts, routing.tokens, tuple(extra))
+
+
+def real_rows(values: Float[Tensor, "T *more"], mask: Bool[Tensor, "T"] | None) -> Tensor:
+    """Values with padded rows set to 0, whatever they held: 0 · NaN would be NaN."""
+    if mask is None:
+        return values
+    return torch.where(mask.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -44,9 +44,11 @@ class Rule:
         >>> rule.weigh(torch.zeros(1, 4), torch.tensor([[0, 3]]))
         tensor([[1., 1.]])
         """
-        weights = self.gate.affinities(logits).gather(-1, experts)
         if self.normalized:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            # Of the logarithms: a chosen affinity may be too small to divide by.
+            weights = self.gate.log_affinity(logits).gather(-1, experts).softmax(dim=-1)
+        else:
+            weights = self.gate.affinities(logits).gather(-1, experts)
         return weights * self.scaling
 
 

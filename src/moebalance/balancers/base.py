@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.routing import Batch, Gate, Routing, Sums, measure
+from moebalance.routing import Batch, Gate, Routing, Sums, measure, real_rows
 
 State = Any
 """A NamedTuple of float32 tensors, or of such NamedTuples; () for a method without memory."""
@@ -100,8 +100,7 @@ class Balancer:
             routing.scores,
             routing.logits,
         )
-        weights = routing.token_weights
-        return gradient if weights is None else gradient * weights.unsqueeze(-1)
+        return real_rows(gradient, routing.mask)
 
     @property
     def charges(self) -> bool:
@@ -134,14 +133,14 @@ def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, "
     2.0
     """
     worth = (routing.scores * price.detach()).sum(dim=-1)
-    weights = routing.token_weights
-    total = worth.sum() if weights is None else (worth * weights).sum()
-    return total * (routing.num_experts / routing.tokens.clamp(min=1))
+    return real_rows(worth, routing.mask).sum() * (
+        routing.num_experts / routing.tokens.clamp(min=1)
+    )
 
 
 def per_token(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:
     """`value` where the step saw a token, `otherwise` where it saw none."""
-    return torch.where(tokens > 0, value, otherwise)
+    return torch.where(tokens > 0, value.to(otherwise.dtype), otherwise)
 
 
 def check_positive(name: str, value: float, *, zero: bool = True) -> None:

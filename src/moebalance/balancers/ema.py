@@ -23,21 +23,28 @@ class Ema(NamedTuple):
     @classmethod
     def empty(cls, num_experts: int) -> "Ema":
         """Start from nothing."""
-        return cls(torch.zeros(num_experts), torch.zeros(()))
+        return cls(
+            torch.zeros(num_experts, dtype=torch.float32), torch.zeros((), dtype=torch.float32)
+        )
 
     def toward(
         self, value: Float[Tensor, "E"], rate: float | Tensor, tokens: Float[Tensor, ""]
     ) -> "Ema":
         """Move by `rate` toward `value`; stay where no token was seen."""
-        rate = torch.where(tokens > 0, rate, 0.0).to(self.mean.dtype)
-        return Ema(torch.lerp(self.mean, value, rate), torch.lerp(self.weight, _one(rate), rate))
+        rate = ((tokens > 0).to(self.mean.dtype) * rate).to(self.mean.dtype)
+        return Ema(
+            torch.lerp(self.mean, value.to(self.mean.dtype), rate),
+            torch.lerp(self.weight, _one(rate), rate),
+        )
 
     def read(self) -> Float[Tensor, "E"]:
         """The bias-corrected mean; uniform before the first step."""
         uniform = torch.full_like(self.mean, 1 / self.mean.shape[-1])
         # clamp: the unused branch of `where` must not divide by 0.
         return torch.where(
-            self.weight > 0, self.mean / self.weight.clamp(min=torch.finfo().tiny), uniform
+            self.weight > 0,
+            self.mean / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny),
+            uniform,
         )
 
 

@@ -45,7 +45,7 @@ class LossFree(Balancer):
 
     def init(self, num_experts: int) -> SelectionPrice:
         """Start with price 0 for all."""
-        return SelectionPrice(torch.zeros(num_experts))
+        return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
 
     def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
         """Raise the price of experts above the mean load, lower it below."""

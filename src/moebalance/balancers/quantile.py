@@ -41,7 +41,7 @@ class QuantileBalancing(Balancer):
 
     def init(self, num_experts: int) -> SelectionPrice:
         """Start with price 0 for all."""
-        return SelectionPrice(torch.zeros(num_experts))
+        return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
         """One histogram (E, bins)."""

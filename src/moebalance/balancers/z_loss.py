@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, State, check_positive
-from moebalance.routing import Batch, Routing, at_least_float32
+from moebalance.routing import Batch, Routing, at_least_float32, real_rows
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,15 @@ class ZLoss(Balancer):
     def penalty(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """β · mean over real tokens of logsumexp(z)²."""
         squares = _log_partition(batch.routing).square()
-        weights = batch.routing.token_weights
-        total = squares.sum() if weights is None else (squares * weights).sum()
+        total = real_rows(squares, batch.routing.mask).sum()
         return self.strength * total / batch.routing.tokens.clamp(min=1)
 
     def logit_gradient(self, state: State, batch: Batch) -> Float[Tensor, "T E"]:
         """2β · logsumexp(z_t) · softmax(z_t) per real token, over their number."""
         routing = batch.routing
         rows = 2 * self.strength * _log_partition(routing) / batch.sums.tokens.clamp(min=1)
-        weights = routing.token_weights
-        if weights is not None:
-            rows = rows * weights
-        return rows.unsqueeze(-1) * at_least_float32(routing.logits).softmax(dim=-1)
+        gradient = rows.unsqueeze(-1) * at_least_float32(routing.logits).softmax(dim=-1)
+        return real_rows(gradient, routing.mask)
 
 
 def _log_partition(routing: Routing) -> Float[Tensor, "T"]:

@@ -62,7 +62,7 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
             bias = site.bias.detach()
             layer.adopt(-bias.reshape(-1))
             balancing.on_step(partial(_write_bias, bias, layer))
-            balancing.on_detach(partial(bias.copy_, bias.clone()))
+            balancing.on_detach(partial(_restore, bias, bias.clone()))
     hooks = _ModelHooks(balancing, forward)
     for module in {id(m): m for m in (model, inner)}.values():
         before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
@@ -193,6 +193,10 @@ def _write_bias(bias: Tensor, layer: LayerBalance) -> None:
     price = layer.price
     assert price is not None
     bias.copy_(-price.view_as(bias))
+
+
+def _restore(bias: Tensor, original: Tensor) -> None:
+    bias.copy_(original)
 
 
 def _refuse_second(sites: list[Site]) -> None:

@@ -1,0 +1,54 @@
+"""A hand-written MoE layer, balanced: three lines are moebalance's, the rest is the model."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moebalance as mb
+
+HIDDEN, EXPERTS, TOP_K, VOCABULARY = 32, 8, 2, 64
+
+
+class MoE(nn.Module):
+    def __init__(self, balancer: mb.Balancer) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.router = mb.BalancedRouter(balancer, EXPERTS, TOP_K)
+        self.up = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2 * HIDDEN) / HIDDEN**0.5)
+        self.down = nn.Parameter(torch.randn(EXPERTS, 2 * HIDDEN, HIDDEN) / HIDDEN**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, experts = self.router(self.gate(x))
+        # Every expert on every token: simple, and fine for an example of this size.
+        outputs = torch.einsum("bsh,ehf->bsef", x, self.up).relu()
+        outputs = torch.einsum("bsef,efh->bseh", outputs, self.down)
+        chosen = outputs.gather(2, experts.unsqueeze(-1).expand(-1, -1, -1, HIDDEN))
+        return x + (chosen * weights.unsqueeze(-1)).sum(dim=2)
+
+
+def train(balancer: mb.Balancer, steps: int = 200) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(VOCABULARY, HIDDEN),
+        MoE(balancer),
+        MoE(balancer),
+        nn.Linear(HIDDEN, VOCABULARY),
+    )
+    balancing = mb.attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    # A skewed source of words: a few are frequent, so a few experts would take most tokens.
+    frequency = 1.0 / torch.arange(1, VOCABULARY + 1)
+    for _ in range(steps):
+        ids = torch.multinomial(frequency, 512, replacement=True).view(4, 128)
+        loss = F.cross_entropy(model(ids).flatten(0, 1), (ids * 7 % VOCABULARY).flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        balancing.step()
+    return {"loss": loss.item(), **balancing.metrics()}
+
+
+if __name__ == "__main__":
+    for balancer in (mb.NoBalancing(), mb.PhiBalancing(strength=0.01)):
+        end = train(balancer)
+        print(f"{type(balancer).__name__:13} MaxVio {end['maxvio']:.2f}  Gini {end['gini']:.2f}")

@@ -1,0 +1,5 @@
+"""`python -m moebalance`: the command line."""
+
+from moebalance.cli import main
+
+main()

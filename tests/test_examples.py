@@ -1,0 +1,24 @@
+"""The examples run, and show what they claim."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import moebalance as mb
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_plain_pytorch_example_balances_and_is_short() -> None:
+    plain = example("plain_pytorch")
+    without = plain.train(mb.NoBalancing())
+    with_phi = plain.train(mb.PhiBalancing(strength=0.01))
+    assert with_phi["maxvio"] < 0.6 * without["maxvio"]
+    assert len((EXAMPLES / "plain_pytorch.py").read_text().splitlines()) < 60

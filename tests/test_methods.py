@@ -1,0 +1,119 @@
+"""Words people type, recipes they write: what becomes of them, and what is refused how."""
+
+import doctest
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import moebalance as mb
+from moebalance.balancers import Balancer, Together
+from moebalance.experiments import methods
+from moebalance.experiments.methods import build_method, method_classes, split_outside_brackets
+from moebalance.experiments.recipe import Recipe
+
+MINIMAL = {"model": {"architecture": "mixtral"}}
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(methods).failed == 0
+
+
+def test_every_exported_method_has_a_word_and_can_be_built() -> None:
+    exported = {
+        kind
+        for name in mb.balancers.__all__
+        if isinstance(kind := getattr(mb.balancers, name), type) and issubclass(kind, Balancer)
+    } - {Balancer, Together}
+    assert set(method_classes().values()) == exported
+    for word, kind in method_classes().items():
+        assert build_method(word) == kind()
+
+
+def test_words_compose_and_take_options_from_brackets_and_tables() -> None:
+    built = build_method(
+        "phi(rate=0.5, potential='Tsallis')+loss-free",
+        {"phi": {"rate": 0.1, "strength": 0.2}, "loss-free": {"recentre": True}},
+    )
+    potential = mb.Tsallis()
+    first = mb.PhiBalancing(potential, strength=0.2, rate=0.5)
+    assert built == mb.Together(first, mb.LossFree(recentre=True))
+
+
+def test_a_potential_takes_options_and_a_unit_slope() -> None:
+    table = {"name": "LpNorm", "p": 4.0, "unit_slope": True}
+    assert (
+        build_method("phi", {"phi": {"potential": table}}).potential == mb.LpNorm(4.0).unit_slope()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("loss_free", {}, "Unknown method 'loss_free'. Did you mean 'loss-free'"),
+        ("phi", {"phi": {"strenght": 1}}, "no option 'strenght'. Did you mean 'strength'"),
+        ("phi(strength=0.1", {}, "write it like phi"),
+        ("phi(0.1)", {}, "options are written name=value"),
+        ("phi(strength=-1)", {}, r"strength=-1: must be a finite number at least 0"),
+        ("phi(rate=2)", {}, r"rate=2: must lie in \(0, 1\]"),
+        ("phi", {"phi": {"potential": "NegEntropy"}}, "Did you mean 'NegativeEntropy'"),
+        ("phi(potential={'name': 'LpNorm', 'q': 2})", {}, "Potential LpNorm has no option 'q'"),
+        ("loss-free+quantile", {}, "both choose experts"),
+    ],
+)
+def test_a_bad_method_is_refused_with_what_is_possible(
+    name: str, options: dict[str, dict[str, object]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_method(name, options)
+
+
+def test_commas_inside_brackets_do_not_split() -> None:
+    assert split_outside_brackets("a(x=1,y=[2,3]), b", ",") == ["a(x=1,y=[2,3])", "b"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, r"\[model\] needs architecture"),
+        ({**MINIMAL, "trian": {}}, "unknown key 'trian'. Did you mean 'train'"),
+        ({**MINIMAL, "train": {"step": 3}}, r"\[train\]: unknown key 'step'. Did you mean 'steps'"),
+        ({**MINIMAL, "train": {"steps": 0}}, "steps=0: must be at least 1"),
+        ({**MINIMAL, "train": {"batching": "one_domain"}}, "Did you mean 'one-domain'"),
+        ({**MINIMAL, "train": {"learning_rate": 0}}, "learning_rate=0: must be greater than 0"),
+        ({**MINIMAL, "train": {"warmup": 2}}, "warmup=2"),
+        ({**MINIMAL, "data": {"tokenizer": "byte"}}, "bytes"),
+        ({**MINIMAL, "compare": {"seeds": []}}, "seeds is empty"),
+        ({**MINIMAL, "compare": {"batching": ["x"]}}, "Possible: mixed, one-domain"),
+        ({**MINIMAL, "method": {"strength": 1}}, r"\[method\] needs name"),
+        ({**MINIMAL, "model": "mixtral"}, r"model must be a table"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_its_place(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.parse(table, source="r.toml")
+
+
+def test_a_recipe_file_must_exist_and_be_toml(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No recipe at"):
+        Recipe.read(tmp_path / "none.toml")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[model\n")
+    with pytest.raises(ValueError, match="is not TOML"):
+        Recipe.read(bad)
+
+
+def test_every_committed_recipe_reads() -> None:
+    root = Path(__file__).parents[1]
+    recipes = [*root.glob("recipes/**/*.toml"), *root.glob("src/moebalance/recipes/*.toml")]
+    assert len(recipes) >= 2
+    for path in recipes:
+        recipe = Recipe.read(path)
+        for method in recipe.compare.methods:
+            build_method(method, recipe.methods)
+
+
+def test_balancers_are_frozen_dataclasses() -> None:
+    for kind in method_classes().values():
+        assert kind.__dataclass_params__.frozen
+        assert all(field.init for field in fields(kind))
