@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from moebalance.report import summarise, summary_rows, write_figure, write_report
+from moebalance.report import (
+    summarise,
+    summary_rows,
+    write_figure,
+    write_markdown,
+    write_report,
+)
 from moebalance.report.axes import Axis, Ink
 from moebalance.report.heatmap import colour_class, load_map
 from moebalance.report.labels import Anchor, Box, place
@@ -21,7 +27,7 @@ from moebalance.report.methods import LOOKS, looks
 from moebalance.report.plots import curve, curves, scatter, window_of
 from moebalance.report.summary import METRICS
 from moebalance.report.verdict import T_975, paired
-from moebalance.runlog import LOG_NAME, Run, find_runs, read_run
+from moebalance.runlog import LOG_NAME, Run, archive, find_runs, read_run
 from synthetic_runs import METHODS, write_run, write_runs
 
 INK = Ink("#000", "#555", "#ddd", "#fff", dict.fromkeys(LOOKS, "#123456"))
@@ -622,3 +628,20 @@ def test_no_figure_without_numbers(tmp_path):
 
 def test_rows_are_plain_values(runs):
     assert json.loads(json.dumps(summary_rows(runs))) == summary_rows(runs)
+
+
+def test_an_archived_run_reports_the_same_table(runs, tmp_path):
+    copies = [read_run(archive(run, tmp_path / "kept" / str(i))) for i, run in enumerate(runs)]
+    assert summary_rows(copies) == summary_rows(runs)
+    assert not any(copy.steps for copy in copies)
+    assert sum(c.path.stat().st_size for c in copies) < sum(r.path.stat().st_size for r in runs) / 2
+
+
+def test_markdown_holds_the_verdict_and_a_row_for_each_method(runs, tmp_path):
+    text = write_markdown(runs, tmp_path / "docs" / "t.md", "Title").read_text(encoding="utf-8")
+    for section in summarise(runs):
+        assert section.verdict in text
+    rows = [line for line in text.splitlines() if line.startswith("| φ-balancing |")]
+    assert len(rows) == len(summarise(runs))
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {13}

@@ -130,16 +130,33 @@ def report(
     figure: Annotated[
         Path | None, typer.Option(help="Also write loss against MaxVio as SVG.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write verdicts and tables as Markdown.")
+    ] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="Also copy the logs, without their step rows, to here.")
+    ] = None,
 ) -> None:
     """Turn run logs into a table and one offline HTML file."""
     with _plain_errors():
         found = [run for folder in runs for run in find_runs(folder)]
         first = runs[0] if runs[0].is_dir() else runs[0].parent
         _show(found, out or first / REPORT)
+        names = ", ".join(dict.fromkeys(str(run.header.get("name", "runs")) for run in found))
         if figure is not None:
             from moebalance.report import write_figure
 
             console.print(f"Figure: {write_figure(found, figure)}")
+        if markdown is not None:
+            from moebalance.report import write_markdown
+
+            console.print(f"Markdown: {write_markdown(found, markdown, f'Results: {names}')}")
+        if archive is not None:
+            from moebalance.runlog import archive as copy
+
+            for run in found:
+                copy(run, archive / run.batching / run.path.parent.name)
+            console.print(f"Archived {len(found)} logs in {archive}")
 
 
 def main() -> None:
@@ -207,9 +224,11 @@ def _show(runs: list[Run], page: Path) -> None:
 
     for batching in {row["batching"]: None for row in summary_rows(runs)}:
         table = Table(title=f"{batching} micro-batches", title_justify="left")
-        columns = _COLUMNS
+        # A narrow terminal gets the first columns in full rather than all of them cut short.
+        columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
         for title, _, _ in columns:
-            table.add_column(title, justify="left" if title == "method" else "right")
+            left = title == "method"
+            table.add_column(title, justify="left" if left else "right", no_wrap=not left)
         for row in summary_rows(runs):
             if row["batching"] == batching:
                 table.add_row(*(_cell(row, key, digits) for _, key, digits in columns))
@@ -225,15 +244,15 @@ _COLUMNS = (
     ("method", "label", 0),
     ("val loss", "val_loss", 3),
     ("MaxVio", "maxvio", 2),
+    ("gap", "soft_hard_gap", 2),
+    ("dead", "dead_experts", 0),
+    ("MI", "mi", 2),
+    ("time", "step_time_ratio", 2),
     ("MaxVio batch", "maxvio_batch", 2),
     ("soft MaxVio", "soft_maxvio", 2),
-    ("soft–hard", "soft_hard_gap", 3),
-    ("Gini", "gini", 3),
-    ("entropy", "entropy", 3),
-    ("dead", "dead_experts", 1),
-    ("MI", "mi", 3),
-    ("purity", "purity", 3),
-    ("step time", "step_time_ratio", 2),
+    ("Gini", "gini", 2),
+    ("entropy", "entropy", 2),
+    ("purity", "purity", 2),
 )
 
 
@@ -243,7 +262,7 @@ def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
         return "–"
     if isinstance(value, str):
         return value
-    return f"{value:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
+    return f"{value:.{digits}f}" + (f"±{sd:.{digits}f}" if sd is not None else "")
 
 
 def _progress() -> Progress:

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,15 @@ class Run:
     def status(self) -> str:
         """What the end row says, or ``"no end row"``."""
         return str(self.end.get("status") or "unspecified") if self.end else "no end row"
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Median time of a step; from the header where the step rows were archived away."""
+        times = [row["step_time_s"] for row in self.steps if row.get("step_time_s") is not None]
+        if times:
+            return float(statistics.median(times))
+        kept = self.header.get("step_time_s")
+        return None if kept is None else float(kept)
 
     @property
     def last_step(self) -> int:
@@ -259,6 +269,22 @@ def read_run(path: Path | str) -> Run:
         end=rows["end"][-1] if rows["end"] else None,
         truncated=truncated,
     )
+
+
+def archive(run: Run, folder: Path | str) -> Path:
+    """Copy a run without its step rows: header, last snapshot, evaluations, end.
+
+    A few kB instead of hundreds, enough for every table and for the figures that have no step axis;
+    median step time is kept in the header as ``step_time_s``.
+    """
+    header = {**run.header, "step_time_s": run.step_time_s}
+    rows = [header, *run.snapshots[-1:], *run.evals, *([run.end] if run.end else [])]
+    path = Path(folder) / LOG_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
 
 
 def find_runs(path: Path | str) -> list[Run]:

@@ -66,6 +66,15 @@ def build_method(name: str, options: Options | None = None) -> Balancer:
     return reduce(Together, parts)
 
 
+def without_options(name: str) -> str:
+    """The words of a method alone.
+
+    >>> without_options("phi(strength=0.01)+loss-free")
+    'phi+loss-free'
+    """
+    return "+".join(_parse(part)[0] for part in split_outside_brackets(name, "+"))
+
+
 def split_outside_brackets(text: str, separator: str) -> list[str]:
     """Split at separators that no bracket encloses.
 

@@ -34,7 +34,7 @@ from moebalance.experiments.batches import TokenDataset, ordered_indices
 from moebalance.experiments.corpus import did_you_mean
 from moebalance.experiments.data import TextData, load_data
 from moebalance.experiments.evaluate import evaluate, fractions
-from moebalance.experiments.methods import build_method
+from moebalance.experiments.methods import build_method, without_options
 from moebalance.experiments.recipe import Recipe
 from moebalance.integrations.huggingface import STATE_FILE, BalanceCallback
 from moebalance.runlog import LOG_NAME, RunLog
@@ -83,7 +83,8 @@ def train_run(
     log = RunLog(path) if checkpoint is None else RunLog.resume(path, step)
     with log:
         if checkpoint is None:
-            header = _header(recipe, method, balancer, seed, batching, data, model, balancing)
+            word = without_options(method)
+            header = _header(recipe, word, balancer, seed, batching, data, model, balancing)
             log.write("header", **header)
         trainer = _trainer(recipe, model, balancing, data, log, seed, batching, folder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

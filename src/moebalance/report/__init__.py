@@ -1,6 +1,14 @@
 """From run logs to tables, figures and one offline HTML file; never imports torch."""
 
+from moebalance.report.markdown import write_markdown
 from moebalance.report.page import write_figure, write_report
 from moebalance.report.summary import Section, summarise, summary_rows
 
-__all__ = ["Section", "summarise", "summary_rows", "write_figure", "write_report"]
+__all__ = [
+    "Section",
+    "summarise",
+    "summary_rows",
+    "write_figure",
+    "write_markdown",
+    "write_report",
+]

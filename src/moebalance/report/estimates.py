@@ -154,11 +154,7 @@ def _by_seed(runs: Iterable[Run], metric: str) -> dict[Any, float]:
 
 
 def _step_time_s(runs: Iterable[Run]) -> float | None:
-    medians = []
-    for run in runs:
-        times = [t for row in run.steps if (t := finite(row, "step_time_s")) is not None]
-        if times:
-            medians.append(statistics.median(times))
+    medians = [run.step_time_s for run in runs if run.step_time_s is not None]
     return statistics.median(medians) if medians else None
 
 
