@@ -1,5 +1,6 @@
 """Attaching to Transformers models: every promise, on every family of `families.py`."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -366,3 +367,27 @@ def test_a_trained_selection_bias_is_where_the_price_starts() -> None:
     assert (bias - trained).abs().max().item() == pytest.approx(0.01, rel=1e-4)
     balancing.detach()
     assert torch.equal(bias, trained)
+
+
+def test_state_follows_a_model_that_moves_after_attaching() -> None:
+    model, ids = tiny("mixtral"), tokens()
+    balancing = mb.attach(model, mb.Together(mb.PhiBalancing(), mb.LossFree()))
+    model.to("meta")
+    # The meta device stands in for another one; the model itself cannot run to its end there.
+    with contextlib.suppress(RuntimeError):
+        model(input_ids=ids.to("meta"))
+    for layer in balancing.layers.values():
+        assert {t.device.type for t in (layer.running, layer.price, layer.loss_scale)} == {"meta"}
+    assert len({id(layer.loss_scale) for layer in balancing.layers.values()}) == 1
+
+
+def test_generating_between_training_steps_is_not_counted_and_does_no_harm() -> None:
+    model, ids = tiny("mixtral", use_cache=True), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    balancing = mb.attach(model, mb.Together(mb.PhiBalancing(), mb.Sinkhorn()))
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    # As online reinforcement learning does it: sampling from a model in training mode.
+    model.generate(input_ids=ids[:1, :5], max_new_tokens=3, do_sample=False)
+    balancing.step()
+    assert balancing.metrics()["tokens"] == mask.sum().item()

@@ -273,3 +273,12 @@ def test_a_callback_saves_beside_each_checkpoint(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         assert (folder / STATE_FILE).is_file()
         assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
+
+
+def test_more_than_one_process_is_refused_for_now(tmp_path: Path) -> None:
+    class Several(TrainingArguments):
+        world_size = 2
+
+    callback = BalanceCallback(mb.attach(tiny("mixtral"), mb.PhiBalancing()))
+    with pytest.raises(RuntimeError, match="2 processes"):
+        callback.on_train_begin(Several(str(tmp_path)), None, None, model=tiny("mixtral"))

@@ -55,6 +55,14 @@ class Balancing:
         self._on_detach: list[Callable[[], None]] = []
         self._share_loss_scale()
 
+    def place(self, devices: Mapping[str, torch.device]) -> None:
+        """Move layers to where their routers are, by name."""
+        strays = [name for name, to in devices.items() if self.layers[name].running.device != to]
+        for name in strays:
+            self.layers[name].to(devices[name])
+        if strays:
+            self._share_loss_scale()
+
     def on_step(self, call: Callable[[], None]) -> None:
         """Call this after each step and each load, for example to write prices into a model."""
         self._on_step.append(call)

@@ -31,8 +31,10 @@ class PhiBalancing(Balancer):
     Args:
         potential: strictly convex symmetric φ; its gradient is the price.
         strength: α ≥ 0, the weight of the term. At equal α negative entropy pushes E times harder
-            than Euclidean; `potential.unit_slope()` removes that difference.
-        rate: η in (0, 1], weight of the newest step in the average.
+            than Euclidean; `potential.unit_slope()` removes that difference. The default was chosen
+            at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
+        rate: η in (0, 1], weight of the newest step in the average. The default was chosen at 1024
+            tokens a step; the paper found 0.6 to 0.7 best at 2 million.
         statistic: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
             load f while the gradient still goes through the scores (straight-through).
         peek: whether the price already contains the batch it is charged on, as in Algorithm 1. With
@@ -45,13 +47,13 @@ class PhiBalancing(Balancer):
     Raises:
         ValueError: strength, rate or statistic out of range.
 
-    >>> PhiBalancing(strength=1e-3, rate=0.3)
-    PhiBalancing(potential=NegativeEntropy(), strength=0.001, rate=0.3, statistic='soft', peek=True)
+    >>> PhiBalancing()
+    PhiBalancing(potential=NegativeEntropy(), strength=0.01, rate=0.1, statistic='soft', peek=True)
     """
 
     potential: Potential = field(default_factory=NegativeEntropy)
-    strength: float = 1e-3
-    rate: float = 0.3
+    strength: float = 1e-2
+    rate: float = 0.1
     statistic: Literal["soft", "hard"] = "soft"
     peek: bool = True
 

@@ -174,7 +174,10 @@ def _labels(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 
 def _arguments(balancer: str) -> list[str]:
-    """The outermost arguments of a ``repr``: ``A(b=C(1, 2), d=3)`` gives ``b=C(1, 2)``, ``d=3``."""
+    """The settings in a ``repr``: ``A(b=C(1, 2), d=3)`` gives ``b=C(1, 2)``, ``d=3``.
+
+    The parts of a composition, ``first=…`` and ``second=…``, give their own settings instead.
+    """
     inner = balancer.partition("(")[2].removesuffix(")")
     found, depth = [""], 0
     for character in inner:
@@ -183,4 +186,8 @@ def _arguments(balancer: str) -> list[str]:
             found.append("")
         else:
             found[-1] += character
-    return [argument.strip() for argument in found if argument.strip()]
+    settings: list[str] = []
+    for argument in (argument.strip() for argument in found if argument.strip()):
+        name, _, value = argument.partition("=")
+        settings += _arguments(value) if name in ("first", "second") else [argument]
+    return settings

@@ -63,7 +63,7 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
             layer.adopt(-bias.reshape(-1))
             balancing.on_step(partial(_write_bias, bias, layer))
             balancing.on_detach(partial(_restore, bias, bias.clone()))
-    hooks = _ModelHooks(balancing, forward)
+    hooks = _ModelHooks(balancing, forward, sites)
     for module in {id(m): m for m in (model, inner)}.values():
         before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
         balancing.on_detach(before.remove)
@@ -125,7 +125,7 @@ class RouterHook:
         """Choose again if the method says so, and inject in training."""
         logits, weights, experts, *rest = output
         training = router.training and torch.is_grad_enabled()
-        mask = self._mask(logits) if router.training else None
+        mask = self._mask(logits, strict=training) if router.training else None
         if self.reselect:
             preference = self.layer.preference(logits, mask, training=router.training)
             if preference is not None:
@@ -142,9 +142,11 @@ class RouterHook:
             )
         return (logits, weights, experts, *rest)
 
-    def _mask(self, logits: Tensor) -> Tensor | None:
+    def _mask(self, logits: Tensor, *, strict: bool) -> Tensor | None:
         mask = self.forward.mask
         if mask is not None and mask.shape[0] != logits.shape[0]:
+            if not strict:  # generation between training steps: nothing is counted there
+                return None
             raise ValueError(
                 f"{self.layer.name} saw {logits.shape[0]} tokens under an attention mask for "
                 f"{mask.shape[0]}: moebalance needs a mask (batch, sequence) of the very tokens "
@@ -156,10 +158,14 @@ class RouterHook:
 class _ModelHooks:
     """Hand the padding mask and the batch's weight to the routers, and follow the model's loss."""
 
-    def __init__(self, balancing: Balancing, forward: _Forward) -> None:
-        self.balancing, self.forward = balancing, forward
+    def __init__(self, balancing: Balancing, forward: _Forward, sites: list[Site]) -> None:
+        self.balancing, self.forward, self.sites = balancing, forward, sites
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            # A model may have moved since; once compiled, it has found its place.
+            weights = {s.name: next(s.router.parameters()) for s in self.sites}
+            self.balancing.place({name: weight.device for name, weight in weights.items()})
         if model.training and torch.is_grad_enabled():
             self.forward.weight = _weight_in_step(kwargs)
 

@@ -38,7 +38,18 @@ class BalanceCallback(TrainerCallback):
         self.resume_from = None if resume_from is None else Path(resume_from)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the scale for losses made by the trainer, and resume if the trainer does."""
+        """Set the scale for losses made by the trainer, and resume if the trainer does.
+
+        Raises:
+            RuntimeError: training on more than one process.
+            FileNotFoundError, ValueError: the trainer resumes, and there is no state that fits.
+        """
+        if args.world_size > 1:
+            raise RuntimeError(
+                f"Training on {args.world_size} processes: this version of moebalance does not "
+                "reduce its sums across ranks, so each would balance its own tokens. Train on one "
+                "process."
+            )
         model = transformers_model(kwargs["model"])
         if model is not None:
             silence_native_loss(model)
