@@ -391,3 +391,68 @@ def test_generating_between_training_steps_is_not_counted_and_does_no_harm() -> 
     model.generate(input_ids=ids[:1, :5], max_new_tokens=3, do_sample=False)
     balancing.step()
     assert balancing.metrics()["tokens"] == mask.sum().item()
+
+
+def test_a_native_bias_follows_a_model_that_changes_dtype_after_attaching() -> None:
+    model, ids = tiny("deepseek_v3"), tokens()
+    balancing = mb.attach(model, mb.LossFree(rate=0.125))
+    model.to(torch.bfloat16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    balancing.step()
+    for site in find_sites(model):
+        price = balancing.layers[site.name].price
+        assert price.dtype == torch.float32
+        assert price.abs().max() == 0.125
+        assert torch.equal(site.bias.float(), -price)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_two_forwards_before_a_backward_keep_their_own_masks(checkpointing: str) -> None:
+    model, ids = tiny("mixtral"), tokens()
+    masks = [torch.ones_like(ids), torch.ones_like(ids)]
+    masks[1][:, :3] = 0
+    balancing = mb.attach(model, mb.PhiBalancing())
+    if CHECKPOINTING[checkpointing] is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[checkpointing]})
+    losses = [model(input_ids=ids, attention_mask=mask, labels=ids).loss for mask in masks]
+    with torch.no_grad():  # as a reference model's pass would be, in between
+        model(input_ids=ids[:1])
+    sum(losses).backward()
+    balancing.step()
+    assert balancing.metrics()["tokens"] == sum(mask.sum().item() for mask in masks)
+
+
+def test_a_native_loss_asked_for_in_the_call_is_not_added() -> None:
+    model, ids = tiny("mixtral"), tokens()
+    mb.attach(model, mb.NoBalancing())
+    assert model(input_ids=ids, labels=ids, output_router_logits=True).aux_loss is None
+
+
+def test_a_tuple_output_is_followed_as_well() -> None:
+    model, ids = tiny("mixtral"), tokens()
+    balancing = mb.attach(model, mb.PhiBalancing())
+    (model(input_ids=ids, labels=ids, return_dict=False)[0] / 8).backward()
+    assert {layer.loss_scale.item() for layer in balancing.layers.values()} == {0.125}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
+def test_a_router_adapted_by_lora_is_balanced_and_a_frozen_one_refused() -> None:
+    import peft
+
+    ids = tokens()
+    frozen = peft.get_peft_model(
+        tiny("mixtral"), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    ).train()
+    with pytest.raises(ValueError, match="is frozen"):
+        mb.attach(frozen, mb.PhiBalancing())
+    adapted = peft.get_peft_model(
+        tiny("mixtral"),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"]),
+    ).train()
+    balancing = mb.attach(adapted, mb.PhiBalancing(strength=0.5))
+    (3 * adapted(input_ids=ids, labels=ids).loss).backward()
+    assert {layer.loss_scale.item() for layer in balancing.layers.values()} == {3.0}
+    balancing.step()
+    assert balancing.metrics()["tokens"] == ids.numel()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from cases import BALANCERS
-from moebalance.balancers import LossFree, NoBalancing, PhiBalancing, Sinkhorn, Together
+from moebalance.balancers import (
+    Balancer,
+    LossFree,
+    NoBalancing,
+    PhiBalancing,
+    Sinkhorn,
+    Together,
+)
 from moebalance.balancing import Balancing, method_name
 from moebalance.layer import BalancedRouter, LayerBalance
 from moebalance.routing import Sigmoid
@@ -220,3 +229,25 @@ def test_a_router_shows_its_method_and_size():
 
 def test_a_method_is_named_by_its_classes():
     assert method_name(Together(PHI, LossFree())) == "Together(PhiBalancing, LossFree)"
+
+
+@dataclass(frozen=True)
+class Squares(Balancer):
+    """A stranger's method that knows its term and no gradient."""
+
+    def penalty(self, state, batch):
+        return 0.1 * batch.routing.logits.square().mean()
+
+
+def test_a_method_that_gives_only_a_penalty_is_charged():
+    assert Squares().charges
+    router = BalancedRouter(Squares(), 4, 2)
+    logits = torch.randn(6, 4, requires_grad=True)
+    (0 * router(logits)[0].sum()).backward()
+    torch.testing.assert_close(logits.grad, 0.2 * logits.detach() / logits.numel())
+
+
+def test_weights_can_be_scaled_in_place():
+    weights, _ = BalancedRouter(Squares(), 4, 2)(torch.randn(6, 4, requires_grad=True))
+    weights *= 2
+    weights.sum().backward()

@@ -148,7 +148,7 @@ def test_the_first_step_without_peeking_charges_nothing():
 
 
 def test_penalty_is_strength_times_number_of_experts_times_price_times_mean_score():
-    method = PhiBalancing(strength=0.02)
+    method = PhiBalancing(strength=0.02, rate=0.3)
     state = to_double(skewed_state(method, EXPERTS))
     routing = random_routing(dtype=torch.float64)
     batch = one_batch(method, state, routing)
@@ -160,7 +160,7 @@ def test_penalty_is_strength_times_number_of_experts_times_price_times_mean_scor
 
 
 def test_no_gradient_flows_through_the_price():
-    method = PhiBalancing(strength=0.02)
+    method = PhiBalancing(strength=0.02, rate=0.3)
     state = to_double(skewed_state(method, EXPERTS))
     logits = random_routing(dtype=torch.float64).logits.requires_grad_()
     routing = random_routing()._replace(logits=logits, scores=logits.softmax(-1))

@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import moebalance as mb
 from families import tiny, tokens
@@ -282,3 +287,44 @@ def test_more_than_one_process_is_refused_for_now(tmp_path: Path) -> None:
     callback = BalanceCallback(mb.attach(tiny("mixtral"), mb.PhiBalancing()))
     with pytest.raises(RuntimeError, match="2 processes"):
         callback.on_train_begin(Several(str(tmp_path)), None, None, model=tiny("mixtral"))
+
+
+def test_training_twice_with_one_handle_goes_on(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    balancing = mb.attach(model, mb.PhiBalancing())
+    trainer = Trainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=Rows(4),
+        callbacks=[BalanceCallback(balancing)],
+    )
+    trainer.train()
+    trainer.train()
+    assert balancing.steps == 2
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_a_classifiers_labels_are_counted_unshifted(tmp_path: Path, accumulation: int) -> None:
+    """With labels (B,) a causal shift would leave none in batches of one, and no balancing."""
+
+    class Labelled(Rows):
+        def __getitem__(self, item: int) -> dict[str, Tensor]:
+            return {"input_ids": self.ids[item], "labels": torch.tensor(item % 2)}
+
+    gradients = []
+    for split, strength in ((1, 1.0), (1, 0.0), (accumulation, 1.0), (accumulation, 0.0)):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(tiny("mixtral").config).train()
+        keep = KeepGradient()
+        Trainer(
+            model,
+            arguments(
+                tmp_path, per_device_train_batch_size=4 // split, gradient_accumulation_steps=split
+            ),
+            train_dataset=Labelled(4),
+            callbacks=[BalanceCallback(mb.attach(model, FixedPrice(strength))), keep],
+        ).train()
+        gradients.append(keep.gradient)
+    whole, parts = gradients[0] - gradients[1], gradients[2] - gradients[3]
+    assert whole.norm() > 0
+    assert (parts - whole).norm() < 1e-3 * whole.norm()

@@ -12,8 +12,8 @@ from moebalance.layer import BalancedRouter
 def attach(model: nn.Module, balancer: Balancer | None = None) -> Balancing:
     """Balance every MoE router of a model, without changing the model.
 
-    Attach before compiling and before wrapping in DistributedDataParallel; before or after moving
-    to another dtype.
+    Attach before compiling; before or after moving to another dtype or, uncompiled, to another
+    device. With PEFT, attach to what `get_peft_model` returned.
 
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.

@@ -87,6 +87,11 @@ class Balancing:
         if self.steps == 1:
             self._announce()
 
+    def discard(self) -> None:
+        """Forget what was counted since the last step, for example of a step that was given up."""
+        for layer in self.layers.values():
+            layer.discard()
+
     def follow(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Return `loss`; from now on the balancing term is scaled exactly as this loss is.
 
@@ -140,9 +145,9 @@ class Balancing:
                         metrics.soft_hard_gap(soft, hard),
                         each.tokens,
                     ]
-                ).cpu()
+                )
             )
-        table = torch.stack(rows)
+        table = torch.stack([row.to(rows[0].device) for row in rows]).cpu()
         found = dict(zip(_METRICS, table.mean(dim=0).tolist(), strict=True))
         found["maxvio_worst"] = table[:, 0].max().item()
         prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
@@ -210,14 +215,15 @@ class Balancing:
     def _check_sums(self) -> None:
         finite = [torch.isfinite(layer.running).all() for layer in self.layers.values()]
         tokens = [layer.running[2 * layer.num_experts] > 0 for layer in self.layers.values()]
-        verdicts = torch.stack([flag.cpu() for flag in finite + tokens]).view(2, -1)
+        # Gathered before they are looked at: one wait for the device, not one a layer.
+        verdicts = torch.stack([flag.to(finite[0].device) for flag in finite + tokens])
+        verdicts = verdicts.cpu().view(2, -1)
         if bool(verdicts.all()):
             return
         names = list(self.layers)
         sick = [name for name, good in zip(names, verdicts[0].tolist(), strict=True) if not good]
         blind = [name for name, good in zip(names, verdicts[1].tolist(), strict=True) if not good]
-        for layer in self.layers.values():
-            layer.discard()
+        self.discard()
         if sick:
             raise FloatingPointError(
                 f"NaN or infinite router logits in {', '.join(sick)} during step {self.steps + 1}. "

@@ -19,6 +19,7 @@ try:
     import typer
     from rich.console import Console
     from rich.logging import RichHandler
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as missing:
@@ -36,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 DEMO = "demo.toml"
 REPORT = "report.html"
@@ -164,7 +165,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+        handlers=[RichHandler(console=errors, show_path=False, show_time=False)],
     )
     app()
 
@@ -190,9 +191,9 @@ def _compare(
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
     jobs = plan(recipe, out)
     console.print(
-        f"[bold]{recipe.name}[/]: {len(jobs)} runs of {recipe.train.steps} steps, "
+        f"[bold]{escape(recipe.name)}[/]: {len(jobs)} runs of {recipe.train.steps} steps, "
         f"{len(recipe.compare.methods)} methods × {len(recipe.compare.seeds)} seeds × "
-        f"{len(recipe.compare.batching)} kinds of micro-batch → {out}"
+        f"{len(recipe.compare.batching)} kinds of micro-batch → {escape(str(out))}"
     )
     try:
         with _progress() as bars:
@@ -234,10 +235,10 @@ def _show(runs: list[Run], page: Path) -> None:
                 table.add_row(*(_cell(row, key, digits) for _, key, digits in columns))
         console.print(table)
     for section in summarise(runs):
-        console.print(section.verdict)
+        console.print(escape(section.verdict))
     # Plain and alone on its line, so that it can be clicked or piped whatever the width.
     written = write_report(runs, page)
-    console.print(f"Report: {written.resolve()}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {escape(str(written.resolve()))}", soft_wrap=True, highlight=False)
 
 
 _COLUMNS = (
@@ -261,7 +262,7 @@ def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
-        return value
+        return escape(value)
     return f"{value:.{digits}f}" + (f"±{sd:.{digits}f}" if sd is not None else "")
 
 
@@ -308,8 +309,8 @@ def _plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("Interrupted. Logs and checkpoints are whole; run the command again.")
         raise typer.Exit(130) from None
-    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
-        console.print(f"[red]Error:[/] {error}", soft_wrap=True, highlight=False, markup=True)
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
 
 

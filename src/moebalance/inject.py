@@ -7,8 +7,9 @@ through it, the router's logits are still at hand: the batch is counted, the pri
 
 handed to the logits beside whatever the task sends. Backward runs exactly once per batch in plain
 training, under both kinds of activation checkpointing and under torch.compile, whereas forward may
-run twice or under no_grad; hence a batch is counted once, and evaluation never. Nothing beyond the
-logits is kept for backward.
+run twice or under no_grad; hence a batch is counted once, and evaluation never. (Asking for the
+same backward twice, with `retain_graph`, counts twice.) Kept for backward are the logits and the
+choice, and none of the penalty's own graph.
 
 `scale` is the gradient that the trainer put on the task loss (gradient scaler, accumulation, world
 size), read by `follow`, so that a strength means the same under all of them.
@@ -120,7 +121,8 @@ class _Inject(torch.autograd.Function):
         # State and tally change in place after this; autograd's version check is not for them.
         ctx.state, ctx.tally = state, tally
         ctx.save_for_backward(logits, experts, mask, weight)
-        return carrier.view_as(carrier)
+        # A clone, not a view: models scale these weights in place.
+        return carrier.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

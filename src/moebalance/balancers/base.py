@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.routing import Batch, Gate, Routing, Sums, measure, real_rows
+from moebalance.routing import Batch, Gate, Routing, Sums, measure, real_rows, route
 
 State = Any
 """A NamedTuple of float32 tensors, or of such NamedTuples; () for a method without memory."""
@@ -25,8 +25,10 @@ State = Any
 class Balancer:
     """Base of all methods. A subclass is a frozen dataclass that overrides what it needs.
 
-    `charged` alone makes a loss-lever method, `price` alone a selection-lever method. `update`
-    says how memory follows the sums of a finished step; `extra` adds sums beyond scores and counts.
+    `charged` alone makes a loss-lever method, `price` alone a selection-lever method; a term that
+    is no price times the scores overrides `penalty`, and `logit_gradient` where speed matters.
+    `update` says how memory follows the sums of a finished step; `extra` adds sums beyond scores
+    and counts.
     """
 
     def init(self, num_experts: int) -> State:
@@ -90,6 +92,8 @@ class Balancer:
 
         LAW: equal to autograd of `penalty`. The body injects this, so that no graph is kept.
         """
+        if _overrides(self, "penalty"):
+            return _differentiated(self, state, batch)
         price = self.charged(state, batch)
         if price is None:
             return None
@@ -105,7 +109,7 @@ class Balancer:
     @property
     def charges(self) -> bool:
         """Whether the method works through the router's gradient."""
-        return _overrides(self, "charged") or _overrides(self, "logit_gradient")
+        return any(_overrides(self, name) for name in ("charged", "penalty", "logit_gradient"))
 
     @property
     def prices_selection(self) -> bool:
@@ -138,7 +142,7 @@ def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, "
     )
 
 
-def per_token(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:
+def where_seen(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:
     """`value` where the step saw a token, `otherwise` where it saw none."""
     return torch.where(tokens > 0, value.to(otherwise.dtype), otherwise)
 
@@ -149,6 +153,7 @@ def check_positive(name: str, value: float, *, zero: bool = True) -> None:
     Raises:
         ValueError: if `value` is not a finite number ≥ 0 (> 0 where `zero` is False).
     """
+    _check_number(name, value)
     good = 0 <= value < float("inf") if zero else 0 < value < float("inf")
     if not good:
         bound = "at least 0" if zero else "greater than 0"
@@ -161,11 +166,27 @@ def check_rate(name: str, value: float) -> None:
     Raises:
         ValueError: if `value` is not in (0, 1].
     """
+    _check_number(name, value)
     if not 0 < value <= 1:
         raise ValueError(
             f"{name}={value!r}: must lie in (0, 1]; it is the weight of the newest step "
             "(0.3 remembers about 3 steps, 1 remembers none)."
         )
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}.")
+
+
+def _differentiated(balancer: Balancer, state: State, batch: Batch) -> Float[Tensor, "T E"] | None:
+    """Gradient of a penalty that gives none itself, by autograd on a graph of its own."""
+    old = batch.routing
+    with torch.enable_grad():
+        logits = old.logits.detach().requires_grad_()
+        routing = route(logits, old.experts, old.gate, mask=old.mask, sequences=old.sequences)
+        penalty = balancer.penalty(state, batch._replace(routing=routing))
+        return None if penalty is None else torch.autograd.grad(penalty, logits)[0]
 
 
 def _overrides(balancer: Balancer, method: str) -> bool:

@@ -34,7 +34,7 @@ class Ema(NamedTuple):
         rate = ((tokens > 0).to(self.mean.dtype) * rate).to(self.mean.dtype)
         return Ema(
             torch.lerp(self.mean, value.to(self.mean.dtype), rate),
-            torch.lerp(self.weight, _one(rate), rate),
+            torch.lerp(self.weight, torch.ones_like(self.weight), rate),
         )
 
     def read(self) -> Float[Tensor, "E"]:
@@ -46,7 +46,3 @@ class Ema(NamedTuple):
             self.mean / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny),
             uniform,
         )
-
-
-def _one(like: Tensor) -> Tensor:
-    return torch.ones_like(like)

@@ -23,7 +23,8 @@ class EmaSwitchLoss(Balancer):
 
     Args:
         strength: α ≥ 0.
-        rate: η in (0, 1], weight of the newest step; at 1 this is the Switch loss.
+        rate: η in (0, 1], weight of the newest step; at 1, where a step is one batch, this
+            is the Switch loss.
     """
 
     strength: float = 1e-2

@@ -2,7 +2,7 @@
 
     loss = task + α · E · Σ_e f_e^step P_e,
 
-f^step summed over the micro-batches of the step seen so far (and over ranks). Source: Qiu et al.,
+f^step summed over the micro-batches of the step seen so far. Source: Qiu et al.,
 2025, arXiv 2501.11873, whose buffer over accumulation steps this follows.
 """
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, check_positive, per_token
+from moebalance.balancers.base import Balancer, check_positive, where_seen
 from moebalance.routing import Sums
 
 
@@ -56,7 +56,7 @@ class LossFree(Balancer):
         price = state.price + self.rate * move
         if self.recentre:
             price = price - price.mean(dim=-1, keepdim=True)
-        return SelectionPrice(per_token(sums.tokens, price, state.price))
+        return SelectionPrice(where_seen(sums.tokens, price, state.price))
 
     def price(self, state: SelectionPrice) -> Float[Tensor, "E"]:
         """The price as it stands."""

@@ -8,8 +8,9 @@ whose online mirror-ascent solution keeps one vector per layer:
     q  = ∇φ(m)                   (no gradient; m already holds this step)
     loss = task + α · E · ⟨q, p̄⟩
 
-The dual step size of the mirror ascent is the averaging rate η. The term is linear in p̄, hence
-additive over micro-batches and ranks, which the bilinear Switch loss is not.
+The dual step size of the mirror ascent is the averaging rate η. At a given price the term is
+linear in p̄, hence additive over micro-batches, which the bilinear Switch loss is not; with
+`peek=False` the price itself is the same for all of them.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class PhiBalancing(Balancer):
             peeking the price comes from finished steps alone and is the same for every batch.
 
     Departs from the paper: the price is centred, q − ⟨m, q⟩, which changes no gradient while
-    scores sum to one and makes the logged term readable; the average is bias-corrected (`ema.py`).
+    scores sum to one; the average is bias-corrected (`ema.py`), in the peek as well.
 
     Raises:
         ValueError: strength, rate or statistic out of range.

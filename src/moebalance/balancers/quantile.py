@@ -1,7 +1,8 @@
 """Quantile balancing: set each expert's price where it admits exactly its share of tokens.
 
-With affinities a and prices b in force, α_t is the (K+1)-th largest of a_t − b: what a token must
-beat to win a place. Expert e admits its fair share if its price is
+With affinities a and the price b in force, α_t is the (K+1)-th largest of a_t − b: what a token
+must beat to win a place (limits on groups of experts are not seen). Expert e admits its fair share
+if its price is
 
     price_e = the upper K/E quantile over tokens of (a_te − α_t),
 
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, per_token
+from moebalance.balancers.base import Balancer, where_seen
 from moebalance.balancers.loss_free import SelectionPrice
 from moebalance.routing import Routing, Sums
 
@@ -75,7 +76,7 @@ class QuantileBalancing(Balancer):
         position = 1 - (index + fraction) / self.bins
         price = _expand(position).squeeze(-1)
         price = price - price.mean(dim=-1, keepdim=True)
-        return SelectionPrice(per_token(sums.tokens, price, state.price))
+        return SelectionPrice(where_seen(sums.tokens, price, state.price))
 
     def price(self, state: SelectionPrice) -> Float[Tensor, "E"]:
         """The price as it stands."""

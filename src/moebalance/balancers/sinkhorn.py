@@ -53,9 +53,9 @@ class Sinkhorn(Balancer):
         if not training:
             return None
         kernel = gate.log_affinity(logits.detach()) / self.temperature
-        return kernel + self.column_potential(kernel, mask)
+        return kernel + self._column_potential(kernel, mask)
 
-    def column_potential(
+    def _column_potential(
         self, kernel: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None
     ) -> Float[Tensor, "E"]:
         """v after the last iteration, from the real tokens of the batch."""

@@ -99,7 +99,7 @@ def is_complete(job: Job, recipe: Recipe) -> bool:
         run = read_run(path)
     except ValueError:
         return False
-    return run.status == "complete" and _relevant(run.header["recipe"], job) == _relevant(
+    return run.status == "complete" and _relevant(run.header.get("recipe"), job) == _relevant(
         recipe.as_dict(), job
     )
 
@@ -179,8 +179,10 @@ def last_step(path: Path) -> int:
     return int(found[-1]) if found else 0
 
 
-def _relevant(recipe: Mapping[str, Any], job: Job) -> Any:
+def _relevant(recipe: Mapping[str, Any] | None, job: Job) -> Any:
     """The parts of a recipe that a run depends on, through JSON as a log has them."""
+    if recipe is None:
+        return None
     words = set(re.findall(r"[a-z-]+", job.method))
     methods = {word: table for word, table in recipe["methods"].items() if word in words}
     return json.loads(

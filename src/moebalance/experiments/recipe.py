@@ -59,6 +59,7 @@ class TrainSpec:
             _at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "save_every", "weight_decay", "max_grad_norm", "warmup"):
             _at_least(name, getattr(self, name), 0)
+        _at_least("learning_rate", self.learning_rate, 0)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate!r}: must be greater than 0.")
         if self.warmup > 1:
@@ -114,6 +115,9 @@ class Recipe:
         for section in ("model", "data", "train", "compare", "method", "methods"):
             if not isinstance(table.get(section, {}), dict):
                 raise ValueError(f"{source}: {section} must be a table, [{section}].")
+        for word, options in table.get("methods", {}).items():
+            if not isinstance(options, dict):
+                raise ValueError(f"{source}: methods.{word} must be a table, [methods.{word}].")
         model = table.get("model", {})
         if "architecture" not in model:
             raise ValueError(
@@ -167,7 +171,9 @@ def _known(table: Mapping[str, Any], possible: list[str], where: str) -> None:
             )
 
 
-def _at_least(name: str, value: float, least: float) -> None:
+def _at_least(name: str, value: object, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}.")
     if not value >= least:
         raise ValueError(f"{name}={value!r}: must be at least {least}.")
 

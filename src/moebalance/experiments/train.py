@@ -7,6 +7,7 @@ methods with one seed are paired.
 import json
 import logging
 import os
+import pickle
 import platform
 import subprocess
 import time
@@ -37,7 +38,7 @@ from moebalance.experiments.evaluate import evaluate, fractions
 from moebalance.experiments.methods import build_method, without_options
 from moebalance.experiments.recipe import Recipe
 from moebalance.integrations.huggingface import STATE_FILE, BalanceCallback
-from moebalance.runlog import LOG_NAME, RunLog
+from moebalance.runlog import LOG_NAME, RunLog, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,14 @@ def train_run(
     path = folder / LOG_NAME
     step = 0 if checkpoint is None else _step_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
+    if checkpoint is not None:
+        _refuse_other_run(path, recipe, without_options(method), repr(balancer), seed, batching)
+    elif not resume and any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"{folder} holds checkpoints of an earlier run: go on with it (--resume), choose "
+            "another folder (--out), or remove them."
+        )
+    else:
         path.unlink(missing_ok=True)
     log = RunLog(path) if checkpoint is None else RunLog.resume(path, step)
     with log:
@@ -308,6 +316,21 @@ def _commit() -> str | None:
     return found.stdout.strip()
 
 
+def _refuse_other_run(
+    path: Path, recipe: Recipe, method: str, balancer: str, seed: int, batching: str
+) -> None:
+    """Refuse to go on with a run that was started as another one."""
+    header = read_run(path).header
+    now = {"method": method, "balancer": balancer, "seed": seed, "batching": batching}
+    now["recipe"] = json.loads(json.dumps(recipe.as_dict()))
+    for key, value in now.items():
+        if header.get(key) != value:
+            raise ValueError(
+                f"{path} is of a run with another {key}: {header.get(key)!r}, not {value!r}. "
+                "Resume with what it was started with, or choose another folder."
+            )
+
+
 def _architectures() -> list[str]:
     return sorted(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -330,6 +353,13 @@ def _damage(checkpoint: Path) -> str | None:
                 file.keys()
         # Reading is the test: a truncated archive raises here.
         torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
         return f"{type(error).__name__}: {error}"
     return None

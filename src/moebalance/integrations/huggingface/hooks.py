@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from moebalance.balancers.base import Balancer
@@ -32,7 +33,10 @@ def serves(model: nn.Module) -> bool:
 def attach(model: nn.Module, balancer: Balancer) -> Balancing:
     """Balance every router of a Transformers model; see `moebalance.attach`."""
     inner = transformers_model(model)
-    assert inner is not None
+    if inner is None:
+        raise TypeError(f"{type(model).__name__} holds no Transformers model.")
+    _refuse_second(model)
+    _refuse_compiled(model)
     sites = find_sites(model)
     if not sites:
         raise ValueError(
@@ -40,8 +44,6 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
             "class is named …Router or …Gate with `top_k` and a weight of one row an expert. Give "
             "a Mixture-of-Experts model, or write the layer with moebalance.BalancedRouter."
         )
-    _refuse_second(sites)
-    _refuse_compiled(model)
     for site in sites:
         check_levers(site, balancer)
 
@@ -50,8 +52,18 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
         layer = LayerBalance(balancer, site.num_experts, gate=site.rule.gate, name=site.name)
         layers[site.name] = layer.to(next(site.router.parameters()).device)
     balancing = Balancing(balancer, layers)
-    balancing.on_detach(silence_native_loss(inner))
+    try:
+        _tie(balancing, model, inner, sites)
+    except BaseException:
+        balancing.detach()
+        raise
+    return balancing
 
+
+def _tie(balancing: Balancing, model: nn.Module, inner: PreTrainedModel, sites: list[Site]) -> None:
+    """Register every hook, and how to take it away again."""
+    balancer, layers = balancing.balancer, balancing.layers
+    balancing.on_detach(silence_native_loss(inner))
     forward = _Forward()
     for site in sites:
         layer = layers[site.name]
@@ -59,11 +71,11 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
         hook = RouterHook(layer, site, forward, reselect=balancer.selects and not native)
         balancing.on_detach(site.router.register_forward_hook(hook.after_router).remove)
         if site.bias is not None and native:
-            bias = site.bias.detach()
-            layer.adopt(-bias.reshape(-1))
-            balancing.on_step(partial(_write_bias, bias, layer))
-            balancing.on_detach(partial(_restore, bias, bias.clone()))
-    hooks = _ModelHooks(balancing, forward, sites)
+            original = site.bias.detach().clone()
+            layer.adopt(-original.reshape(-1))
+            balancing.on_step(partial(_publish_price, site, layer))
+            balancing.on_detach(partial(_write_bias, site, original))
+    hooks = _ModelHooks(balancing, forward, sites, shifts_labels=_shifts_labels(inner))
     for module in {id(m): m for m in (model, inner)}.values():
         before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
         balancing.on_detach(before.remove)
@@ -71,7 +83,6 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
     decoder = inner.base_model
     before = decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True)
     balancing.on_detach(before.remove)
-    return balancing
 
 
 def silence_native_loss(model: PreTrainedModel) -> Callable[[], None]:
@@ -88,20 +99,35 @@ def silence_native_loss(model: PreTrainedModel) -> Callable[[], None]:
                 getattr(config, "router_aux_loss_coef", None),
             )
 
-    def undo() -> None:
-        for config in silenced:
-            config.output_router_logits = True
-
-    return undo
+    return partial(_restore_native_loss, silenced)
 
 
-@dataclass
-class _Forward:
-    """What the model's hooks hand to its routers' hooks during one forward."""
+def _restore_native_loss(configs: list[Any]) -> None:
+    for config in configs:
+        config.output_router_logits = True
+
+
+class _Context(NamedTuple):
+    """One forward: its padding mask (T,), number of sequences, and weight in its step."""
 
     mask: Tensor | None = None
     sequences: int = 1
     weight: Tensor | None = None
+
+
+@dataclass
+class _Forward:
+    """The forward that routers are called for.
+
+    Activation checkpointing calls them again in the backward pass; then it is the forward whose
+    backward that is, which need not be the last one.
+    """
+
+    context: _Context = field(default_factory=_Context)
+
+    def resume(self, context: _Context, gradient: Tensor) -> None:
+        """Go back to the forward whose output now receives its gradient."""
+        self.context = context
 
 
 class RouterHook:
@@ -137,13 +163,13 @@ class RouterHook:
                 logits,
                 experts,
                 mask=mask,
-                sequences=self.forward.sequences,
-                weight=self.forward.weight,
+                sequences=self.forward.context.sequences,
+                weight=self.forward.context.weight,
             )
         return (logits, weights, experts, *rest)
 
     def _mask(self, logits: Tensor, *, strict: bool) -> Tensor | None:
-        mask = self.forward.mask
+        mask = self.forward.context.mask
         if mask is not None and mask.shape[0] != logits.shape[0]:
             if not strict:  # generation between training steps: nothing is counted there
                 return None
@@ -158,16 +184,25 @@ class RouterHook:
 class _ModelHooks:
     """Hand the padding mask and the batch's weight to the routers, and follow the model's loss."""
 
-    def __init__(self, balancing: Balancing, forward: _Forward, sites: list[Site]) -> None:
+    def __init__(
+        self, balancing: Balancing, forward: _Forward, sites: list[Site], *, shifts_labels: bool
+    ) -> None:
         self.balancing, self.forward, self.sites = balancing, forward, sites
+        self.shifts_labels = shifts_labels
 
-    def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not torch.compiler.is_compiling():
             # A model may have moved since; once compiled, it has found its place.
             weights = {s.name: next(s.router.parameters()) for s in self.sites}
             self.balancing.place({name: weight.device for name, weight in weights.items()})
         if model.training and torch.is_grad_enabled():
-            self.forward.weight = _weight_in_step(kwargs)
+            self.forward.context = _Context(weight=self._weight_in_step(kwargs))
+            if kwargs.get("output_router_logits"):
+                # Asked for by the caller, it would add the model's own balancing loss to ours.
+                return args, {**kwargs, "output_router_logits": False}
+        return None
 
     def before_decoder(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -177,41 +212,68 @@ class _ModelHooks:
         tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds", args[0] if args else None)
-        self.forward.sequences = 1 if tokens is None else tokens.shape[0]
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         # Masks of more axes say who sees whom, not which tokens are real.
+        real = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self.forward.mask = mask.reshape(-1).bool()
-        else:
-            self.forward.mask = None
+            # A prefix or a cache makes the mask longer than what is routed, at its start.
+            length = mask.shape[1] if tokens is None else tokens.shape[1]
+            real = mask[:, -length:].reshape(-1).bool()
+        sequences = 1 if tokens is None else tokens.shape[0]
+        self.forward.context = self.forward.context._replace(mask=real, sequences=sequences)
 
     def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             return None
+        if not torch.compiler.is_compiling():
+            values = output.values() if isinstance(output, ModelOutput) else output
+            for value in values:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    resume = partial(self.forward.resume, self.forward.context)
+                    value.register_hook(resume)  # type: ignore[no-untyped-call]
         if isinstance(output, ModelOutput) and isinstance(output.get("loss"), Tensor):
             output["loss"] = self.balancing.follow(output["loss"])
             return output
+        if isinstance(output, tuple) and isinstance(output[0], Tensor) and output[0].dim() == 0:
+            return (self.balancing.follow(output[0]), *output[1:])
         return None
 
+    def _weight_in_step(self, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """This batch's share of its step's labels, where the trainer says how many there are."""
+        total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        if total is None or labels is None:
+            return None
+        targets = kwargs.get("shift_labels")
+        if targets is None:
+            targets = labels[..., 1:] if self.shifts_labels else labels
+        share: Tensor = (targets != -100).sum() / total
+        return share
 
-def _write_bias(bias: Tensor, layer: LayerBalance) -> None:
-    """Set a model's own selection bias to −price."""
+
+def _publish_price(site: Site, layer: LayerBalance) -> None:
     price = layer.price
-    assert price is not None
-    bias.copy_(-price.view_as(bias))
+    if price is not None:
+        _write_bias(site, -price)
 
 
-def _restore(bias: Tensor, original: Tensor) -> None:
-    bias.copy_(original)
+def _write_bias(site: Site, value: Tensor) -> None:
+    bias = site.bias
+    if bias is not None:
+        bias.data.copy_(value.view_as(bias))
 
 
-def _refuse_second(sites: list[Site]) -> None:
-    for site in sites:
-        hooks = site.router._forward_hooks.values()
+def _shifts_labels(model: PreTrainedModel) -> bool:
+    """Whether a Trainer counts this model's labels from the second on, as for causal models."""
+    causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
+    return causal and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _refuse_second(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        hooks = module._forward_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), RouterHook) for hook in hooks):
             raise ValueError(
-                f"{site.name} is balanced already: detach() the first Balancing before attaching "
-                "again."
+                f"{name} is balanced already: detach() the first Balancing before attaching again."
             )
 
 
@@ -222,14 +284,3 @@ def _refuse_compiled(model: nn.Module) -> None:
                 f"{name or type(model).__name__} is compiled already, and a compiled model ignores "
                 "hooks added later: attach first, then compile."
             )
-
-
-def _weight_in_step(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """This batch's share of the labels of its step, where the trainer says how many there are."""
-    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if total is None or labels is None:
-        return None
-    shifted = kwargs.get("shift_labels")
-    targets = labels[..., 1:] if shifted is None else shifted
-    share: Tensor = (targets != -100).sum() / total
-    return share

@@ -25,7 +25,16 @@ class Site:
     num_experts: int
     top_k: int
     rule: Rule
-    bias: Tensor | None
+    bias_name: str | None
+    trainable: bool
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The model's own selection bias, (E,) or (1, E); looked up anew, as models replace it."""
+        if self.bias_name is None:
+            return None
+        owner, _, leaf = self.bias_name.rpartition(".")
+        return cast(Tensor, getattr(self.router.get_submodule(owner), leaf))
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel | None:
@@ -51,8 +60,11 @@ def find_sites(model: nn.Module) -> list[Site]:
                 f"{name} sends each token to {top_k} of {num_experts} experts: top_k must lie in "
                 "1..num_experts; mend the model's configuration."
             )
-        rule = _probe(name, module)
-        sites.append(Site(name, module, num_experts, top_k, rule, _native_bias(module)))
+        # PEFT wraps a module whose weight it adapts: `gate` becomes `gate.base_layer`.
+        adapted = model.get_submodule(name.removesuffix(".base_layer"))
+        trainable = any(parameter.requires_grad for parameter in adapted.parameters())
+        rule, bias = _probe(name, module), _native_bias(module)
+        sites.append(Site(name, module, num_experts, top_k, rule, bias, trainable))
     return sites
 
 
@@ -69,7 +81,7 @@ def check_levers(site: Site, balancer: Balancer) -> None:
             "the choice by groups and has no selection bias for it: use a loss-lever method such "
             "as PhiBalancing."
         )
-    if balancer.charges and not any(p.requires_grad for p in site.router.parameters()):
+    if balancer.charges and not site.trainable:
         raise ValueError(
             f"{balancer!r} works through the gradient of the router, but {site.name} is frozen. "
             "Train it (with PEFT: modules_to_save or target_parameters), or use a selection-lever "
@@ -127,6 +139,6 @@ def _unknown(name: str, router: nn.Module, why: str) -> ValueError:
     )
 
 
-def _native_bias(router: nn.Module) -> Tensor | None:
-    tensors = [*router.named_buffers(), *router.named_parameters()]
-    return next((t for name, t in tensors if name.rpartition(".")[2] in _NATIVE_BIAS), None)
+def _native_bias(router: nn.Module) -> str | None:
+    names = [name for name, _ in (*router.named_buffers(), *router.named_parameters())]
+    return next((name for name in names if name.rpartition(".")[2] in _NATIVE_BIAS), None)

@@ -52,11 +52,14 @@ class BalanceCallback(TrainerCallback):
             )
         model = transformers_model(kwargs["model"])
         if model is not None:
-            silence_native_loss(model)
+            self.balancing.on_detach(silence_native_loss(model))
         self.balancing.set_loss_scale(1 / args.gradient_accumulation_steps)
-        if state.global_step == self.balancing.steps:
+        self.balancing.discard()
+        if state.global_step == 0:
             return
         folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step == self.balancing.steps and not (folder / STATE_FILE).is_file():
+            return  # loaded by hand
         load(self.balancing, folder)
         if state.global_step != self.balancing.steps:
             raise ValueError(
