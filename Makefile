@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint shapes clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
 
-test: lint
+test: lint shapes
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# The laws once more, with every annotated shape and type checked as the code runs.
+shapes: $(READY)
+	$(BIN)/pytest --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

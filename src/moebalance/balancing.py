@@ -6,7 +6,7 @@ It knows layers by name and nothing of the framework that they came from.
 import logging
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -195,7 +195,7 @@ class Balancing:
             self._on_detach.pop()()
         self._on_step.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Balancing":
         """Use the attachment for a block of code."""
         return self
 

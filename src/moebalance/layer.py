@@ -6,7 +6,6 @@ what the other ranks have counted.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -132,7 +131,7 @@ class LayerBalance(nn.Module):
             # In place: compiled graphs and CUDA graphs hold on to these very tensors.
             self.get_buffer(name).copy_(tensor)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerBalance":
         """Follow the model to another device, but never to another dtype."""
         device = fn(torch.empty(0, device=self.running.device)).device
         if self.running.is_meta and device.type != "meta":
