@@ -1,8 +1,32 @@
-"""One thread a process, and one profile for all property tests."""
+"""One thread a process, one profile for all property tests, and the fixtures that files share."""
+
+from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("moebalance", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("moebalance")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two domains in sub-folders and one of plain files; every file is different text."""
+    root = tmp_path / "texts"
+    for domain, word in (("letters", "abc "), ("digits", "123 "), ("", "!? ")):
+        (root / domain).mkdir(parents=True, exist_ok=True)
+        for number in range(4):
+            (root / domain / f"{number}.txt").write_text(f"file {number} " + word * 100)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three whole runs of every method in both batching modes; the tests only read them."""
+    # Imported here: the shape checker must be installed before the first import of the library.
+    from moebalance.runlog import find_runs
+    from synthetic_runs import write_runs
+
+    return find_runs(write_runs(tmp_path_factory.mktemp("runs")))

@@ -1,0 +1,229 @@
+"""The numbers of the report against scipy and the run logs, and the sentence they are put in."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+
+import pytest
+from scipy import stats
+
+from moebalance.report import summarise, summary_rows, write_markdown
+from moebalance.report.methods import LOOKS
+from moebalance.report.summary import METRICS
+from moebalance.report.verdict import T_975, paired
+from moebalance.runlog import archive, find_runs, read_run
+from synthetic_runs import LIKE_PHI, METHODS, NONE, PHI, made, sentence, write_run
+
+# The rows
+
+
+def test_rows_are_means_and_deviations_over_seeds(runs):
+    by_hand = [
+        run.evals[-1] for run in runs if run.method == "phi" and run.batching == "one-domain"
+    ]
+    (row,) = [
+        r for r in summary_rows(runs) if (r["method"], r["batching"]) == ("phi", "one-domain")
+    ]
+    for metric in METRICS:
+        values = [e[metric.key] for e in by_hand]
+        key = "val_loss" if metric.key == "loss" else metric.key
+        assert row[key] == pytest.approx(statistics.mean(values), rel=1e-12)
+        assert row[f"{key}_sd"] == pytest.approx(statistics.stdev(values), abs=1e-12)
+    assert (row["seeds"], row["label"], row["partial"]) == (3, "φ-balancing", False)
+
+
+def test_step_time_is_a_ratio_of_medians_to_no_balancing(runs):
+    def median(method: str) -> float:
+        chosen = [r for r in runs if r.method == method and r.batching == "mixed"]
+        return statistics.median(
+            statistics.median(row["step_time_s"] for row in run.steps) for run in chosen
+        )
+
+    rows = {r["method"]: r for r in summary_rows(runs) if r["batching"] == "mixed"}
+    assert rows["none"]["step_time_ratio"] == 1.0
+    for method in METHODS:
+        assert rows[method]["step_time_s"] == pytest.approx(median(method))
+        assert rows[method]["step_time_ratio"] == pytest.approx(median(method) / median("none"))
+
+
+def test_rows_come_in_the_order_of_the_page(runs):
+    rows = summary_rows(runs)
+    assert [r["batching"] for r in rows] == ["mixed"] * 11 + ["one-domain"] * 11
+    assert [r["method"] for r in rows[:11]] == list(LOOKS)
+
+
+def test_rows_are_plain_values(runs):
+    assert json.loads(json.dumps(summary_rows(runs))) == summary_rows(runs)
+
+
+def test_an_archived_run_reports_the_same_table(runs, tmp_path):
+    copies = [read_run(archive(run, tmp_path / "kept" / str(i))) for i, run in enumerate(runs)]
+    assert summary_rows(copies) == summary_rows(runs)
+    assert not any(copy.steps for copy in copies)
+    assert sum(c.path.stat().st_size for c in copies) < sum(r.path.stat().st_size for r in runs) / 2
+
+
+def test_markdown_holds_the_verdict_and_a_row_for_each_method(runs, tmp_path):
+    text = write_markdown(runs, tmp_path / "docs" / "t.md", "Title").read_text(encoding="utf-8")
+    for section in summarise(runs):
+        assert section.verdict in text
+    rows = [line for line in text.splitlines() if line.startswith("| φ-balancing |")]
+    assert len(rows) == len(summarise(runs))
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {13}
+
+
+# Paired differences
+
+
+def test_the_t_table_is_students():
+    for freedom, t in enumerate(T_975, 1):
+        assert t == pytest.approx(stats.t.ppf(0.975, freedom), abs=6e-4)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 40])
+def test_a_paired_difference_is_scipys(n):
+    ours = {seed: 1.0 + math.sin(seed) / 50 for seed in range(n)}
+    theirs = {seed: 1.01 + math.cos(3 * seed) / 50 for seed in range(n)}
+    found = paired(ours, theirs)
+    test = stats.ttest_rel(list(ours.values()), list(theirs.values()))
+    low, high = test.confidence_interval(0.95)
+    assert found is not None
+    assert found.half is not None
+    assert found.mean == pytest.approx((low + high) / 2)
+    # Beyond thirty degrees of freedom the table's last entry widens the interval by under 1 %.
+    assert found.half == pytest.approx((high - low) / 2, rel=1e-3 if n <= 31 else 0.02)
+    assert (found.sign == 0) == (test.pvalue > 0.05)
+
+
+def test_pairing_uses_the_seeds_both_have():
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    found = paired({0: 1.0, 2: 9.0}, {0: 3.0, 1: 7.0})
+    assert found is not None
+    assert (found.mean, found.half, found.n, found.sign) == (-2.0, None, 1, None)
+
+
+# The sentence
+
+
+def test_verdict_when_phi_is_better():
+    text = sentence(made(phi=PHI, none=NONE, switch=LIKE_PHI))
+    assert text.startswith(
+        "φ-balancing cut MaxVio from 4.30 ± 0.20 (no balancing) to 0.85 ± 0.05 and lowered "
+        "validation loss by 0.031 nats/token (95 % interval 0.029 to 0.033) over 3 paired seeds; "
+    )
+    assert "its loss differs from that of Switch loss by no more than seed noise" in text
+    assert text.endswith("the lowest MaxVio is that of Switch loss, 0.25 ± 0.01.")
+    assert text.count(".") - len(re.findall(r"\d\.\d", text)) == 1  # one sentence
+
+
+def test_verdict_when_phi_is_worse():
+    text = sentence(
+        made(phi={**NONE, "loss": [1.70, 1.69, 1.71]}, none={**PHI, "loss": NONE["loss"]})
+    )
+    assert "raised MaxVio from 0.85 ± 0.05 (no balancing) to 4.30 ± 0.20" in text
+    assert "and raised validation loss by 0.065 nats/token" in text
+
+
+def test_verdict_when_balance_costs_loss():
+    text = sentence(made(phi={**PHI, "loss": [1.70, 1.69, 1.71]}, none=NONE))
+    assert "cut MaxVio" in text
+    assert ", but raised validation loss by 0.065 nats/token" in text
+
+
+def test_verdict_within_noise():
+    noisy = {"loss": [1.60, 1.66, 1.64], "maxvio": [4.6, 4.0, 4.3]}
+    text = sentence(made(phi=noisy, none=NONE))
+    assert (
+        "left MaxVio within seed noise (4.30 ± 0.30 against 4.30 ± 0.20 with no balancing)" in text
+    )
+    assert "its validation loss stayed within seed noise (change −0.002, 95 % interval −0.0" in text
+    assert "over 3 paired seeds" in text
+
+
+def test_verdict_with_one_seed_claims_nothing():
+    text = sentence(
+        made(
+            phi={"loss": [1.60], "maxvio": [0.8]},
+            switch={"loss": [1.61], "maxvio": [0.9]},
+            none={"loss": [1.64], "maxvio": [4.3]},
+        )
+    )
+    assert "MaxVio 0.80 against 4.30 and validation loss 1.600 against 1.640" in text
+    assert "with one shared seed the noise is unknown" in text
+    assert "no order among the methods can be told" in text
+    assert "cut" not in text
+    assert "±" not in text
+
+
+def test_verdict_without_a_shared_seed():
+    runs = made(phi=PHI, none=NONE)
+    for run in runs[3:]:
+        run.header["seed"] += 10  # type: ignore[index]
+    assert "share no seed, so their difference cannot be told from noise" in sentence(runs)
+
+
+def test_verdict_without_a_baseline():
+    text = sentence(made(phi=PHI, switch=LIKE_PHI))
+    assert text.startswith(
+        "φ-balancing reached MaxVio 0.85 ± 0.05 and validation loss 1.604 ± 0.005"
+    )
+    assert "no run without balancing is here" in text
+
+
+def test_verdict_without_phi():
+    text = sentence(made(switch=LIKE_PHI, quantile=PHI, none=NONE))
+    assert text.startswith(
+        "φ-balancing is not among these runs; the lowest MaxVio is that of Switch"
+    )
+    assert "0.25 ± 0.01 against 4.30 ± 0.20 with no balancing" in text
+    assert "within seed noise of Quantile balancing" in text
+
+
+def test_verdict_names_the_methods_that_differ():
+    worse, better = [1.65, 1.64, 1.643], [1.55, 1.54, 1.545]
+    text = sentence(
+        made(
+            phi=PHI,
+            switch={"loss": worse, "maxvio": [1.0, 1.1, 1.2]},
+            sinkhorn={"loss": better, "maxvio": [1.0, 1.1, 1.2]},
+            quantile=LIKE_PHI,
+            none=NONE,
+        )
+    )
+    assert re.search(
+        r"lower than that of Switch loss, higher than that of Sinkhorn and within seed noise of "
+        r"Quantile balancing \(95 % each, uncorrected for 3 comparisons\)",
+        text,
+    )
+
+
+def test_verdict_with_lost_numbers_stays_careful():
+    text = sentence(made(phi={"loss": [1.6, None, None], "maxvio": [0.8, 0.9, 0.8]}, none=NONE))
+    assert "cut MaxVio" in text
+    assert "lowered validation loss by 0.040 nats/token (noise unknown)" in text
+    text = sentence(made(phi={"loss": [None] * 3, "maxvio": [None] * 3}, none=NONE))
+    assert text.startswith("φ-balancing is not among these runs")
+
+
+def test_a_sweep_is_told_apart_and_its_best_speaks(tmp_path):
+    for strength, shift in (("0.001", 0.0), ("0.01", -0.02)):
+        for seed in (0, 1):
+            write_run(
+                tmp_path / f"{strength}-{seed}",
+                "phi",
+                seed=seed,
+                header={
+                    "balancer": f"PhiBalancing(NegativeEntropy(a=1, b=2), strength={strength})"
+                },
+                loss=1.6 + shift + seed / 100,
+                maxvio=0.9 if shift else 0.4,
+            )
+    (section,) = summarise(find_runs(tmp_path))
+    labels = [m.label for m in section.methods]
+    assert labels == ["φ-balancing · strength=0.001", "φ-balancing · strength=0.01"]
+    assert "strength=0.01 (the best by validation loss of 2 settings)" in section.verdict
+    assert "lowest MaxVio is that of φ-balancing · strength=0.001, 0.40" in section.verdict
