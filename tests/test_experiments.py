@@ -17,10 +17,11 @@ import moebalance as mb
 from moebalance import metrics
 from moebalance.cli import app
 from moebalance.experiments.batches import TokenDataset
+from moebalance.experiments.checkpoints import last_whole_checkpoint
 from moebalance.experiments.compare import compare, is_complete, plan
 from moebalance.experiments.evaluate import evaluate
 from moebalance.experiments.recipe import Recipe
-from moebalance.experiments.train import build_model, last_whole_checkpoint, train_run
+from moebalance.experiments.train import build_model, train_run
 from moebalance.runlog import LOG_NAME, read_run
 
 MODEL = {
@@ -255,18 +256,23 @@ def test_ctrl_c_leaves_a_whole_log_and_a_report_that_works(text: Path, tmp_path:
         stdout=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
     log = out / LOG_NAME
-    while time.monotonic() < deadline and (not log.is_file() or log.read_text().count("\n") < 5):
-        time.sleep(0.2)
-    # Python drops an interrupt that falls into a finaliser; a person would press again.
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        try:
-            output, _ = process.communicate(timeout=30)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if log.is_file() and log.read_text().count("\n") >= 5:
+                break
+            time.sleep(0.2)
+        # Python drops an interrupt that falls into a finaliser; a person would press again.
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            try:
+                output, _ = process.communicate(timeout=30)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        process.kill()
     assert process.returncode == 130, output
     assert "Interrupted" in output
     assert read_run(log).status == "interrupted"

@@ -7,17 +7,20 @@ methods with one seed are paired.
 import json
 import logging
 import os
-import pickle
 import platform
+import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,12 +35,13 @@ from moebalance.attachment import attach
 from moebalance.balancers import Balancer
 from moebalance.balancing import Balancing
 from moebalance.experiments.batches import TokenDataset, ordered_indices
+from moebalance.experiments.checkpoints import last_whole_checkpoint, step_of
 from moebalance.experiments.corpus import did_you_mean
 from moebalance.experiments.data import TextData, load_data
 from moebalance.experiments.evaluate import evaluate, fractions
 from moebalance.experiments.methods import build_method, without_options
 from moebalance.experiments.recipe import Recipe
-from moebalance.integrations.huggingface import STATE_FILE, BalanceCallback
+from moebalance.integrations.huggingface import BalanceCallback
 from moebalance.runlog import LOG_NAME, RunLog, read_run
 
 logger = logging.getLogger(__name__)
@@ -77,7 +81,7 @@ def train_run(
     model = build_model(recipe, data.tokenizer.vocab_size, checkpoint)
     balancing = attach(model, balancer)
     path = folder / LOG_NAME
-    step = 0 if checkpoint is None else _step_of(checkpoint)
+    step = 0 if checkpoint is None else step_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
         _refuse_other_run(path, recipe, without_options(method), repr(balancer), seed, batching)
@@ -95,7 +99,8 @@ def train_run(
             header = _header(recipe, word, balancer, seed, batching, data, model, balancing)
             log.write("header", **header)
         trainer = _trainer(recipe, model, balancing, data, log, seed, batching, folder)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _interrupt_between_steps(trainer):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return path
 
 
@@ -135,16 +140,6 @@ def build_model(recipe: Recipe, vocab_size: int, checkpoint: Path | None = None)
     if experts is not None:
         model.set_experts_implementation(experts)
     return model
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that can be read in full; None if there is none."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
-        problem = _damage(checkpoint)
-        if problem is None:
-            return checkpoint
-        logger.warning("%s is not whole (%s): trying the one before.", checkpoint, problem)
-    return None
 
 
 class _Journal(TrainerCallback):
@@ -189,6 +184,39 @@ class _Journal(TrainerCallback):
                 kwargs["model"], self.balancing, self.held_out, batch_size=self.spec.batch_size
             )
             self.log.write("eval", step=step, **found)
+
+
+class _StopHere(TrainerCallback):
+    """Raises the interrupt that came during a step, once the step is whole."""
+
+    asked = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupt_between_steps(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C end the run after the step in progress; a second one ends it at once.
+
+    Raised anywhere else, Python may drop it: what falls into a finaliser is printed and forgotten.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is told of signals
+        return
+    stop = _StopHere()
+    trainer.add_callback(stop)
+    before = signal.signal(signal.SIGINT, stop.ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _trainer(
@@ -333,33 +361,3 @@ def _refuse_other_run(
 
 def _architectures() -> list[str]:
     return sorted(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-def _step_of(checkpoint: Path) -> int:
-    tail = checkpoint.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else -1
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
-    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
-    for name in needed:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        for name in ("model.safetensors", STATE_FILE):
-            with safe_open(checkpoint / name, framework="pt") as file:
-                file.keys()
-        # Reading is the test: a truncated archive raises here.
-        torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
