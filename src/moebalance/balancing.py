@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moebalance import metrics
 from moebalance.balancers.base import Balancer
+from moebalance.distributed import refuse_several, world_size
 from moebalance.inject import follow
 from moebalance.layer import LayerBalance
 
@@ -75,9 +76,10 @@ class Balancing:
         """End an optimizer step: advance every layer by what it counted.
 
         Raises:
-            RuntimeError: a layer counted no token since the last step.
+            RuntimeError: a layer counted no token since the last step, or several processes train.
             FloatingPointError: a layer saw NaN or infinite logits; nothing is changed.
         """
+        refuse_several(world_size())
         self._check_sums()
         for layer in self.layers.values():
             layer.commit()

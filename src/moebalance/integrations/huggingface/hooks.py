@@ -226,8 +226,9 @@ class _ModelHooks:
         if not (model.training and torch.is_grad_enabled()):
             return None
         if not torch.compiler.is_compiling():
+            # A trainer may make the loss from any of the outputs.
             values = output.values() if isinstance(output, ModelOutput) else output
-            for value in values:
+            for value in values if not isinstance(values, Tensor) else (values,):
                 if isinstance(value, Tensor) and value.requires_grad:
                     resume = partial(self.forward.resume, self.forward.context)
                     value.register_hook(resume)  # type: ignore[no-untyped-call]

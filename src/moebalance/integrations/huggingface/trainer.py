@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from moebalance.balancing import Balancing
+from moebalance.distributed import refuse_several
 from moebalance.integrations.huggingface.hooks import silence_native_loss
 from moebalance.integrations.huggingface.routers import transformers_model
 
@@ -44,12 +45,7 @@ class BalanceCallback(TrainerCallback):
             RuntimeError: training on more than one process.
             FileNotFoundError, ValueError: the trainer resumes, and there is no state that fits.
         """
-        if args.world_size > 1:
-            raise RuntimeError(
-                f"Training on {args.world_size} processes: this version of moebalance does not "
-                "reduce its sums across ranks, so each would balance its own tokens. Train on one "
-                "process."
-            )
+        refuse_several(args.world_size)
         model = transformers_model(kwargs["model"])
         if model is not None:
             self.balancing.on_detach(silence_native_loss(model))
