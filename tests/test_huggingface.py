@@ -306,3 +306,27 @@ def test_a_tuple_output_is_followed_as_well() -> None:
     balancing = mb.attach(model, mb.PhiBalancing())
     (model(input_ids=ids, labels=ids, return_dict=False)[0] / 8).backward()
     assert {layer.loss_scale.item() for layer in balancing.layers.values()} == {0.125}
+
+
+def test_a_new_family_of_the_common_shape_works_without_a_change_of_ours() -> None:
+    class NewFamilyRouter(nn.Module):
+        """Sigmoid affinities, normalised and scaled, under a name seen nowhere else."""
+
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.weight, self.top_k = nn.Parameter(weight.detach().clone()), 2
+
+        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = hidden @ self.weight.T
+            weights, experts = logits.sigmoid().topk(self.top_k)
+            return logits, 1.5 * weights / weights.sum(-1, keepdim=True), experts
+
+    model, ids = tiny("mixtral"), tokens()
+    for layer in model.model.layers:
+        layer.mlp.gate = NewFamilyRouter(layer.mlp.gate.weight)
+    assert {site.rule.gate for site in find_sites(model)} == {mb.Sigmoid()}
+    assert [site.rule.scaling for site in find_sites(model)] == pytest.approx([1.5, 1.5])
+    with mb.attach(model, mb.Together(mb.PhiBalancing(), mb.LossFree())) as balancing:
+        model(input_ids=ids, labels=ids).loss.backward()
+        balancing.step()
+        assert balancing.metrics()["tokens"] == ids.numel()
