@@ -35,7 +35,7 @@ class PhiBalancing(Balancer):
             than Euclidean; `potential.unit_slope()` removes that difference. The default was chosen
             at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
         rate: η in (0, 1], weight of the newest step in the average. The default was chosen at 1024
-            tokens a step; the paper found 0.6 to 0.7 best at 2 million.
+            tokens a step; for steps of 2 million, 0.6 to 0.7 is reported.
         statistic: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
             load f while the gradient still goes through the scores (straight-through).
         peek: whether the price already contains the batch it is charged on, as in Algorithm 1. With
