@@ -221,13 +221,28 @@ def test_other_hyper_parameters_of_the_same_method_are_continued_with_a_warning(
 # --- the handle -------------------------------------------------------------------------------
 
 
-def test_a_step_without_tokens_names_the_layers_that_saw_none():
+def test_a_step_without_tokens_is_refused():
     balancing = two_layers()
-    balancing.layers["a"].count(measure(plain_top_k(hidden(8)[:, :EXPERTS], TOP_K)))
-    with pytest.raises(RuntimeError, match=r"in b during step 1\b"):
+    with pytest.raises(RuntimeError, match=r"in a, b during step 1\b"):
         balancing.step()
     assert balancing.steps == 0
-    assert not balancing.layers["a"].running.any()
+
+
+def test_one_disabled_layer_does_not_block_the_rest(caplog):
+    balancing = two_layers()
+    for _ in range(2):
+        balancing.layers["a"].count(measure(plain_top_k(hidden(8)[:, :EXPERTS], TOP_K)))
+        with caplog.at_level(logging.WARNING, "moebalance"):
+            balancing.step()
+    fresh = two_layers().state_dict()["layers"]["b"]
+    after = balancing.state_dict()["layers"]
+    assert balancing.steps == 2
+    assert same(list(after["b"].values()), list(fresh.values()))
+    assert not same(list(after["a"].values()), list(fresh.values()))
+    assert [r.message for r in caplog.records] == [
+        "moebalance: b counted no token in step 1 and keeps its state. If it should take part, see "
+        "that its layer trains."
+    ]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from moebalance.balancing import Balancing as Balancing
     from moebalance.integrations import huggingface as huggingface
     from moebalance.layer import BalancedRouter as BalancedRouter
+    from moebalance.monitoring import Monitor as Monitor
+    from moebalance.monitoring import monitor as monitor
     from moebalance.potentials import Euclidean as Euclidean
     from moebalance.potentials import LogCosh as LogCosh
     from moebalance.potentials import LpNorm as LpNorm
@@ -66,6 +68,7 @@ _HOME = {
     ],
     "moebalance.balancing": ["Balancing"],
     "moebalance.layer": ["BalancedRouter"],
+    "moebalance.monitoring": ["Monitor", "monitor"],
     "moebalance.potentials": [
         "Euclidean",
         "LogCosh",

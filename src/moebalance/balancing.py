@@ -17,23 +17,15 @@ from moebalance.balancers.base import Balancer
 from moebalance.distributed import refuse_several, world_size
 from moebalance.inject import follow
 from moebalance.layer import LayerBalance
+from moebalance.routing import Sums
 
 logger = logging.getLogger("moebalance")
 
 FORMAT = 1
 """Version of the layout of `Balancing.state_dict`."""
 
-_METRICS = (
-    "maxvio",
-    "minvio",
-    "cv",
-    "gini",
-    "entropy",
-    "dead",
-    "soft_maxvio",
-    "soft_hard_gap",
-    "tokens",
-)
+Loads = tuple[Float[Tensor, "E"], Float[Tensor, "E"]]
+"""Hard and soft load of one layer."""
 
 
 class Balancing:
@@ -53,7 +45,10 @@ class Balancing:
         self.steps = 0
         self._loss_scale = 1.0
         self._on_step: list[Callable[[], None]] = []
-        self._on_detach: list[Callable[[], None]] = []
+        self._on_detach: list[tuple[Callable[[], None], bool]] = []
+        self.price_outside: set[str] = set()
+        """Layers whose selection price no weight of the model holds: only this handle applies it."""
+        self._known_blind: set[str] = set()
         self._share_loss_scale()
 
     def place(self, devices: Mapping[str, torch.device]) -> None:
@@ -68,15 +63,23 @@ class Balancing:
         """Call this after each step and each load, for example to write prices into a model."""
         self._on_step.append(call)
 
-    def on_detach(self, call: Callable[[], None]) -> None:
-        """Call this once on detaching, last come first."""
-        self._on_detach.append(call)
+    def on_detach(self, call: Callable[[], None], *, restores_price: bool = False) -> None:
+        """Call this once on detaching, last come first.
+
+        Args:
+            call: what undoes something.
+            restores_price: it undoes a price written into the model, which a user may keep.
+        """
+        self._on_detach.append((call, restores_price))
 
     def step(self) -> None:
         """End an optimizer step: advance every layer by what it counted.
 
+        A layer that counted no token, such as that of experts for images in a step of text, keeps
+        its state and is named in a warning once.
+
         Raises:
-            RuntimeError: a layer counted no token since the last step, or several processes train.
+            RuntimeError: no layer counted a token since the last step, or several processes train.
             FloatingPointError: a layer saw NaN or infinite logits; nothing is changed.
         """
         refuse_several(world_size())
@@ -110,13 +113,9 @@ class Balancing:
         self._reset_loss_scale()
 
     @torch.no_grad()
-    def loads(self) -> dict[str, tuple[Float[Tensor, "E"], Float[Tensor, "E"]]]:
+    def loads(self) -> dict[str, Loads]:
         """Hard and soft load of each layer in the last finished step, fractions that sum to 1."""
-        return {
-            name: (layer.last_sums.hard_load, layer.last_sums.soft_load)
-            for name, layer in self.layers.items()
-            if layer.last_sums is not None
-        }
+        return _loads({name: layer.last_sums for name, layer in self.layers.items()})
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
@@ -128,35 +127,34 @@ class Balancing:
             `soft_hard_gap`; `price_spread` where the method prices selection; `tokens` per layer.
             Empty before the first step.
         """
-        sums = [layer.last_sums for layer in self.layers.values() if layer.last_sums is not None]
-        if not sums:
+        found = metrics.summary([layer.last_sums for layer in self.layers.values()])
+        if not found:
             return {}
-        rows = []
-        for each in sums:
-            hard, soft = each.hard_load, each.soft_load
-            rows.append(
-                torch.stack(
-                    [
-                        metrics.max_violation(hard),
-                        metrics.min_violation(hard),
-                        metrics.coefficient_of_variation(hard),
-                        metrics.gini(hard),
-                        metrics.normalized_entropy(hard),
-                        metrics.dead_fraction(hard),
-                        metrics.max_violation(soft),
-                        metrics.soft_hard_gap(soft, hard),
-                        each.tokens,
-                    ]
-                )
-            )
-        table = torch.stack([row.to(rows[0].device) for row in rows]).cpu()
-        found = dict(zip(_METRICS, table.mean(dim=0).tolist(), strict=True))
-        found["maxvio_worst"] = table[:, 0].max().item()
         prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
         if prices:
             spreads = [metrics.price_spread(price).item() for price in prices]
             found["price_spread"] = sum(spreads) / len(spreads)
         return found
+
+    def watch(self) -> None:
+        """From now on count what the model does in evaluation mode too; see `evaluation`."""
+        for layer in self.layers.values():
+            layer.start_watching()
+
+    @torch.no_grad()
+    def evaluation(self) -> tuple[dict[str, float], dict[str, Loads]]:
+        """Metrics and loads of all forwards in evaluation mode since the last call.
+
+        Nothing of it enters the balancing.
+
+        Raises:
+            RuntimeError: `watch` was not called before.
+        """
+        seen = {name: layer.watched for name, layer in self.layers.items()}
+        if None in seen.values():
+            raise RuntimeError("Nothing was counted in evaluation: call watch() before it.")
+        self.watch()
+        return metrics.summary(list(seen.values())), _loads(seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: format, method, steps and each layer's tensors."""
@@ -191,10 +189,28 @@ class Balancing:
         self.steps = state["steps"]
         self._publish()
 
-    def detach(self) -> None:
-        """Take everything away: the model's outputs are again what they were before `attach`."""
+    def detach(self, *, keep_price: bool = False) -> None:
+        """Take everything away: the model's outputs are again what they were before `attach`.
+
+        Args:
+            keep_price: leave the trained price in the model's own selection bias, so that it routes
+                on as it was trained and is saved so.
+
+        Raises:
+            ValueError: `keep_price` where no bias of the model holds the price; nothing is undone.
+        """
+        if keep_price and self.price_outside:
+            raise ValueError(
+                f"{self.balancer!r} trained a selection price, and {min(self.price_outside)} "
+                f"(of {len(self.price_outside)} such routers) has no selection bias to hold it: "
+                "without this handle the model sends tokens to other experts than in training. "
+                "Keep the handle's state and attach again, or train with a loss-lever method such "
+                "as PhiBalancing."
+            )
         while self._on_detach:
-            self._on_detach.pop()()
+            call, restores_price = self._on_detach.pop()
+            if not (keep_price and restores_price):
+                call()
         self._on_step.clear()
 
     def __enter__(self) -> "Balancing":
@@ -224,7 +240,17 @@ class Balancing:
             return
         names = list(self.layers)
         sick = [name for name, good in zip(names, verdicts[0].tolist(), strict=True) if not good]
-        blind = [name for name, good in zip(names, verdicts[1].tolist(), strict=True) if not good]
+        blind = {name for name, good in zip(names, verdicts[1].tolist(), strict=True) if not good}
+        if not sick and blind != set(names):
+            for name in sorted(blind - self._known_blind):
+                logger.warning(
+                    "moebalance: %s counted no token in step %d and keeps its state. If it should "
+                    "take part, see that its layer trains.",
+                    name,
+                    self.steps + 1,
+                )
+            self._known_blind |= blind
+            return
         self.discard()
         if sick:
             raise FloatingPointError(
@@ -233,7 +259,7 @@ class Balancing:
                 "learning rate, clip gradients, or look for the layer's input."
             )
         raise RuntimeError(
-            f"No token was counted in {', '.join(blind)} during step {self.steps + 1}. Tokens are "
+            f"No token was counted in {', '.join(names)} during step {self.steps + 1}. Tokens are "
             "counted in the backward pass of a model in training mode: call step() once after each "
             "optimizer step, attach before compiling, and give each step at least one real token."
         )
@@ -302,6 +328,10 @@ class Balancing:
         return list(
             {id(layer.loss_scale): layer.loss_scale for layer in self.layers.values()}.values()
         )
+
+
+def _loads(sums: Mapping[str, Sums | None]) -> dict[str, Loads]:
+    return {name: (s.hard_load, s.soft_load) for name, s in sums.items() if s is not None}
 
 
 def method_name(balancer: Balancer) -> str:

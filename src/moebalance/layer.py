@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moebalance.balancers.base import Balancer, State
 from moebalance.inject import Tally, inject, pack, packed_size, unpack
-from moebalance.routing import Gate, Softmax, Sums
+from moebalance.routing import Gate, Softmax, Sums, measure, route
 
 _SOFTMAX = Softmax()
 
@@ -41,6 +41,7 @@ class LayerBalance(nn.Module):
         self.balancer, self.num_experts, self.gate, self.name = balancer, num_experts, gate, name
         self.last_step: Tensor
         self.last_sums: Sums | None
+        self.watched: Sums | None = None
         self._reset()
 
     @property
@@ -73,6 +74,14 @@ class LayerBalance(nn.Module):
         weight: Float[Tensor, ""] | None = None,
     ) -> Tensor:
         """Tie this batch's counting and charge to the backward pass of `carrier`; see `inject`."""
+        if not (carrier.requires_grad or logits.requires_grad):
+            # Nothing below is trained, so no backward will come by. A recomputation for activation
+            # checkpointing runs inside of a backward, and is not a second batch.
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+                with torch.no_grad():
+                    routing = route(logits, experts, self.gate, mask=mask, sequences=sequences)
+                    self.count(self.balancer.observe(self.state, routing))
+            return carrier
         return inject(
             carrier,
             logits=logits,
@@ -89,6 +98,27 @@ class LayerBalance(nn.Module):
     def count(self, sums: Sums) -> None:
         """Add a batch's sums to the running step by hand, for loops that inject nothing."""
         self.running.add_(pack(sums))
+
+    @torch.no_grad()
+    def watch(
+        self,
+        logits: Float[Tensor, "T E"],
+        experts: Int[Tensor, "T K"],
+        *,
+        mask: Bool[Tensor, "T"] | None = None,
+    ) -> None:
+        """Count a batch that is not trained on, if anyone watches; the state never hears of it."""
+        if self.watched is not None:
+            new = measure(route(logits, experts, self.gate, mask=mask))
+            old = self.watched
+            self.watched = Sums(
+                old.scores + new.scores, old.counts + new.counts, old.tokens + new.tokens
+            )
+
+    def start_watching(self) -> None:
+        """Begin to count batches that are not trained on, from zero."""
+        zeros = torch.zeros(self.num_experts, device=self.running.device)
+        self.watched = Sums(zeros, zeros, zeros.new_zeros(()))
 
     @torch.no_grad()
     def commit(self) -> Sums:
@@ -144,6 +174,9 @@ class LayerBalance(nn.Module):
             self._buffers[name] = tensor.to(device)
         self.running = self.running.to(device)
         self.loss_scale = self.loss_scale.to(device)
+        if self.watched is not None:
+            scores, counts, tokens, _ = self.watched
+            self.watched = Sums(scores.to(device), counts.to(device), tokens.to(device))
         return self
 
 
@@ -221,6 +254,8 @@ class BalancedRouter(LayerBalance):
         if self.training and torch.is_grad_enabled():
             sequences = logits.shape[0] if logits.dim() == 3 else 1
             weights = self.inject(weights, flat, experts, mask=flat_mask, sequences=sequences)
+        elif not self.training:
+            self.watch(flat, experts, mask=flat_mask)
         shape = (*logits.shape[:-1], self.top_k)
         return weights.to(logits.dtype).view(shape), experts.view(shape)
 

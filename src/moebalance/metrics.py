@@ -13,10 +13,13 @@ A batch of N tokens is never perfectly even: compare `max_violation` with `sampl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
+
+from moebalance.routing import Sums
 
 
 def max_violation(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
@@ -310,6 +313,46 @@ def price_spread(price: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
     tensor(1.5000)
     """
     return price.amax(-1) - price.amin(-1)
+
+
+@torch.no_grad()
+def summary(layers: Sequence[Sums | None]) -> dict[str, float]:
+    """About ten numbers on a model's layers: means over layers, with the worst MaxVio.
+
+    Layers without a token, or without sums, are left out; empty if none is left.
+
+    Returns:
+        `maxvio`, `maxvio_worst`, `minvio`, `cv`, `gini`, `entropy` and `dead` of the hard load;
+        `soft_maxvio` and `soft_hard_gap`; `tokens` a layer.
+    """
+    rows = []
+    for sums in layers:
+        if sums is None:
+            continue
+        hard, soft = sums.hard_load, sums.soft_load
+        measured = {
+            "maxvio": max_violation(hard),
+            "minvio": min_violation(hard),
+            "cv": coefficient_of_variation(hard),
+            "gini": gini(hard),
+            "entropy": normalized_entropy(hard),
+            "dead": dead_fraction(hard),
+            "soft_maxvio": max_violation(soft),
+            "soft_hard_gap": soft_hard_gap(soft, hard),
+            "tokens": sums.tokens,
+        }
+        names = list(measured)
+        rows.append(torch.stack(list(measured.values())))
+    if not rows:
+        return {}
+    # One wait for the device, whatever the number of layers.
+    table = torch.stack([row.to(rows[0].device) for row in rows]).cpu()
+    table = table[table[:, -1] > 0]
+    if not len(table):
+        return {}
+    found = dict(zip(names, table.mean(dim=0).tolist(), strict=True))
+    found["maxvio_worst"] = table[:, 0].max().item()
+    return found
 
 
 def _share(load: Tensor, axes: int | tuple[int, ...] = -1) -> Tensor:

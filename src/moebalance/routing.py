@@ -101,6 +101,31 @@ class Sigmoid(Gate):
         return torch.sigmoid(-at_least_float32(logits))
 
 
+@dataclass(frozen=True)
+class SqrtSoftplus(Gate):
+    """p ∝ √softplus(z): DeepSeek-V4.
+
+    >>> SqrtSoftplus().scores(torch.zeros(1, 2))
+    tensor([[0.5000, 0.5000]])
+    """
+
+    def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """½ log softplus(z), which is z/2 where softplus underflows to e^z."""
+        z = at_least_float32(logits)
+        low = z < _UNDERFLOW
+        # Both branches are finite everywhere, for a gradient of the other would be 0 · ∞.
+        return torch.where(low, 0.5 * z, 0.5 * F.softplus(z.clamp(min=_UNDERFLOW)).log())
+
+    def slope(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """σ(z) / (2 softplus(z))."""
+        z = at_least_float32(logits)
+        usual = 0.5 * torch.sigmoid(z) / F.softplus(z.clamp(min=_UNDERFLOW))
+        return torch.where(z < _UNDERFLOW, 0.5, usual)
+
+
+_UNDERFLOW = -15.0  # from here down softplus(z) = e^z to float32's precision
+
+
 class Routing(NamedTuple):
     """What one router did with one batch.
 

@@ -5,8 +5,9 @@ experts e are held against the rules in use,
 
     w = c · a(z)_e        or        w = c · a(z)_e / Σ_chosen a(z),
 
-with a the softmax or the sigmoid of z. So a new model family that follows a common rule works
-without a change here, and one that follows none is refused instead of being misread.
+with a the softmax, the sigmoid or the square root of the softplus of z. So a new model family that
+follows a common rule works without a change here, and one that follows none is refused instead of
+being misread.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moebalance.routing import Gate, Sigmoid, Softmax
+from moebalance.routing import Gate, Sigmoid, Softmax, SqrtSoftplus
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def recognise(
         weights: (T, K).
         experts: (T, K).
     """
-    for gate in (Softmax(), Sigmoid()):
+    for gate in (Softmax(), Sigmoid(), SqrtSoftplus()):
         for normalized in (True, False):
             if normalized and experts.shape[-1] == 1:
                 continue  # one weight over itself is 1 under every gate: nothing to learn from

@@ -7,12 +7,14 @@ Hooks on the model hand over the padding mask and follow the gradient of its los
 """
 
 from moebalance.integrations.huggingface.hooks import attach, serves
+from moebalance.integrations.huggingface.monitor_callback import MonitorCallback
 from moebalance.integrations.huggingface.routers import Site, find_sites
 from moebalance.integrations.huggingface.trainer import STATE_FILE, BalanceCallback, load, save
 
 __all__ = [
     "STATE_FILE",
     "BalanceCallback",
+    "MonitorCallback",
     "Site",
     "attach",
     "find_sites",

@@ -49,7 +49,7 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
 
     layers = {}
     for site in sites:
-        layer = LayerBalance(balancer, site.num_experts, gate=site.rule.gate, name=site.name)
+        layer = LayerBalance(balancer, site.num_experts, gate=site.gate, name=site.name)
         layers[site.name] = layer.to(next(site.router.parameters()).device)
     balancing = Balancing(balancer, layers)
     try:
@@ -64,25 +64,29 @@ def _tie(balancing: Balancing, model: nn.Module, inner: PreTrainedModel, sites: 
     """Register every hook, and how to take it away again."""
     balancer, layers = balancing.balancer, balancing.layers
     balancing.on_detach(silence_native_loss(inner))
-    forward = _Forward()
+    forward, stacks = _Forward(), _stacks(inner)
     for site in sites:
         layer = layers[site.name]
         native = site.bias is not None and balancer.prices_selection
-        hook = RouterHook(layer, site, forward, reselect=balancer.selects and not native)
+        number = _holder(stacks, site.router)
+        reselect = balancer.selects and not native
+        hook = RouterHook(layer, site, forward, stack=number, reselect=reselect)
         balancing.on_detach(site.router.register_forward_hook(hook.after_router).remove)
         if site.bias is not None and native:
             original = site.bias.detach().clone()
             layer.adopt(-original.reshape(-1))
             balancing.on_step(partial(_publish_price, site, layer))
-            balancing.on_detach(partial(_write_bias, site, original))
+            balancing.on_detach(partial(_write_bias, site, original), restores_price=True)
+        elif balancer.prices_selection:
+            balancing.price_outside.add(site.name)
     hooks = _ModelHooks(balancing, forward, sites, shifts_labels=_shifts_labels(inner))
     for module in {id(m): m for m in (model, inner)}.values():
         before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
         balancing.on_detach(before.remove)
         balancing.on_detach(module.register_forward_hook(hooks.after_model).remove)
-    decoder = inner.base_model
-    before = decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True)
-    balancing.on_detach(before.remove)
+    for number, stack in enumerate(stacks):
+        see = partial(hooks.before_stack, number)
+        balancing.on_detach(stack.register_forward_pre_hook(see, with_kwargs=True).remove)
 
 
 def silence_native_loss(model: PreTrainedModel) -> Callable[[], None]:
@@ -107,11 +111,17 @@ def _restore_native_loss(configs: list[Any]) -> None:
         config.output_router_logits = True
 
 
-class _Context(NamedTuple):
-    """One forward: its padding mask (T,), number of sequences, and weight in its step."""
+class _Layout(NamedTuple):
+    """The tokens of one stack of layers: padding mask (T,) and number of sequences."""
 
     mask: Tensor | None = None
     sequences: int = 1
+
+
+class _Context(NamedTuple):
+    """One forward: the layout of each stack's tokens, and the batch's weight in its step."""
+
+    layouts: tuple[_Layout, _Layout] = (_Layout(), _Layout())
     weight: Tensor | None = None
 
 
@@ -137,39 +147,41 @@ class RouterHook:
         layer: the layer's state.
         site: the router.
         forward: mask, layout and weight of the forward in progress.
+        stack: which of the model's stacks the router belongs to.
         reselect: whether to choose the experts again under the price.
     """
 
     def __init__(
-        self, layer: LayerBalance, site: Site, forward: _Forward, *, reselect: bool
+        self, layer: LayerBalance, site: Site, forward: _Forward, *, stack: int, reselect: bool
     ) -> None:
-        self.layer, self.rule, self.forward, self.reselect = layer, site.rule, forward, reselect
+        self.layer, self.site, self.forward = layer, site, forward
+        self.stack, self.reselect = stack, reselect
 
-    def after_router(
-        self, router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Choose again if the method says so, and inject in training."""
-        logits, weights, experts, *rest = output
+        logits, carrier, experts = self.site.read(output)
         training = router.training and torch.is_grad_enabled()
-        mask = self._mask(logits, strict=training) if router.training else None
+        mask = self._mask(logits, strict=training)
         if self.reselect:
             preference = self.layer.preference(logits, mask, training=router.training)
             if preference is not None:
                 experts = preference.topk(experts.shape[-1], dim=-1).indices
-                weights = self.rule.weigh(logits, experts).to(weights.dtype)
+                carrier = self.site.weigh(logits, experts).to(carrier.dtype)
         if training:
-            weights = self.layer.inject(
-                weights,
+            carrier = self.layer.inject(
+                carrier,
                 logits,
                 experts,
                 mask=mask,
-                sequences=self.forward.context.sequences,
+                sequences=self.forward.context.layouts[self.stack].sequences,
                 weight=self.forward.context.weight,
             )
-        return (logits, weights, experts, *rest)
+        elif not router.training:
+            self.layer.watch(logits, experts, mask=mask)
+        return self.site.convention.write(output, carrier, experts)
 
     def _mask(self, logits: Tensor, *, strict: bool) -> Tensor | None:
-        mask = self.forward.context.mask
+        mask = self.forward.context.layouts[self.stack].mask
         if mask is not None and mask.shape[0] != logits.shape[0]:
             if not strict:  # generation between training steps: nothing is counted there
                 return None
@@ -204,11 +216,11 @@ class _ModelHooks:
                 return args, {**kwargs, "output_router_logits": False}
         return None
 
-    def before_decoder(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def before_stack(
+        self, number: int, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not (decoder.training and torch.is_grad_enabled()):
-            return
+        if stack.training and not torch.is_grad_enabled():
+            return  # a forward of the training model on the side, between the training forwards
         tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds", args[0] if args else None)
@@ -219,8 +231,10 @@ class _ModelHooks:
             # A prefix or a cache makes the mask longer than what is routed, at its start.
             length = mask.shape[1] if tokens is None else tokens.shape[1]
             real = mask[:, -length:].reshape(-1).bool()
-        sequences = 1 if tokens is None else tokens.shape[0]
-        self.forward.context = self.forward.context._replace(mask=real, sequences=sequences)
+        layout = _Layout(real, 1 if tokens is None else tokens.shape[0])
+        first, second = self.forward.context.layouts
+        layouts = (layout, second) if number == 0 else (first, layout)
+        self.forward.context = self.forward.context._replace(layouts=layouts)
 
     def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
@@ -249,6 +263,19 @@ class _ModelHooks:
             targets = labels[..., 1:] if self.shifts_labels else labels
         share: Tensor = (targets != -100).sum() / total
         return share
+
+
+def _stacks(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose inputs are tokens with a padding mask: encoder and decoder, or one."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return [model.get_encoder(), model.get_decoder()]  # type: ignore[no-untyped-call]
+    return [model.base_model]
+
+
+def _holder(stacks: list[nn.Module], router: nn.Module) -> int:
+    """Number of the stack that a router belongs to."""
+    within = [any(module is router for module in stack.modules()) for stack in stacks]
+    return within.index(True) if True in within else 0
 
 
 def _publish_price(site: Site, layer: LayerBalance) -> None:

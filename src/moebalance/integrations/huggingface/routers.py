@@ -1,8 +1,10 @@
 """Find the routers of a Transformers model and recognise the rule each one follows."""
 
+import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,18 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from moebalance.balancers.base import Balancer
+from moebalance.integrations.huggingface.conventions import (
+    BY_CLASS,
+    COMMON,
+    NOT_ROUTED,
+    REFUSED,
+    Answer,
+    Convention,
+)
+from moebalance.routing import Gate
 from moebalance.sites import Rule, recognise
+
+logger = logging.getLogger("moebalance")
 
 _NATIVE_BIAS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _PROBE_TOKENS = 64
@@ -18,13 +31,29 @@ _PROBE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Site:
-    """One router of a model and what was found out about it."""
+    """One router of a model and what was found out about it.
+
+    Attributes:
+        name: of the router in the model.
+        router: the module.
+        block: the module around it, which may hold its selection bias.
+        convention: how it answers.
+        num_experts: E.
+        top_k: K.
+        gate: affinities from logits.
+        rule: weights from affinities; None where they cannot be recomputed from outside.
+        bias_name: of its selection bias, from the block; None if it has none.
+        trainable: whether a gradient reaches any of its parameters.
+    """
 
     name: str
     router: nn.Module
+    block: nn.Module
+    convention: Convention
     num_experts: int
     top_k: int
-    rule: Rule
+    gate: Gate
+    rule: Rule | None
     bias_name: str | None
     trainable: bool
 
@@ -34,7 +63,26 @@ class Site:
         if self.bias_name is None:
             return None
         owner, _, leaf = self.bias_name.rpartition(".")
-        return cast(Tensor, getattr(self.router.get_submodule(owner), leaf))
+        return cast(Tensor, getattr(self.block.get_submodule(owner), leaf))
+
+    @property
+    def why_fixed(self) -> str:
+        """Why the choice of experts cannot be replaced from outside; empty if it can."""
+        if self.convention.why_fixed:
+            return self.convention.why_fixed
+        if self.rule is None or not self.rule.plain_top_k:
+            return "limits the choice by groups"
+        return ""
+
+    def read(self, output: Any) -> Answer:
+        """Take the router's output apart."""
+        return self.convention.read(output, self.top_k)
+
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """The carrier the router would give for another choice, (T, K) of experts."""
+        if self.rule is None:
+            raise ValueError(f"{self.name} {self.why_fixed}.")
+        return self.convention.weigh(self.rule, self.router, logits, experts)
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel | None:
@@ -49,22 +97,23 @@ def find_sites(model: nn.Module) -> list[Site]:
     Raises:
         ValueError: a router whose rule is unknown, or that chooses more experts than it has.
     """
-    sites = []
+    sites, passed_over = [], []
     for name, module in model.named_modules():
-        if not _looks_like_router(module) or "original_module" in name.split("."):
-            continue
-        weight = cast(Tensor, module.weight)
-        num_experts, top_k = weight.shape[0], cast(int, module.top_k)
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(
-                f"{name} sends each token to {top_k} of {num_experts} experts: top_k must lie in "
-                "1..num_experts; mend the model's configuration."
-            )
-        # PEFT wraps a module whose weight it adapts: `gate` becomes `gate.base_layer`.
-        adapted = model.get_submodule(name.removesuffix(".base_layer"))
-        trainable = any(parameter.requires_grad for parameter in adapted.parameters())
-        rule, bias = _probe(name, module), _native_bias(module)
-        sites.append(Site(name, module, num_experts, top_k, rule, bias, trainable))
+        if "original_module" in name.split("."):
+            continue  # PEFT keeps what it replaced
+        kind = type(module).__name__
+        if kind in REFUSED:
+            raise ValueError(f"{name} ({kind}) cannot be balanced: {REFUSED[kind]}.")
+        if kind in NOT_ROUTED:
+            passed_over.append(name)
+        elif _looks_like_router(module):
+            sites.append(_examine(model, name, module))
+    if passed_over and sites:
+        logger.info(
+            "moebalance: %s and %d more route by a fixed table and are left alone.",
+            passed_over[0],
+            len(passed_over) - 1,
+        )
     return sites
 
 
@@ -72,13 +121,13 @@ def check_levers(site: Site, balancer: Balancer) -> None:
     """Refuse a method that this router gives no lever to.
 
     Raises:
-        ValueError: the choice is limited by groups and has no bias, or the router is frozen.
+        ValueError: the choice cannot be replaced and there is no bias, or the router is frozen.
     """
     native = balancer.prices_selection and site.bias is not None
-    if balancer.selects and not native and not site.rule.plain_top_k:
+    if balancer.selects and not native and site.why_fixed:
         raise ValueError(
-            f"{balancer!r} chooses experts, but {site.name} ({type(site.router).__name__}) limits "
-            "the choice by groups and has no selection bias for it: use a loss-lever method such "
+            f"{balancer!r} chooses experts, but {site.name} ({type(site.router).__name__}) "
+            f"{site.why_fixed} and has no selection bias for it: use a loss-lever method such "
             "as PhiBalancing."
         )
     if balancer.charges and not site.trainable:
@@ -90,17 +139,41 @@ def check_levers(site: Site, balancer: Balancer) -> None:
 
 
 def _looks_like_router(module: nn.Module) -> bool:
-    named = type(module).__name__.endswith(("Router", "Gate", "Gating"))
-    weight = getattr(module, "weight", None)
-    return (
-        named
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
-        and isinstance(getattr(module, "top_k", None), int)
+    kind = type(module).__name__
+    if kind in BY_CLASS:
+        return True
+    named = kind.endswith(("Router", "Gate", "Gating"))
+    return named and isinstance(getattr(module, "top_k", None), int) and _matrix(module) is not None
+
+
+def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
+    # PEFT wraps a module whose weight it adapts: `gate` becomes `gate.base_layer`.
+    place = name.removesuffix(".base_layer")
+    block = model.get_submodule(place.rpartition(".")[0])
+    convention = BY_CLASS.get(type(router).__name__, COMMON)
+    top_k = convention.top_k(router, block)
+    answer, rule = _probe(name, router, convention, top_k)
+    num_experts = answer.logits.shape[-1]
+    gate = convention.gate or (rule.gate if rule is not None else None)
+    if gate is None:
+        raise _unknown(name, router, "its weights follow no gate of moebalance.Gate")
+    return Site(
+        name=name,
+        router=router,
+        block=block,
+        convention=convention,
+        num_experts=num_experts,
+        top_k=top_k,
+        gate=gate,
+        rule=rule,
+        bias_name=_native_bias(router, block, place.rpartition(".")[2]),
+        trainable=any(p.requires_grad for p in model.get_submodule(place).parameters()),
     )
 
 
-def _probe(name: str, router: nn.Module) -> Rule:
+def _probe(
+    name: str, router: nn.Module, convention: Convention, top_k: int
+) -> tuple[Answer, Rule | None]:
     """Recognise a router's rule by running its code on random weights and input, in float32.
 
     Random weights make the answer independent of the model's own, which may be sharded, quantised
@@ -110,25 +183,70 @@ def _probe(name: str, router: nn.Module) -> Rule:
     tensors: Iterator[tuple[str, Tensor]] = iter(
         [*router.named_parameters(), *router.named_buffers()]
     )
-    stand_in = {
-        key: torch.zeros(tensor.shape)
-        if key.rpartition(".")[2] in _NATIVE_BIAS
-        else torch.randn(tensor.shape, generator=random)
-        for key, tensor in tensors
-    }
-    hidden = stand_in["weight"].shape[1]
+    stand_in = {key: _stand_in(key, tensor, random) for key, tensor in tensors}
+    matrix = _matrix(router)
+    if matrix is None:
+        raise _unknown(name, router, "it has no weight matrix")
+    num_experts, hidden = matrix.shape
     # Logits of order one: the affinities then differ clearly and no weight underflows.
-    tokens = torch.randn(_PROBE_TOKENS, hidden, generator=random) / hidden**0.5
+    tokens = torch.randn(1, _PROBE_TOKENS, hidden, generator=random) / hidden**0.5
+    extra = [torch.zeros(num_experts) for _ in _bias_arguments(router)]
+    # Of one expert a token, normalised, the weight is 1 under every gate: two tell gates apart.
+    probed_k = 2 if top_k == 1 and hasattr(router, "top_k") else top_k
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"{name} sends each token to {top_k} of {num_experts} experts: top_k must lie in "
+            "1..num_experts; mend the model's configuration."
+        )
     try:
-        with torch.no_grad():
-            output = functional_call(router, stand_in, (tokens,))
-        logits, weights, experts = output[:3]
-        rule = recognise(logits, weights, experts)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if probed_k != top_k:
+            cast(Any, router).top_k = probed_k
+        output = _call(router, stand_in, tokens, extra)
+        answer = convention.read(output, probed_k)
+        if convention.gate is not None:
+            return answer, None
+        weights = answer.carrier
+        if weights.shape != answer.experts.shape:  # one column an expert
+            weights = weights.gather(-1, answer.experts)
+        rule = recognise(answer.logits, weights, answer.experts)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise _unknown(name, router, f"calling it on hidden states failed: {error}") from error
+    finally:
+        if probed_k != top_k:
+            cast(Any, router).top_k = top_k
     if rule is None:
-        raise _unknown(name, router, "its weights follow neither softmax nor sigmoid of its logits")
-    return rule
+        raise _unknown(name, router, "its weights follow no gate that moebalance has")
+    return answer, rule
+
+
+@torch.no_grad()
+def _call(
+    router: nn.Module, stand_in: dict[str, Tensor], tokens: Tensor, extra: list[Tensor]
+) -> Any:
+    """Call a router on tokens (T, D), or (1, T, D) where it insists on the batch."""
+    try:
+        return functional_call(router, stand_in, (tokens[0], *extra))
+    except (ValueError, IndexError):
+        return functional_call(router, stand_in, (tokens, *extra))
+
+
+def _stand_in(key: str, tensor: Tensor, random: torch.Generator) -> Tensor:
+    leaf = key.rpartition(".")[2]
+    if leaf in _NATIVE_BIAS:
+        return torch.zeros(tensor.shape)
+    if leaf == "per_expert_scale":  # a factor on the weights, outside of the rule
+        return torch.ones(tensor.shape)
+    return torch.randn(tensor.shape, generator=random)
+
+
+def _matrix(router: nn.Module) -> Tensor | None:
+    """The map from hidden states to logits, (E, D)."""
+    return next((p for p in router.parameters() if p.dim() == 2), None)
+
+
+def _bias_arguments(router: nn.Module) -> list[str]:
+    """Arguments of `forward` by which the block hands over its selection bias."""
+    return [name for name in inspect.signature(router.forward).parameters if name in _NATIVE_BIAS]
 
 
 def _unknown(name: str, router: nn.Module, why: str) -> ValueError:
@@ -139,6 +257,14 @@ def _unknown(name: str, router: nn.Module, why: str) -> ValueError:
     )
 
 
-def _native_bias(router: nn.Module) -> str | None:
-    names = [name for name, _ in (*router.named_buffers(), *router.named_parameters())]
-    return next((name for name in names if name.rpartition(".")[2] in _NATIVE_BIAS), None)
+def _native_bias(router: nn.Module, block: nn.Module, leaf: str) -> str | None:
+    """Name of the selection bias, from the block: within the router, or beside it."""
+    for name, _ in (*router.named_buffers(), *router.named_parameters()):
+        if name.rpartition(".")[2] in _NATIVE_BIAS:
+            return f"{leaf}.{name}"
+    beside = (name for name in _bias_arguments(router) if _is_tensor(getattr(block, name, None)))
+    return next(beside, None)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,152 @@
+"""See what the experts of any model do, without balancing them.
+
+A monitor counts what the routers really chose, K experts a token and under a selection bias if
+there is one: in training once a token, whatever the checkpointing, and in evaluation apart from
+it. It logs about a dozen scalars a step and load snapshots from which `moebalance report` makes its
+pictures.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moebalance import __version__
+from moebalance.attachment import attach
+from moebalance.balancers import NoBalancing
+from moebalance.balancing import Balancing, Loads
+from moebalance.layer import BalancedRouter
+from moebalance.runlog import RunLog
+
+
+def monitor(
+    model: nn.Module,
+    log: str | Path | None = None,
+    *,
+    name: str | None = None,
+    snapshot_every: int = 25,
+) -> "Monitor":
+    """Watch every router of a model; nothing of the model or its training changes.
+
+    Args:
+        model: any model that `attach` knows.
+        log: folder for a run log; None to only return the metrics.
+        name: of the run in reports; the model's class by default.
+        snapshot_every: steps between load snapshots in the log.
+
+    Raises:
+        ValueError: no router was found, or one of a kind that cannot be read.
+
+    >>> import moebalance as mb
+    >>> router = mb.BalancedRouter(mb.NoBalancing(), num_experts=4, top_k=2).eval()
+    >>> with monitor(router) as watch:
+    ...     _ = router(torch.eye(4))
+    ...     watch.evaluate()["tokens"]
+    4.0
+    """
+    balancing = attach(model) if _routes_itself(model) else attach(model, NoBalancing())
+    return Monitor(model, balancing, log, name=name, snapshot_every=snapshot_every)
+
+
+class Monitor:
+    """Metrics of a model's routers, step by step; made by `monitor`.
+
+    As a context manager it ends the log and takes its hooks away on leaving.
+
+    Attributes:
+        balancing: the handle under it, for a `BalanceCallback` or for the loads of each layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        balancing: Balancing,
+        log: str | Path | None,
+        *,
+        name: str | None,
+        snapshot_every: int,
+    ) -> None:
+        self.balancing, self.snapshot_every = balancing, snapshot_every
+        self._log = None if log is None else RunLog(log)
+        if self._log is not None:
+            self._log.write("header", **_header(model, balancing, name))
+        balancing.watch()
+
+    def step(self, **scalars: float) -> dict[str, float]:
+        """End an optimizer step: return its metrics, and log them beside `scalars`.
+
+        Args:
+            scalars: anything else to log, such as `loss=…`; a loss lets the report draw it.
+
+        Raises:
+            RuntimeError: no token was counted since the last step.
+        """
+        self.balancing.step()
+        return self.record(**scalars)
+
+    def record(self, **scalars: float) -> dict[str, float]:
+        """Return and log the metrics of a step that was ended already, by `balancing.step()`."""
+        found = self.balancing.metrics()
+        self._write("step", {**found, **scalars})
+        if self.balancing.steps % self.snapshot_every == 0:
+            self._write("snapshot", _shares(self.balancing.loads()))
+        return found
+
+    def evaluate(self, **scalars: float) -> dict[str, float]:
+        """Metrics of all forwards in evaluation mode since the last call; logged with `scalars`."""
+        found, loads = self.balancing.evaluation()
+        if found:
+            self._write("eval", {**found, **_shares(loads), **scalars})
+        return found
+
+    def close(self, *, error: BaseException | None = None) -> None:
+        """End the log and take the hooks away."""
+        self.balancing.detach()
+        if self._log is not None:
+            self._log.__exit__(type(error) if error else None, error, None)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(error=error)
+
+    def _write(self, kind: str, row: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(kind, step=self.balancing.steps, **row)
+
+
+def _routes_itself(model: nn.Module) -> bool:
+    return any(isinstance(module, BalancedRouter) for module in model.modules())
+
+
+def _shares(loads: dict[str, Loads]) -> dict[str, Any]:
+    """Loads as nested lists, rounded to what a picture can show."""
+    return {
+        "load": [[round(x, 6) for x in hard.tolist()] for hard, _ in loads.values()],
+        "soft": [[round(x, 6) for x in soft.tolist()] for _, soft in loads.values()],
+    }
+
+
+def _header(model: nn.Module, balancing: Balancing, name: str | None) -> dict[str, Any]:
+    first = next(iter(balancing.layers.values()))
+    return {
+        "name": name or type(model).__name__,
+        "method": "monitor",
+        "balancer": repr(balancing.balancer),
+        "seed": None,
+        "versions": {"moebalance": __version__, "torch": torch.__version__},
+        "model": {
+            "architecture": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "num_experts": first.num_experts,
+            "layers": list(balancing.layers),
+        },
+    }
