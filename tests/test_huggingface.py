@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import moebalance as mb
-from families import FAMILIES, tiny, tokens
+from families import COMMON, tiny, tokens
 from moebalance.integrations.huggingface import find_sites
 
 SIGMOID = {"deepseek_v3", "glm4_moe"}
 NATIVE_BIAS = {"deepseek_v3", "glm4_moe", "ernie4_5_moe"}
-each_family = pytest.mark.parametrize("family", FAMILIES)
+each_family = pytest.mark.parametrize("family", COMMON)
 
 
 def watch(model: nn.Module, names: list[str]) -> tuple[dict[str, Any], Callable[[], None]]:

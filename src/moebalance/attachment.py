@@ -6,10 +6,13 @@ from torch import nn
 
 from moebalance.balancers.base import Balancer
 from moebalance.balancing import Balancing
+from moebalance.distributed import Group
 from moebalance.layer import BalancedRouter
 
 
-def attach(model: nn.Module, balancer: Balancer | None = None) -> Balancing:
+def attach(
+    model: nn.Module, balancer: Balancer | None = None, *, group: Group | None = None
+) -> Balancing:
     """Balance every MoE router of a model, without changing the model.
 
     Attach before compiling; before or after moving to another dtype or, uncompiled, to another
@@ -18,6 +21,9 @@ def attach(model: nn.Module, balancer: Balancer | None = None) -> Balancing:
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
         balancer: the method. Left out for a model of `BalancedRouter`s, which carry their own.
+
+        group: the ranks that hold these layers and disjoint tokens; None for the default process
+            group where there is one.
 
     Returns:
         The handle: `step()` after each optimizer step, `metrics()`, `state_dict()`, `detach()`.
@@ -35,7 +41,7 @@ def attach(model: nn.Module, balancer: Balancer | None = None) -> Balancing:
         )
     routers = {n: m for n, m in model.named_modules() if isinstance(m, BalancedRouter)}
     if routers:
-        return _own(routers, balancer)
+        return _own(routers, balancer, group)
     # Asking for Transformers would import it; a model of its kind can only exist if it is there.
     if "transformers" in sys.modules:
         from moebalance.integrations import huggingface
@@ -43,7 +49,7 @@ def attach(model: nn.Module, balancer: Balancer | None = None) -> Balancing:
         if huggingface.serves(model):
             if balancer is None:
                 raise TypeError("attach(model, balancer): a Transformers model needs a balancer.")
-            return huggingface.attach(model, balancer)
+            return huggingface.attach(model, balancer, group=group)
     raise ValueError(
         f"{type(model).__name__} is neither a Transformers model nor has it a "
         "moebalance.BalancedRouter: route its MoE layers with BalancedRouter (see the example "
@@ -51,7 +57,9 @@ def attach(model: nn.Module, balancer: Balancer | None = None) -> Balancing:
     )
 
 
-def _own(routers: dict[str, BalancedRouter], balancer: Balancer | None) -> Balancing:
+def _own(
+    routers: dict[str, BalancedRouter], balancer: Balancer | None, group: Group | None
+) -> Balancing:
     methods = {router.balancer for router in routers.values()}
     if balancer is not None:
         raise ValueError(
@@ -62,4 +70,5 @@ def _own(routers: dict[str, BalancedRouter], balancer: Balancer | None) -> Balan
         raise ValueError(f"One handle steps one method, but the routers carry {methods}.")
     for name, router in routers.items():
         router.name = name or router.name
-    return Balancing(methods.pop(), {name or "router": r for name, r in routers.items()})
+    layers = {name or "router": router for name, router in routers.items()}
+    return Balancing(methods.pop(), layers, group=group)

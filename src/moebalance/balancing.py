@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moebalance import metrics
 from moebalance.balancers.base import Balancer
-from moebalance.distributed import refuse_several, world_size
-from moebalance.inject import follow
+from moebalance.distributed import Group, Reduction, agree, gather, sharing, start_sum
+from moebalance.inject import follow, shared_part
 from moebalance.layer import LayerBalance
 from moebalance.routing import Sums
 
@@ -37,17 +37,31 @@ class Balancing:
     Args:
         balancer: the method.
         layers: the layers by name.
+        group: ranks that hold these same layers and disjoint tokens; None for the default group
+            where there is one.
+        global_metrics: whether metrics and loads are those of all ranks, for a message of 2E + 1
+            numbers a layer instead of the E + 1 that most methods need.
     """
 
-    def __init__(self, balancer: Balancer, layers: Mapping[str, LayerBalance]) -> None:
+    def __init__(
+        self,
+        balancer: Balancer,
+        layers: Mapping[str, LayerBalance],
+        *,
+        group: Group | None = None,
+        global_metrics: bool = True,
+    ) -> None:
         self.balancer = balancer
         self.layers = dict(layers)
+        self.group, self.global_metrics = group, global_metrics
         self.steps = 0
+        self._agreed = False
+        self._reduction: Reduction | None = None
         self._loss_scale = 1.0
         self._on_step: list[Callable[[], None]] = []
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
         self.price_outside: set[str] = set()
-        """Layers whose selection price no weight of the model holds: only this handle applies it."""
+        """Layers whose selection price no weight of the model holds."""
         self._known_blind: set[str] = set()
         self._share_loss_scale()
 
@@ -72,6 +86,30 @@ class Balancing:
         """
         self._on_detach.append((call, restores_price))
 
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Begin to add up what all ranks counted; `step` waits for it.
+
+        Called after the last backward and before `optimizer.step()`, it hides the one message of
+        a step behind the optimizer. Left out, `step` does it. Nothing to do in one process.
+
+        Raises:
+            RuntimeError: at the first step, if the ranks balance different things.
+        """
+        group = sharing(self.group)
+        if group is None or self._reduction is not None or not self.layers:
+            return
+        if not self._agreed:
+            sizes = {name: layer.num_experts for name, layer in self.layers.items()}
+            agree({"method": repr(self.balancer), "layers": sizes, "steps": self.steps}, group)
+            self._agreed = True
+        parts = [layer.running[self._shared(layer)] for layer in self.layers.values()]
+        # What stays here may be sick where the message is sound: 0 · NaN tells the others.
+        health = sum(
+            (0 * layer.running).sum().to(parts[0].device) for layer in self.layers.values()
+        )
+        self._reduction = start_sum([*parts, torch.as_tensor(health).reshape(1)], group)
+
     def step(self) -> None:
         """End an optimizer step: advance every layer by what it counted.
 
@@ -79,13 +117,13 @@ class Balancing:
         its state and is named in a warning once.
 
         Raises:
-            RuntimeError: no layer counted a token since the last step, or several processes train.
-            FloatingPointError: a layer saw NaN or infinite logits; nothing is changed.
+            RuntimeError: no layer counted a token since the last step, on any rank.
+            FloatingPointError: a layer saw NaN or infinite logits, on any rank; nothing is changed.
         """
-        refuse_several(world_size())
-        self._check_sums()
-        for layer in self.layers.values():
-            layer.commit()
+        totals = self._totals()
+        self._check_sums(totals)
+        for layer, total in zip(self.layers.values(), totals, strict=True):
+            layer.commit(total)
         self.steps += 1
         self._reset_loss_scale()
         self._publish()
@@ -94,6 +132,9 @@ class Balancing:
 
     def discard(self) -> None:
         """Forget what was counted since the last step, for example of a step that was given up."""
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._reduction = None
         for layer in self.layers.values():
             layer.discard()
 
@@ -230,16 +271,38 @@ class Balancing:
         """Show the method and the number of layers."""
         return f"Balancing({self.balancer!r}, layers={len(self.layers)}, steps={self.steps})"
 
-    def _check_sums(self) -> None:
-        finite = [torch.isfinite(layer.running).all() for layer in self.layers.values()]
-        tokens = [layer.running[2 * layer.num_experts] > 0 for layer in self.layers.values()]
+    def _shared(self, layer: LayerBalance) -> Tensor:
+        """Indices of a layer's packed sums that ranks add up."""
+        every = self.global_metrics
+        return shared_part(layer.balancer, layer.num_experts, everything=every)
+
+    @torch.no_grad()
+    def _totals(self) -> list[Tensor]:
+        """Each layer's packed sums over all ranks; what is not shared is this rank's own."""
+        self.reduce()
+        own = [layer.running.clone() for layer in self.layers.values()]
+        if self._reduction is None:
+            return own
+        *parts, health = self._reduction.wait()
+        self._reduction = None
+        for total, part, layer in zip(own, parts, self.layers.values(), strict=True):
+            total[self._shared(layer)] = part.to(total.device)
+            total += health.to(total.device)
+            # With several ranks a step is never one batch.
+            total[2 * layer.num_experts + 1] += 2
+        return own
+
+    def _check_sums(self, totals: list[Tensor]) -> None:
+        finite = [torch.isfinite(total).all() for total in totals]
+        places = [2 * layer.num_experts for layer in self.layers.values()]
+        tokens = [total[place] > 0 for total, place in zip(totals, places, strict=True)]
         # Gathered before they are looked at: one wait for the device, not one a layer.
         verdicts = torch.stack([flag.to(finite[0].device) for flag in finite + tokens])
         verdicts = verdicts.cpu().view(2, -1)
         if bool(verdicts.all()):
             return
         names = list(self.layers)
-        sick = [name for name, good in zip(names, verdicts[0].tolist(), strict=True) if not good]
+        sick = not bool(verdicts[0].all())
         blind = {name for name, good in zip(names, verdicts[1].tolist(), strict=True) if not good}
         if not sick and blind != set(names):
             for name in sorted(blind - self._known_blind):
@@ -251,10 +314,11 @@ class Balancing:
                 )
             self._known_blind |= blind
             return
+        where = self._where_sick() if sick else ""
         self.discard()
         if sick:
             raise FloatingPointError(
-                f"NaN or infinite router logits in {', '.join(sick)} during step {self.steps + 1}. "
+                f"NaN or infinite router logits in {where} during step {self.steps + 1}. "
                 "The balancing state was left as it was; this step's sums were dropped. Lower the "
                 "learning rate, clip gradients, or look for the layer's input."
             )
@@ -263,6 +327,15 @@ class Balancing:
             "counted in the backward pass of a model in training mode: call step() once after each "
             "optimizer step, attach before compiling, and give each step at least one real token."
         )
+
+    def _where_sick(self) -> str:
+        """Names of the layers whose own sums are not finite, with their ranks if there are any."""
+        mine = [n for n, layer in self.layers.items() if not torch.isfinite(layer.running).all()]
+        group = sharing(self.group)
+        if group is None:
+            return ", ".join(mine)
+        everyones = enumerate(gather(mine, group))
+        return "; ".join(f"{', '.join(names)} on rank {rank}" for rank, names in everyones if names)
 
     def _publish(self) -> None:
         for call in self._on_step:

@@ -1,15 +1,75 @@
-"""How many processes share the balancing: for now one.
+"""Sums over ranks: one packed SUM an optimizer step, whatever the number of layers.
 
-Sums are not reduced across ranks yet. A rank on its own would balance its own tokens, and under a
-selection method route differently from the others; so more than one is refused, not tolerated.
+The ranks of a group hold the same layers and disjoint tokens: data-, context- and expert-parallel
+ranks, and tensor-parallel ones where the sequence is sharded among them. Nothing but sums is ever
+exchanged, so ragged batches, ranks with more micro-batches than others and ranks without a token
+need no care: a method divides by the summed token count.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+"""A torch.distributed process group."""
 
 
-def world_size() -> int:
-    """Number of processes in the default group; 1 where there is none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def sharing(group: Group | None) -> Group | None:
+    """The group to sum over: the one given, or the default one; None where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if group is None else group
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A packed SUM that is under way."""
+
+    message: Tensor
+    sizes: list[int]
+    work: Any
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The summed parts, in the order they were given."""
+        self.work.wait()
+        parts: tuple[Tensor, ...] = torch.split(self.message, self.sizes)
+        return parts
+
+
+def start_sum(parts: Sequence[Tensor], group: Group) -> Reduction:
+    """Begin to sum vectors over a group, all in one message."""
+    message = torch.cat([part.to(parts[0].device) for part in parts])
+    work = dist.all_reduce(message, group=group, async_op=True)
+    return Reduction(message, [part.numel() for part in parts], work)
+
+
+def agree(description: dict[str, Any], group: Group) -> None:
+    """Refuse ranks that balance different things, on every one of them.
+
+    Raises:
+        RuntimeError: the descriptions differ; says between which ranks and in what.
+    """
+    theirs = gather(description, group)
+    for rank, other in enumerate(theirs):
+        for key, value in theirs[0].items():
+            if other[key] != value:
+                raise RuntimeError(
+                    f"Ranks 0 and {rank} of the balancing group differ in {key}: {value!r} and "
+                    f"{other[key]!r}. All ranks of a group must balance the same layers by the "
+                    "same method; give pipeline stages, whose layers differ, a group each."
+                )
+
+
+def gather(value: Any, group: Group) -> list[Any]:
+    """Everyone's value, by rank in the group; slow, for the first step and for errors."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def refuse_several(processes: int) -> None:
@@ -19,7 +79,4 @@ def refuse_several(processes: int) -> None:
         RuntimeError: `processes` is greater than 1.
     """
     if processes > 1:
-        raise RuntimeError(
-            f"Training on {processes} processes: this version of moebalance does not reduce its "
-            "sums across ranks, so each would balance its own tokens. Train on one process."
-        )
+        raise RuntimeError(f"Training on {processes} processes: not yet.")

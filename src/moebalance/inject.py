@@ -81,8 +81,7 @@ def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, "
 
 def packed_size(balancer: Balancer, num_experts: int) -> int:
     """Length of the packed sums: scores E, counts E, tokens, batches, then the method's own."""
-    shapes = balancer.extra_shapes(num_experts)
-    return 2 * num_experts + 2 + sum(torch.Size(shape).numel() for shape in shapes)
+    return 2 * num_experts + 2 + sum(_extra_sizes(balancer, num_experts))
 
 
 def pack(sums: Sums) -> Float[Tensor, "sums"]:
@@ -93,8 +92,8 @@ def pack(sums: Sums) -> Float[Tensor, "sums"]:
 
 def unpack(packed: Float[Tensor, "sums"], balancer: Balancer, num_experts: int) -> Sums:
     """Undo `pack`; the number of batches is at index 2E + 1."""
-    shapes = [torch.Size(shape) for shape in balancer.extra_shapes(num_experts)]
-    sizes = [num_experts, num_experts, 1, 1, *(shape.numel() for shape in shapes)]
+    shapes = balancer.extra_shapes(num_experts)
+    sizes = [num_experts, num_experts, 1, 1, *_extra_sizes(balancer, num_experts)]
     scores, counts, tokens, _, *extra = torch.split(packed, sizes)
     return Sums(
         scores,
@@ -102,6 +101,24 @@ def unpack(packed: Float[Tensor, "sums"], balancer: Balancer, num_experts: int) 
         tokens.squeeze(0),
         tuple(e.view(shape) for e, shape in zip(extra, shapes, strict=True)),
     )
+
+
+def shared_part(balancer: Balancer, num_experts: int, *, everything: bool) -> Tensor:
+    """Indices of the packed sums that ranks must add up.
+
+    Args:
+        balancer: the method, which says what its update reads.
+        num_experts: E.
+        everything: whether metrics over all ranks are wanted too.
+    """
+    sizes = [num_experts, num_experts, 1, 1, *_extra_sizes(balancer, num_experts)]
+    scores, counts, tokens, _, *extra = torch.split(torch.arange(sum(sizes)), sizes)
+    parts = [tokens, *extra]
+    if everything or "scores" in balancer.reads:
+        parts.append(scores)
+    if everything or "counts" in balancer.reads:
+        parts.append(counts)
+    return torch.cat(parts).sort().values
 
 
 class _Inject(torch.autograd.Function):
@@ -157,6 +174,10 @@ class _Follow(torch.autograd.Function):
         (gradient,) = gradients
         ctx.scale.copy_(gradient)
         return gradient, None
+
+
+def _extra_sizes(balancer: Balancer, num_experts: int) -> list[int]:
+    return [torch.Size(shape).numel() for shape in balancer.extra_shapes(num_experts)]
 
 
 def _share(tokens: Tensor, last_step: Tensor) -> Tensor:

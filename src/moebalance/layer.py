@@ -121,12 +121,16 @@ class LayerBalance(nn.Module):
         self.watched = Sums(zeros, zeros, zeros.new_zeros(()))
 
     @torch.no_grad()
-    def commit(self) -> Sums:
-        """End the optimizer step: advance the state by the running sums and clear them."""
-        sums = unpack(self.running.clone(), self.balancer, self.num_experts)
+    def commit(self, total: Float[Tensor, "sums"] | None = None) -> Sums:
+        """End the optimizer step: advance the state by the step's sums and clear the running ones.
+
+        Args:
+            total: packed sums of all ranks; None for this process's own.
+        """
+        total = self.running.clone() if total is None else total
+        sums = unpack(total, self.balancer, self.num_experts)
         self._write(self.balancer.update(self.state, sums))
-        tokens_and_batches = self.running[2 * self.num_experts : 2 * self.num_experts + 2]
-        self.last_step.copy_(tokens_and_batches)
+        self.last_step.copy_(total[2 * self.num_experts : 2 * self.num_experts + 2])
         self.last_sums = sums
         self.discard()
         return sums

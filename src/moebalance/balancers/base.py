@@ -117,6 +117,22 @@ class Balancer:
         return _overrides(self, "price")
 
     @property
+    def reads(self) -> frozenset[str]:
+        """Which of the sums' `scores` and `counts` the update reads; ranks need share no other.
+
+        LAW: the update is the same whatever stands in the others.
+        """
+        return frozenset({"scores", "counts"} if _overrides(self, "update") else ())
+
+    @property
+    def layout_invariant(self) -> bool:
+        """Whether gradient and choice are the same however the tokens of a step are split.
+
+        Among micro-batches and ranks, that is; the state always is.
+        """
+        return True
+
+    @property
     def selects(self) -> bool:
         """Whether the method changes which experts are chosen."""
         return self.prices_selection or _overrides(self, "preference")

@@ -34,6 +34,16 @@ class EmaSwitchLoss(Balancer):
         check_positive("strength", self.strength)
         check_rate("rate", self.rate)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The hard load."""
+        return frozenset({"counts"})
+
+    @property
+    def layout_invariant(self) -> bool:
+        """No: each batch's load is part of its own price."""
+        return False
+
     def init(self, num_experts: int) -> Ema:
         """Start with an empty average."""
         return Ema.empty(num_experts)

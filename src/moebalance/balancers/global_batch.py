@@ -30,6 +30,11 @@ class GlobalBatchLoss(Balancer):
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
 
+    @property
+    def layout_invariant(self) -> bool:
+        """No: a batch sees the step so far, within its process."""
+        return False
+
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of the step so far."""
         return self.strength * batch.step.hard_load

@@ -47,6 +47,11 @@ class LossFree(Balancer):
         """Start with price 0 for all."""
         return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The hard load."""
+        return frozenset({"counts"})
+
     def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
         """Raise the price of experts above the mean load, lower it below."""
         mean = sums.counts.mean(dim=-1, keepdim=True)

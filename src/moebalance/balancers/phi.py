@@ -68,6 +68,16 @@ class PhiBalancing(Balancer):
                 f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
             )
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The sums of its statistic."""
+        return frozenset({"scores" if self.statistic == "soft" else "counts"})
+
+    @property
+    def layout_invariant(self) -> bool:
+        """Without the peek: each batch peeks at itself."""
+        return not self.peek
+
     def init(self, num_experts: int) -> Ema:
         """Start with an empty average."""
         return Ema.empty(num_experts)

@@ -63,6 +63,11 @@ class QuantileBalancing(Balancer):
         filled = empty.scatter_add(0, cells.reshape(-1), ones.expand_as(cells).reshape(-1))
         return (filled.view(experts, self.bins),)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The number of assignments."""
+        return frozenset({"counts"})
+
     def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
         """Read the quantiles, interpolating within a bin, and centre them."""
         histogram = sums.extra[0].flip(-1)  # from the largest margin down

@@ -40,6 +40,11 @@ class Sinkhorn(Balancer):
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations!r}: must be at least 1.")
 
+    @property
+    def layout_invariant(self) -> bool:
+        """No: the plan is made for one batch."""
+        return False
+
     def preference(
         self,
         state: State,

@@ -32,6 +32,11 @@ class SwitchLoss(Balancer):
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
 
+    @property
+    def layout_invariant(self) -> bool:
+        """No: load and mean score of one batch are multiplied."""
+        return False
+
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of this batch."""
         return self.strength * batch.sums.hard_load

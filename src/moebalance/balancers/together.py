@@ -114,6 +114,16 @@ class Together(Balancer):
         return self.first.prices_selection or self.second.prices_selection
 
     @property
+    def reads(self) -> frozenset[str]:
+        """What either reads."""
+        return self.first.reads | self.second.reads
+
+    @property
+    def layout_invariant(self) -> bool:
+        """Whether both are."""
+        return self.first.layout_invariant and self.second.layout_invariant
+
+    @property
     def selects(self) -> bool:
         """Whether either changes which experts are chosen."""
         return self.first.selects or self.second.selects

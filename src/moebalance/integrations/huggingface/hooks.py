@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from moebalance.balancers.base import Balancer
 from moebalance.balancing import Balancing
+from moebalance.distributed import Group
 from moebalance.integrations.huggingface.routers import (
     Site,
     check_levers,
@@ -30,7 +31,7 @@ def serves(model: nn.Module) -> bool:
     return transformers_model(model) is not None
 
 
-def attach(model: nn.Module, balancer: Balancer) -> Balancing:
+def attach(model: nn.Module, balancer: Balancer, *, group: Group | None = None) -> Balancing:
     """Balance every router of a Transformers model; see `moebalance.attach`."""
     inner = transformers_model(model)
     if inner is None:
@@ -51,7 +52,7 @@ def attach(model: nn.Module, balancer: Balancer) -> Balancing:
     for site in sites:
         layer = LayerBalance(balancer, site.num_experts, gate=site.gate, name=site.name)
         layers[site.name] = layer.to(next(site.router.parameters()).device)
-    balancing = Balancing(balancer, layers)
+    balancing = Balancing(balancer, layers, group=group)
     try:
         _tie(balancing, model, inner, sites)
     except BaseException:

@@ -1,7 +1,9 @@
 """Find the routers of a Transformers model and recognise the rule each one follows."""
 
+import copy
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -198,10 +200,11 @@ def _probe(
             f"{name} sends each token to {top_k} of {num_experts} experts: top_k must lie in "
             "1..num_experts; mend the model's configuration."
         )
+    bare = _without_hooks(router)
+    if probed_k != top_k:
+        cast(Any, bare).top_k = probed_k
     try:
-        if probed_k != top_k:
-            cast(Any, router).top_k = probed_k
-        output = _call(router, stand_in, tokens, extra)
+        output = _call(bare, stand_in, tokens, extra)
         answer = convention.read(output, probed_k)
         if convention.gate is not None:
             return answer, None
@@ -211,12 +214,16 @@ def _probe(
         rule = recognise(answer.logits, weights, answer.experts)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise _unknown(name, router, f"calling it on hidden states failed: {error}") from error
-    finally:
-        if probed_k != top_k:
-            cast(Any, router).top_k = top_k
     if rule is None:
         raise _unknown(name, router, "its weights follow no gate that moebalance has")
     return answer, rule
+
+
+def _without_hooks(router: nn.Module) -> nn.Module:
+    """The router's own code and nothing hung on it; parameters and the rest are shared."""
+    bare = copy.copy(router)
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return bare
 
 
 @torch.no_grad()

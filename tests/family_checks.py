@@ -1,0 +1,331 @@
+"""Every promise of `attach` on one family: what holds is asserted, what cannot is a row's verdict.
+
+`python tests/family_checks.py` runs all families and writes the table of `docs/families.md`; the
+test run checks each row of that table anew.
+"""
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import moebalance as mb
+from families import EXPECTED, FAMILIES, loss, tiny, tokens
+from moebalance.integrations.huggingface import Site, find_sites
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+PHI = mb.PhiBalancing(strength=0.5)
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    family: str
+    found: str
+    gate: str
+    loss_lever: str
+    selection_lever: str
+    checkpointing: str
+    compile: str
+    verdict: str
+
+    def __str__(self) -> str:
+        return "| " + " | ".join(self) + " |"
+
+
+def examine(family: str) -> Row:
+    """Check one family; AssertionError where a promise is broken."""
+    try:
+        sites = find_sites(tiny(family))
+    except ValueError as refusal:
+        reason = str(refusal).partition("cannot be balanced: ")[2].rstrip(".")
+        assert reason, refusal
+        return Row(family, *["–"] * 6, f"refused: {reason}")
+    found = check_sites(family, sites)
+    check_gradient(family, sites)
+    check_statistics(family)
+    lever = check_selection(family)
+    check_detach(family)
+    gate = type(sites[0].gate).__name__
+    verdict = "full" if lever in ("native", "hook") else "loss lever only"
+    checkpointing, compiling = check_checkpointing(family), check_compile(family)
+    return Row(family, found, gate, "yes", lever, checkpointing, compiling, verdict)
+
+
+def check_sites(family: str, sites: list[Site]) -> str:
+    """Every router is found, with its number of experts and of choices."""
+    expected = EXPECTED[family]
+    fixed = 1 if family == "deepseek_v4" else 0  # its first layer routes by a table
+    assert len(sites) == expected.routers - fixed
+    for site in sites:
+        assert (site.num_experts, site.top_k) == (expected.num_experts, expected.top_k)
+    note = ", one by table" if fixed else ""
+    return f"{len(sites)} of {expected.routers}{note}"
+
+
+def check_gradient(family: str, sites: list[Site]) -> None:
+    """The injected gradient equals the explicit term, on every parameter of every router."""
+    ids, model = tokens(), tiny(family)
+    names = [site.name for site in sites]
+    with watch(model) as seen:
+        value = task_loss(model, ids)
+    value.backward(retain_graph=True)
+    task = gradients(model, names)
+    model.zero_grad()
+    for answer, site in seen.values():
+        routing = mb.route(answer.logits, answer.experts, site.gate)
+        sums = mb.measure(routing)
+        step = mb.Batch(routing, sums, sums)
+        value = value + PHI.penalty(PHI.init(site.num_experts), step)
+    value.backward()
+    explicit = gradients(model, names)
+    model.zero_grad()
+    with mb.attach(model, PHI):
+        task_loss(model, ids).backward()
+        injected = gradients(model, names)
+    for name in seen:
+        term = (explicit[name] - task[name]).norm()
+        assert (injected[name] - explicit[name]).norm() <= 1e-3 * term, name
+        # The term is large enough against the rounding of the rest for that to mean something.
+        assert term > 1e-4 * explicit[name].norm(), name
+
+
+def check_statistics(family: str) -> None:
+    """Counts and scores equal a recomputation from the router's own output, without padding."""
+    ids, model = tokens(), tiny(family)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    masks = {"attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        masks["decoder_attention_mask"] = mask
+        masks["decoder_input_ids"] = ids
+    real = mask.bool().reshape(-1)
+    with mb.attach(model, mb.NoBalancing()) as balancing:
+        with watch(model) as seen:
+            task_loss(model, ids, **masks).backward()
+        balancing.step()
+        for name, (answer, site) in seen.items():
+            sums = balancing.layers[name].last_sums
+            assert sums.tokens.item() == 19, name
+            chosen = answer.experts[real].reshape(-1)
+            assert torch.equal(sums.counts, torch.bincount(chosen, minlength=site.num_experts))
+            scores = site.gate.scores(answer.logits)[real].sum(dim=0)
+            torch.testing.assert_close(sums.scores, scores.detach())
+
+
+def check_selection(family: str) -> str:
+    """A price moves the choice and leaves the weights of who stays to the affinities alone."""
+    model, ids, method = tiny(family).eval(), tokens(), mb.LossFree(rate=10.0)
+    site = find_sites(model)[0]
+    if site.bias is None and site.why_fixed:
+        try:
+            mb.attach(model, method)
+        except ValueError as refusal:
+            assert site.why_fixed in str(refusal)
+            return f"none: {site.why_fixed}"
+        raise AssertionError(f"{family} has no selection lever, and attach took it")
+    # Deeper routers see other input once a choice changes: only the first can be compared.
+    with watch(model) as seen, torch.no_grad():
+        task_loss(model, ids)
+    before, site = seen[site.name]
+    busiest = int(torch.bincount(before.experts.reshape(-1), minlength=site.num_experts).argmax())
+    with mb.attach(model, method) as balancing:
+        sums = mb.Sums(
+            torch.ones(site.num_experts), torch.ones(site.num_experts), torch.tensor(1.0)
+        )
+        sums.counts[busiest] = 9.0
+        for layer in balancing.layers.values():
+            layer.count(sums)
+        balancing.step()
+        with watch(model) as seen, torch.no_grad():
+            task_loss(model, ids)
+        after = seen[site.name][0]
+        torch.testing.assert_close(after.logits, before.logits)
+        assert (before.experts == busiest).any()
+        assert not (after.experts == busiest).any()
+        if site.rule is not None:
+            expected = site.weigh(after.logits, after.experts)
+            torch.testing.assert_close(
+                after.carrier.float(), expected.float(), rtol=1e-5, atol=1e-7
+            )
+        bias = site.bias
+        assert bias is None or torch.equal(-bias.reshape(-1), balancing.layers[site.name].price)
+    return "hook" if site.bias is None else "native"
+
+
+def check_detach(family: str) -> None:
+    """After `detach` outputs are bit-identical; the keys of the model's state never change."""
+    model, ids = tiny(family), tokens()
+    keys, before = list(model.state_dict()), task_loss(model, ids)
+    with mb.attach(model, PHI) as balancing:
+        task_loss(model, ids).backward()
+        balancing.step()
+        assert list(model.state_dict()) == keys
+    assert torch.equal(task_loss(model, ids), before)
+    assert hooks(model) == hooks(tiny(family))
+
+
+def check_checkpointing(family: str) -> str:
+    """Both kinds of activation checkpointing count once and charge alike."""
+    if not tiny(family).supports_gradient_checkpointing:
+        return "not in the model"
+    plain = trained(family, lambda model: None)
+    for reentrant in (False, True):
+
+        def enable(model: nn.Module, reentrant: bool = reentrant) -> None:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+
+        same(trained(family, enable), plain)
+    return "both kinds"
+
+
+def check_compile(family: str) -> str:
+    """A compiled model counts and charges alike, and hooks add no graph break to its own."""
+
+    def attached() -> None:
+        compiled = trained(family, lambda model: model.compile(backend="eager"))
+        same(compiled, trained(family, lambda model: None))
+
+    def bare() -> None:
+        model = tiny(family)
+        model.compile(backend="eager")
+        task_loss(model, tokens()).backward()
+
+    breaks = graph_breaks(attached)
+    if not breaks:
+        return "whole graph"
+    assert breaks <= graph_breaks(bare)
+    return f"{breaks} breaks, all the model's"
+
+
+def graph_breaks(run: Callable[[], None]) -> int:
+    """How often Dynamo gave up tracing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run()
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def trained(family: str, prepare: Callable[[nn.Module], None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Counts of one training step and the routers' gradients."""
+    model = tiny(family)
+    sites = find_sites(model)
+    with mb.attach(model, PHI) as balancing:
+        prepare(model)
+        task_loss(model, tokens()).backward()
+        balancing.step()
+        counts = [layer.last_sums.counts for layer in balancing.layers.values()]
+    return counts, list(gradients(model, [site.name for site in sites]).values())
+
+
+def same(
+    mine: tuple[list[Tensor], list[Tensor]], theirs: tuple[list[Tensor], list[Tensor]]
+) -> None:
+    """Equal counts, and gradients but for rounding."""
+    assert all(torch.equal(*pair) for pair in zip(mine[0], theirs[0], strict=True))
+    for one, other in zip(mine[1], theirs[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def task_loss(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
+    """The loss, with the same draws each time in the families that choose experts at random."""
+    torch.manual_seed(0)
+    return loss(model, ids, **kwargs)
+
+
+def gradients(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """All gradients of each router, end to end."""
+    found = {}
+    for name in names:
+        parameters = model.get_submodule(name).parameters()
+        flat = [p.grad.reshape(-1).clone() for p in parameters if p.grad is not None]
+        if flat:
+            found[name] = torch.cat(flat)
+    return found
+
+
+@contextlib.contextmanager
+def watch(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Keep each router's last answer, with its site."""
+    seen: dict[str, Any] = {}
+    handles = []
+    for site in find_sites(model):
+
+        def keep(_: nn.Module, __: Any, output: Any, site: Site = site) -> None:
+            seen[site.name] = (site.read(output), site)
+
+        handles.append(site.router.register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hooks(model: nn.Module) -> int:
+    """Number of hooks on all modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def committed_rows() -> dict[str, str]:
+    """The table's lines by family."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+
+
+_TEXT = """# Families of Transformers {version}
+
+Made by `python tests/family_checks.py`; `make test` checks every row anew, each on a tiny model with
+random weights. What the columns say was asserted, not looked up:
+
+- **found**: MoE routers found, of those that the model has, with their experts and K.
+- **loss lever**: the gradient that `attach` injects equals that of the explicit term, on every
+  parameter of every router; counts and scores equal a recomputation from the router's own output,
+  padding left out; `detach` gives bit-identical outputs.
+- **selection lever**: a price changes which experts are chosen, and the weights of those chosen are
+  what their affinities alone give. *native*: −price is written into the model's own selection bias
+  and is saved with it. *hook*: experts are chosen again after the router; the price is the handle's.
+- **checkpointing**: reentrant and non-reentrant, counted once and charged alike.
+- **compile**: the whole model under Dynamo, counted once and charged alike, with no graph break but
+  the model's own.
+
+{header}
+|{rule}|
+{rows}
+
+A family that is not here works if its routers return `(logits, weights, experts)` and weigh by
+softmax, sigmoid or √softplus: that is found out by running the router, not by its name. Any other
+is refused by name.
+"""
+
+
+def write_page() -> None:
+    """Examine every family and write the page."""
+    rows = [examine(family) for family in FAMILIES]
+    header = "| " + " | ".join(field.replace("_", " ") for field in Row._fields) + " |"
+    text = _TEXT.format(
+        version=transformers.__version__,
+        header=header,
+        rule="|".join(["---"] * len(Row._fields)),
+        rows="\n".join(str(row) for row in rows),
+    )
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        for name in sys.argv[1:]:
+            print(examine(name))
+    else:
+        write_page()
