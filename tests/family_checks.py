@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -45,9 +46,10 @@ def examine(family: str) -> Row:
     try:
         sites = find_sites(tiny(family))
     except ValueError as refusal:
-        reason = str(refusal).partition("cannot be balanced: ")[2].rstrip(".")
-        assert reason, refusal
-        return Row(family, *["–"] * 6, f"refused: {reason}")
+        _, known, reason = str(refusal).partition("cannot be balanced: ")
+        if not known:
+            raise
+        return Row(family, *["–"] * 6, f"refused: {reason.rstrip('.')}")
     found = check_sites(family, sites)
     check_gradient(family, sites)
     check_statistics(family)
@@ -125,12 +127,9 @@ def check_selection(family: str) -> str:
     model, ids, method = tiny(family).eval(), tokens(), mb.LossFree(rate=10.0)
     site = find_sites(model)[0]
     if site.bias is None and site.why_fixed:
-        try:
+        with pytest.raises(ValueError, match=site.why_fixed):
             mb.attach(model, method)
-        except ValueError as refusal:
-            assert site.why_fixed in str(refusal)
-            return f"none: {site.why_fixed}"
-        raise AssertionError(f"{family} has no selection lever, and attach took it")
+        return f"none: {site.why_fixed}"
     # Deeper routers see other input once a choice changes: only the first can be compared.
     with watch(model) as seen, torch.no_grad():
         task_loss(model, ids)
@@ -174,7 +173,9 @@ def check_detach(family: str) -> None:
 
 def check_checkpointing(family: str) -> str:
     """Both kinds of activation checkpointing count once and charge alike."""
-    if not tiny(family).supports_gradient_checkpointing:
+    try:
+        tiny(family).activation_checkpointing_enable()
+    except ValueError:
         return "not in the model"
     plain = trained(family, lambda model: None)
     for reentrant in (False, True):
@@ -203,15 +204,15 @@ def check_compile(family: str) -> str:
     if not breaks:
         return "whole graph"
     assert breaks <= graph_breaks(bare)
-    return f"{breaks} breaks, all the model's"
+    return "with the model's own breaks"
 
 
-def graph_breaks(run: Callable[[], None]) -> int:
-    """How often Dynamo gave up tracing."""
+def graph_breaks(run: Callable[[], None]) -> set[str]:
+    """Why Dynamo gave up tracing, wherever it did."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     run()
-    return sum(torch._dynamo.utils.counters["graph_break"].values())
+    return set(torch._dynamo.utils.counters["graph_break"])
 
 
 def trained(family: str, prepare: Callable[[nn.Module], None]) -> tuple[list[Tensor], list[Tensor]]:
@@ -300,6 +301,20 @@ random weights. What the columns say was asserted, not looked up:
 {header}
 |{rule}|
 {rows}
+
+## Older Transformers
+
+The same checks under older releases (compile left out), each in an environment of its own:
+
+| release | families it can build of the above | every promise kept | the rest |
+|---|---|---|---|
+| 5.16.1 | 65 | 56 | refused by name, or no router found |
+| 5.6.0 | 48 | 25 | refused by name, or no router found |
+| 5.0.0 | 34 | 14 | refused by name, or no router found |
+| 4.57.6 | – | 0 | routers are plain linear maps or answer otherwise: no router found, or refused |
+
+Nothing is misread: before 5.6 softmax families put probabilities in the logits' place (a softmax of
+them would be the second one), which is noticed by running the router.
 
 A family that is not here works if its routers return `(logits, weights, experts)` and weigh by
 softmax, sigmoid or √softplus: that is found out by running the router, not by its name. Any other

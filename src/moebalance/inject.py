@@ -73,6 +73,30 @@ def inject(
     return carried
 
 
+def pick(
+    logits: Float[Tensor, "T E"],
+    experts: Int[Tensor, "T K"],
+    *,
+    mask: Bool[Tensor, "T"] | None,
+    sequences: int,
+    balancer: Balancer,
+    gate: Gate,
+    state: State,
+    tally: Tally,
+) -> Float[Tensor, "T K"]:
+    """The chosen experts' logits, tied to a backward that counts this batch and charges it.
+
+    For a router that weighs by the chosen logits alone. The gradient of the logits then begins as
+    the charge, and what the task sends is added at K places of each row: no zeros are filled, no
+    second gradient (T, E) is made and added. Arguments as of `inject`.
+    """
+    static = (balancer, gate, sequences)
+    picked: Tensor = _Pick.apply(  # type: ignore[no-untyped-call]
+        static, state, tally, mask, experts, logits
+    )
+    return picked
+
+
 def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return `loss` unchanged, and write the gradient it receives into `scale`."""
     followed: Tensor = _Follow.apply(loss, scale)  # type: ignore[no-untyped-call]
@@ -145,21 +169,52 @@ class _Inject(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = gradients
         logits, experts, mask, weight = ctx.saved_tensors
-        balancer, gate, sequences = ctx.static
-        state, tally = ctx.state, ctx.tally
-
-        with torch.no_grad():
-            routing = route(logits, experts, gate, mask=mask, sequences=sequences)
-            sums = balancer.observe(state, routing)
-            tally.running.add_(pack(sums))
-            step = unpack(tally.running, balancer, routing.num_experts)
-            batch = Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
-
-            charge = balancer.logit_gradient(state, batch)
-            if charge is not None:
-                factor = tally.scale if weight is None else tally.scale * weight
-                charge = (charge * factor).to(logits.dtype)
+        charge = _count_and_charge(ctx, logits, experts, mask, weight)
+        charge = None if charge is None else charge.to(logits.dtype)
         return None, None, None, None, None, None, charge, upstream
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        static: tuple[Balancer, Gate, int],
+        state: State,
+        tally: Tally,
+        mask: Tensor | None,
+        experts: Tensor,
+        logits: Tensor,
+    ) -> Tensor:
+        ctx.static, ctx.state, ctx.tally = static, state, tally
+        ctx.save_for_backward(logits, experts, mask)
+        return logits.gather(-1, experts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = gradients
+        logits, experts, mask = ctx.saved_tensors
+        gradient = _count_and_charge(ctx, logits, experts, mask, None)
+        if gradient is None:
+            gradient = torch.zeros_like(logits)
+        gradient = gradient.scatter_add_(-1, experts, upstream.to(gradient.dtype))
+        return None, None, None, None, None, gradient.to(logits.dtype)
+
+
+@torch.no_grad()
+def _count_and_charge(
+    ctx: Any, logits: Tensor, experts: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> Tensor | None:
+    """Count one batch, and return the gradient (T, E) of its penalty, scaled as the loss is."""
+    balancer, gate, sequences = ctx.static
+    state, tally = ctx.state, ctx.tally
+    routing = route(logits, experts, gate, mask=mask, sequences=sequences)
+    sums = balancer.observe(state, routing)
+    tally.running.add_(pack(sums))
+    step = unpack(tally.running, balancer, routing.num_experts)
+    batch = Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
+    factor = tally.scale if weight is None else tally.scale * weight
+    charge: Tensor | None = balancer.logit_gradient(state, batch, factor)
+    return charge
 
 
 class _Follow(torch.autograd.Function):

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moebalance.balancers.base import Balancer, State
-from moebalance.inject import Tally, inject, pack, packed_size, unpack
+from moebalance.inject import Tally, inject, pack, packed_size, pick, unpack
 from moebalance.routing import Gate, Softmax, Sums, measure, route
 
 _SOFTMAX = Softmax()
@@ -246,22 +246,46 @@ class BalancedRouter(LayerBalance):
             )
         flat = logits.reshape(-1, self.num_experts)
         flat_mask = None if mask is None else mask.reshape(-1).bool()
-        affinities = self.gate.affinities(flat)
         preference = self.preference(flat, flat_mask, training=self.training)
-        ranked = affinities.detach() if preference is None else preference
+        # Affinities grow with logits: without a price both rank alike.
+        ranked = flat.detach() if preference is None else preference
         experts = ranked.topk(self.top_k, dim=-1).indices
+        training = self.training and torch.is_grad_enabled()
+        sequences = logits.shape[0] if logits.dim() == 3 else 1
         if self.normalize:
-            # Of the logarithms: a chosen affinity may be too small to divide by.
-            weights = self.gate.log_affinity(flat).gather(-1, experts).softmax(dim=-1)
+            if training and flat.requires_grad:
+                chosen = self._pick(flat, experts, flat_mask, sequences)
+            else:
+                chosen = flat.gather(-1, experts)
+            # A copy, for softmax keeps its output, and models scale these weights in place.
+            weights = self.gate.weigh(chosen).clone()
         else:
-            weights = affinities.gather(-1, experts)
-        if self.training and torch.is_grad_enabled():
-            sequences = logits.shape[0] if logits.dim() == 3 else 1
+            weights = self.gate.affinities(flat).gather(-1, experts)
+        if training and not (self.normalize and flat.requires_grad):
             weights = self.inject(weights, flat, experts, mask=flat_mask, sequences=sequences)
         elif not self.training:
             self.watch(flat, experts, mask=flat_mask)
         shape = (*logits.shape[:-1], self.top_k)
         return weights.to(logits.dtype).view(shape), experts.view(shape)
+
+    def _pick(
+        self,
+        logits: Float[Tensor, "T E"],
+        experts: Int[Tensor, "T K"],
+        mask: Bool[Tensor, "T"] | None,
+        sequences: int,
+    ) -> Float[Tensor, "T K"]:
+        """The chosen logits, tied to a backward that counts and charges; see `inject.pick`."""
+        return pick(
+            logits,
+            experts,
+            mask=mask,
+            sequences=sequences,
+            balancer=self.balancer,
+            gate=self.gate,
+            state=self.state,
+            tally=Tally(self.running, self.last_step, self.loss_scale),
+        )
 
 
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

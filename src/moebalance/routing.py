@@ -41,6 +41,13 @@ class Gate(ABC):
         """p = softmax(a(z)): rows sum to one, float32 at least, differentiable."""
         return self.log_affinity(logits).softmax(dim=-1)
 
+    def weigh(self, chosen: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        """Weights of the chosen experts from their logits alone, rows summing to one.
+
+        Of the logarithms: a chosen affinity may be too small to divide by.
+        """
+        return self.log_affinity(chosen).softmax(dim=-1)
+
     def pull_back(
         self,
         price: Float[Tensor, "*rows E"],
@@ -78,6 +85,20 @@ class Softmax(Gate):
     def affinities(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """softmax(z): affinity and score are the same number for this gate."""
         return self.scores(logits)
+
+    def weigh(self, chosen: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        """softmax over the chosen, in one pass: the normaliser of the others cancels."""
+        return at_least_float32(chosen).softmax(dim=-1)
+
+    def pull_back(
+        self,
+        price: Float[Tensor, "*rows E"],
+        scores: Float[Tensor, "T E"],
+        logits: Float[Tensor, "T E"],
+    ) -> Float[Tensor, "T E"]:
+        """The same as softmax's own backward pass of the price, in one pass over the scores."""
+        upstream = price.to(scores.dtype).expand_as(scores)
+        return torch._softmax_backward_data(upstream, scores, -1, scores.dtype)
 
     def slope(self, logits: Float[Tensor, "T E"]) -> None:
         """1: softmax is invariant to the log-normaliser."""

@@ -87,20 +87,23 @@ class Balancer:
         price = self.charged(state, batch)
         return None if price is None else charge(price, batch.routing)
 
-    def logit_gradient(self, state: State, batch: Batch) -> Float[Tensor, "T E"] | None:
-        """Gradient of `penalty` with respect to the logits, in closed form.
+    def logit_gradient(
+        self, state: State, batch: Batch, scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "T E"] | None:
+        """`scale` times the gradient of `penalty` with respect to the logits, in closed form.
 
         LAW: equal to autograd of `penalty`. The body injects this, so that no graph is kept.
         """
         if _overrides(self, "penalty"):
-            return _differentiated(self, state, batch)
+            found = _differentiated(self, state, batch)
+            return None if found is None else found * scale
         price = self.charged(state, batch)
         if price is None:
             return None
         routing = batch.routing
         # clamp: a batch of padding only has no gradient, not 0/0.
         gradient = routing.gate.pull_back(
-            price * (routing.num_experts / batch.sums.tokens.clamp(min=1)),
+            price * (scale * routing.num_experts / batch.sums.tokens.clamp(min=1)),
             routing.scores,
             routing.logits,
         )

@@ -99,9 +99,11 @@ class Together(Balancer):
         """Sum of both penalties."""
         return _sum(*(p.penalty(s, b) for p, s, b in self._parts(state, batch)))
 
-    def logit_gradient(self, state: Both, batch: Batch) -> Float[Tensor, "T E"] | None:
+    def logit_gradient(
+        self, state: Both, batch: Batch, scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "T E"] | None:
         """Sum of both gradients."""
-        return _sum(*(p.logit_gradient(s, b) for p, s, b in self._parts(state, batch)))
+        return _sum(*(p.logit_gradient(s, b, scale) for p, s, b in self._parts(state, batch)))
 
     @property
     def charges(self) -> bool:

@@ -34,10 +34,13 @@ class ZLoss(Balancer):
         total = real_rows(squares, batch.routing.mask).sum()
         return self.strength * total / batch.routing.tokens.clamp(min=1)
 
-    def logit_gradient(self, state: State, batch: Batch) -> Float[Tensor, "T E"]:
+    def logit_gradient(
+        self, state: State, batch: Batch, scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "T E"]:
         """2β · logsumexp(z_t) · softmax(z_t) per real token, over their number."""
         routing = batch.routing
-        rows = 2 * self.strength * _log_partition(routing) / batch.sums.tokens.clamp(min=1)
+        factor = 2 * self.strength * scale / batch.sums.tokens.clamp(min=1)
+        rows = factor * _log_partition(routing)
         gradient = rows.unsqueeze(-1) * at_least_float32(routing.logits).softmax(dim=-1)
         return real_rows(gradient, routing.mask)
 

@@ -37,10 +37,13 @@ class Convention:
     Args:
         gate: affinities from logits; None to find out by experiment.
         why_fixed: why the choice cannot be replaced from outside; empty if it can.
+        probabilities: whether softmax probabilities stand in the logits' place, as in Gemma 4 and
+            in most families before Transformers 5.6.
     """
 
     gate: Gate | None = None
     why_fixed: str = ""
+    probabilities: bool = False
 
     def top_k(self, router: nn.Module, block: nn.Module) -> int:
         """Experts per token."""
@@ -49,6 +52,9 @@ class Convention:
     def read(self, output: Any, top_k: int) -> Answer:
         """Take a router's output apart."""
         logits, weights, experts, *_ = output
+        if self.probabilities:
+            # log p is as good as the logits, up to a constant; clamped, for log 0 has no gradient.
+            logits = logits.clamp(min=torch.finfo(logits.dtype).tiny).log()
         return Answer(logits, weights, experts)
 
     def write(self, output: Any, carrier: Tensor, experts: Int[Tensor, "T K"]) -> Any:
@@ -68,17 +74,11 @@ class Convention:
 
 
 @dataclass(frozen=True)
-class _Probabilities(Convention):
-    """Gemma 4: probabilities in the logits' place, and a trained factor for each expert."""
+class _Scaled(Convention):
+    """Gemma 4: a trained factor for each expert on the weights."""
 
     def top_k(self, router: nn.Module, block: nn.Module) -> int:
         return cast(int, cast(Any, router).config.top_k_experts)
-
-    def read(self, output: Any, top_k: int) -> Answer:
-        probabilities, weights, experts, *_ = output
-        # log p is a softmax gate's logits up to a constant; clamped, for log 0 has no gradient.
-        tiny = torch.finfo(probabilities.dtype).tiny
-        return Answer(probabilities.clamp(min=tiny).log(), weights, experts)
 
     def weigh(
         self,
@@ -96,7 +96,7 @@ class _Scattered(Convention):
 
     def read(self, output: Any, top_k: int) -> Answer:
         weights, logits = output
-        return Answer(logits, weights, logits.topk(top_k, dim=-1).indices)
+        return Answer(logits, weights, weights.detach().topk(top_k, dim=-1).indices)
 
     def write(self, output: Any, carrier: Tensor, experts: Int[Tensor, "T K"]) -> Any:
         return carrier, output[1]
@@ -120,7 +120,8 @@ class _LogitsOnly(Convention):
         return cast(int, block.top_k)
 
     def read(self, output: Any, top_k: int) -> Answer:
-        return Answer(output, output, output.topk(top_k, dim=-1).indices)
+        # A view, for Dynamo takes no tensor twice into one autograd function.
+        return Answer(output, output.view_as(output), output.topk(top_k, dim=-1).indices)
 
     def write(self, output: Any, carrier: Tensor, experts: Int[Tensor, "T K"]) -> Any:
         return carrier
@@ -162,8 +163,8 @@ COMMON = Convention()
 
 BY_CLASS: dict[str, Convention] = {
     "DbrxRouter": _LogitsOnly(Softmax(), "leaves the choice to the block around it"),
-    "Gemma4TextRouter": _Probabilities(),
-    "DiffusionGemmaTextRouter": _Probabilities(),
+    "Gemma4TextRouter": _Scaled(probabilities=True),
+    "DiffusionGemmaTextRouter": _Scaled(probabilities=True),
     "InklingTopkRouter": Convention(Sigmoid(), "weighs its shared experts together with the rest"),
     "JetMoeTopKGating": _Sorted(Softmax(), "returns its choice sorted by expert"),
     "Llama4Router": _Scattered(),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import __version__ as version
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
@@ -43,7 +44,8 @@ def attach(model: nn.Module, balancer: Balancer, *, group: Group | None = None) 
         raise ValueError(
             f"{type(inner).__name__} has no MoE router that could be found: no submodule whose "
             "class is named …Router or …Gate with `top_k` and a weight of one row an expert. Give "
-            "a Mixture-of-Experts model, or write the layer with moebalance.BalancedRouter."
+            "a Mixture-of-Experts model, or write the layer with moebalance.BalancedRouter. Before "
+            f"Transformers 5.6 many families have no router of their own; {version} is installed."
         )
     for site in sites:
         check_levers(site, balancer)

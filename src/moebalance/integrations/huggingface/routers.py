@@ -5,7 +5,7 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -154,7 +154,7 @@ def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
     block = model.get_submodule(place.rpartition(".")[0])
     convention = BY_CLASS.get(type(router).__name__, COMMON)
     top_k = convention.top_k(router, block)
-    answer, rule = _probe(name, router, convention, top_k)
+    convention, answer, rule = _probe(name, router, convention, top_k)
     num_experts = answer.logits.shape[-1]
     gate = convention.gate or (rule.gate if rule is not None else None)
     if gate is None:
@@ -175,7 +175,7 @@ def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
 
 def _probe(
     name: str, router: nn.Module, convention: Convention, top_k: int
-) -> tuple[Answer, Rule | None]:
+) -> tuple[Convention, Answer, Rule | None]:
     """Recognise a router's rule by running its code on random weights and input, in float32.
 
     Random weights make the answer independent of the model's own, which may be sharded, quantised
@@ -207,7 +207,10 @@ def _probe(
         output = _call(bare, stand_in, tokens, extra)
         answer = convention.read(output, probed_k)
         if convention.gate is not None:
-            return answer, None
+            return convention, answer, None
+        if _are_probabilities(answer.logits):
+            convention = replace(convention, probabilities=True)
+            answer = convention.read(output, probed_k)
         weights = answer.carrier
         if weights.shape != answer.experts.shape:  # one column an expert
             weights = weights.gather(-1, answer.experts)
@@ -216,7 +219,12 @@ def _probe(
         raise _unknown(name, router, f"calling it on hidden states failed: {error}") from error
     if rule is None:
         raise _unknown(name, router, "its weights follow no gate that moebalance has")
-    return answer, rule
+    return convention, answer, rule
+
+
+def _are_probabilities(x: Tensor) -> bool:
+    """Whether rows are distributions, which the logits of random weights never are."""
+    return bool((x >= 0).all()) and torch.allclose(x.sum(dim=-1), torch.ones(()))
 
 
 def _without_hooks(router: nn.Module) -> nn.Module:
