@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint shapes clean
+# Frameworks that are heavy, or pin what they do not need, live beside .venv and see its packages.
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready
+
+.PHONY: demo test lint shapes peers clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
 
-test: lint shapes
+test: lint shapes peers
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Against the released packages of the frameworks we plug into.
+peers: $(PEERS_READY)
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers
 
 # The laws once more, with every annotated shape and type checked as the code runs.
 shapes: $(READY)
@@ -30,5 +38,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
+$(PEERS_READY): $(READY) constraints-peers.txt
+	$(BIN)/python -m venv $(PEERS)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	> "$$($(PEERS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/moebalance.pth"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement constraints-peers.txt
+	@touch $(PEERS_READY)
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache

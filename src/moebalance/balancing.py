@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moebalance import metrics
 from moebalance.balancers.base import Balancer
+from moebalance.cost import contiguous, rank_violation
 from moebalance.distributed import Group, Reduction, agree, gather, sharing, start_sum
 from moebalance.inject import follow, shared_part
 from moebalance.layer import LayerBalance
@@ -159,8 +160,12 @@ class Balancing:
         return _loads({name: layer.last_sums for name, layer in self.layers.items()})
 
     @torch.no_grad()
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, *, ep_size: int | None = None) -> dict[str, float]:
         """About ten numbers on the last finished step, means over layers unless named otherwise.
+
+        Args:
+            ep_size: ranks that the experts would be laid out on in order, for `rankvio`: by how
+                much the busiest rank exceeds its share (`moebalance.cost`).
 
         Returns:
             `maxvio`, `maxvio_worst` (largest over layers), `minvio`, `cv`, `gini`, `entropy`
@@ -175,6 +180,10 @@ class Balancing:
         if prices:
             spreads = [metrics.price_spread(price).item() for price in prices]
             found["price_spread"] = sum(spreads) / len(spreads)
+        if ep_size is not None:
+            loads = [hard.tolist() for hard, _ in self.loads().values() if hard.sum() > 0]
+            violations = [rank_violation(load, contiguous(load, ep_size)) for load in loads]
+            found["rankvio"] = sum(violations) / len(violations)
         return found
 
     def watch(self) -> None:

@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from moebalance.balancers.base import Balancer
 from moebalance.balancing import Balancing
 from moebalance.distributed import Group
+from moebalance.integrations.huggingface.export import guard_saving
 from moebalance.integrations.huggingface.routers import (
     Site,
     check_levers,
@@ -82,6 +83,7 @@ def _tie(balancing: Balancing, model: nn.Module, inner: PreTrainedModel, sites: 
             balancing.on_detach(partial(_write_bias, site, original), restores_price=True)
         elif balancer.prices_selection:
             balancing.price_outside.add(site.name)
+    balancing.on_detach(guard_saving(inner, balancing, sites))
     hooks = _ModelHooks(balancing, forward, sites, shifts_labels=_shifts_labels(inner))
     for module in {id(m): m for m in (model, inner)}.values():
         before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
@@ -245,7 +247,7 @@ class _ModelHooks:
         if not torch.compiler.is_compiling():
             # A trainer may make the loss from any of the outputs.
             values = output.values() if isinstance(output, ModelOutput) else output
-            for value in values if not isinstance(values, Tensor) else (values,):
+            for value in values if not isinstance(values, Tensor | None) else (values,):
                 if isinstance(value, Tensor) and value.requires_grad:
                     resume = partial(self.forward.resume, self.forward.context)
                     value.register_hook(resume)  # type: ignore[no-untyped-call]

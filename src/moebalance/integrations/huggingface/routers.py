@@ -27,7 +27,8 @@ from moebalance.sites import Rule, recognise
 
 logger = logging.getLogger("moebalance")
 
-_NATIVE_BIAS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+NATIVE_BIAS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+"""Names under which Transformers' routers keep a selection bias."""
 _PROBE_TOKENS = 64
 
 
@@ -247,7 +248,7 @@ def _call(
 
 def _stand_in(key: str, tensor: Tensor, random: torch.Generator) -> Tensor:
     leaf = key.rpartition(".")[2]
-    if leaf in _NATIVE_BIAS:
+    if leaf in NATIVE_BIAS:
         return torch.zeros(tensor.shape)
     if leaf == "per_expert_scale":  # a factor on the weights, outside of the rule
         return torch.ones(tensor.shape)
@@ -261,7 +262,7 @@ def _matrix(router: nn.Module) -> Tensor | None:
 
 def _bias_arguments(router: nn.Module) -> list[str]:
     """Arguments of `forward` by which the block hands over its selection bias."""
-    return [name for name in inspect.signature(router.forward).parameters if name in _NATIVE_BIAS]
+    return [name for name in inspect.signature(router.forward).parameters if name in NATIVE_BIAS]
 
 
 def _unknown(name: str, router: nn.Module, why: str) -> ValueError:
@@ -275,7 +276,7 @@ def _unknown(name: str, router: nn.Module, why: str) -> ValueError:
 def _native_bias(router: nn.Module, block: nn.Module, leaf: str) -> str | None:
     """Name of the selection bias, from the block: within the router, or beside it."""
     for name, _ in (*router.named_buffers(), *router.named_parameters()):
-        if name.rpartition(".")[2] in _NATIVE_BIAS:
+        if name.rpartition(".")[2] in NATIVE_BIAS:
             return f"{leaf}.{name}"
     beside = (name for name in _bias_arguments(router) if _is_tensor(getattr(block, name, None)))
     return next(beside, None)
