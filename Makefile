@@ -43,6 +43,7 @@ $(PEERS_READY): $(READY) constraints-peers.txt
 	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
 	> "$$($(PEERS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/moebalance.pth"
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement constraints-peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt tensorboard==2.21.0
 	@touch $(PEERS_READY)
 
 clean:

@@ -154,7 +154,10 @@ def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
     place = name.removesuffix(".base_layer")
     block = model.get_submodule(place.rpartition(".")[0])
     convention = BY_CLASS.get(type(router).__name__, COMMON)
-    top_k = convention.top_k(router, block)
+    try:
+        top_k = convention.top_k(router, block)
+    except AttributeError as error:
+        raise _unknown(name, router, f"K is not where it should be: {error}") from error
     convention, answer, rule = _probe(name, router, convention, top_k)
     num_experts = answer.logits.shape[-1]
     gate = convention.gate or (rule.gate if rule is not None else None)

@@ -1,0 +1,175 @@
+"""torchtitan on two processes: one term, whatever the parallelism; and pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.nn.functional import cross_entropy
+from torchtitan_models import (
+    DIM,
+    LENGTH,
+    WORDS,
+    ParallelDims,
+    adam,
+    gate_gradients,
+    one_process,
+    quiet,
+    tiny_config,
+    tokens,
+    trainer,
+)
+
+from moebalance.balancers import Balancer, LossFree, NoBalancing, PhiBalancing, Together
+from moebalance.integrations.torchtitan import balanced
+from moebalance.integrations.torchtitan.steps import disjoint_tokens
+from processes import run
+
+PHI = PhiBalancing(strength=1.0, rate=0.5, peek=False)
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    "fsdp-as-dtensors": {"spmd_backend": "full_dtensor"},
+    "replicated": {"data_parallel_replicate_degree": 2},
+    "experts": {"expert_parallel_degree": 2},
+    "tensors": {"tensor_parallel_degree": 2},
+    "tensors-as-dtensors": {"tensor_parallel_degree": 2, "spmd_backend": "full_dtensor"},
+    "tensors-and-experts": {"tensor_parallel_degree": 2, "expert_parallel_degree": 2},
+}
+
+
+def laid_out(seed: Path, layout: dict[str, Any], balancer: Balancer) -> Any:
+    """Two steps of two batches each, from the weights in `seed`."""
+    config = balanced(tiny_config(lr=1e-6), balancer)
+    config.training.global_batch_size = 4
+    config.checkpoint.enable = True
+    config.checkpoint.load_only = True
+    config.checkpoint.initial_load_path = str(seed)
+    config.parallelism.spmd_backend = "partial_dtensor"
+    for key, value in layout.items():
+        setattr(config.parallelism, key, value)
+    return config
+
+
+def term(seed: Path, layout: dict[str, Any]) -> Tensor:
+    """What the method adds to the gate's gradient in the second step."""
+    charged = gate_gradients(laid_out(seed, layout, PHI))
+    plain = gate_gradients(laid_out(seed, layout, NoBalancing()))
+    # The first step only counts, so both come to the second with the same weights.
+    torch.testing.assert_close(charged[0], plain[0], rtol=0, atol=0)
+    return charged[1] - plain[1]
+
+
+def make_seed(folder: Path) -> Path:
+    """torchtitan's own unsharded checkpoint of the first weights."""
+    config = balanced(tiny_config(folder), PHI)
+    config.checkpoint.create_seed_checkpoint = True
+    with trainer(config) as built:
+        built.checkpointer.save(curr_step=0, last_step=True)
+    return folder / "checkpoint" / "step-0"
+
+
+def group_sizes() -> dict[str, int]:
+    """Ranks that the sums of a step go to, by what the two are there for."""
+    found = {}
+    for axes in ("dp_shard", "cp", "tp", "pp", "tp ep"):
+        degrees = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep"), 1)
+        degrees.update(dict.fromkeys(axes.split(), 2))
+        dims = ParallelDims(**degrees, world_size=2)
+        found[axes] = dist.get_world_size(disjoint_tokens(dims))
+    return found
+
+
+def on_two(seed: Path) -> tuple[dict[str, Tensor], tuple[int, int, float], dict[str, int]]:
+    """All that needs two processes, in one start of them."""
+    terms = {name: term(seed, layout) for name, layout in LAYOUTS.items()}
+    return terms, train_a_stage(), group_sizes()
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("seed")
+    with one_process(folder):
+        yield make_seed(folder)
+
+
+@pytest.fixture(scope="module")
+def ranks(seed: Path) -> list[Any]:
+    return run(on_two, 2, seed)
+
+
+@pytest.fixture(scope="module")
+def accumulated(seed: Path) -> Tensor:
+    return term(seed, {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_term_is_the_same_on_two_ranks_as_in_two_micro_batches(
+    ranks: list[Any], accumulated: Tensor, layout: str
+) -> None:
+    assert accumulated.norm() > 1e-3
+    for terms, _, _ in ranks:
+        torch.testing.assert_close(terms[layout], accumulated, rtol=1e-3, atol=1e-6)
+
+
+def train_a_stage() -> tuple[int, int, float]:
+    """Two steps of one of two stages, the first of which has no MoE layer; what it counted."""
+    rank = dist.get_rank()
+    dims = ParallelDims(1, 1, 1, 1, 2, 1, 2, spmd_backend="partial_dtensor")
+    config = balanced(tiny_config(), Together(PHI, LossFree()))
+    torch.manual_seed(0)
+    part = config.model_spec.model.build()
+    part.init_weights()
+    if rank == 0:
+        del part.layers["1"], part.layers["2"]
+        part.norm = part.lm_head = None
+    else:
+        del part.layers["0"]
+        part.tok_embeddings = None
+    optimizers = adam(1e-2).build(model_parts=[part])
+    config.model_spec.post_optimizer_build_fn(optimizers, [part], dims)
+
+    words = torch.cat([tokens(0), tokens(1)])
+    inputs, targets = words[:, :-1], words[:, 1:]
+    hidden = torch.empty(1, LENGTH, DIM, requires_grad=True)
+    scores = torch.empty(1, LENGTH, WORDS)
+    shapes = ((inputs[:1], hidden), (hidden, scores))[rank]
+    stage = PipelineStage(
+        part,
+        rank,
+        2,
+        torch.device("cpu"),
+        input_args=shapes[0],
+        output_args=shapes[1],
+        group=dims.get_mesh("pp").get_group(),
+    )
+    schedule = Schedule1F1B(
+        stage, 4, lambda out, target: cross_entropy(out.flatten(0, 1), target.flatten())
+    )
+    with quiet():
+        for _ in range(2):
+            optimizers.zero_grad()
+            schedule.step(*([inputs] if rank == 0 else []), target=targets if rank else None)
+            optimizers.step()
+    balancing = getattr(optimizers, "balancing", None)
+    if balancing is None:
+        return 0, 0, 0.0
+    return len(balancing.layers), balancing.steps, balancing.metrics()["tokens"]
+
+
+def test_a_pipeline_stage_without_moe_layers_neither_crashes_nor_hangs(ranks: list[Any]) -> None:
+    """torchtitan #1689."""
+    (_, first, _), (_, second, _) = ranks
+    assert first == (0, 0, 0.0)
+    assert second == (2, 2, 4 * LENGTH)
+
+
+def test_sums_go_to_the_ranks_with_other_tokens_of_the_same_layers(ranks: list[Any]) -> None:
+    for _, _, sizes in ranks:
+        assert sizes == {"dp_shard": 2, "cp": 2, "tp": 1, "pp": 1, "tp ep": 2}
