@@ -315,8 +315,8 @@ The same checks under older releases (compile left out), each in an environment 
 | 4.57.6 | 5 tried | 0 | refused by name, or no router found: most are plain linear maps |
 
 Two could not be judged: ERNIE 4.5 starts with a gate of zeros under 5.16, and DBRX does not run
-under 5.6 and before. Nothing is misread: before 5.6 softmax families put probabilities in the logits' place (a softmax of
-them would be the second one), which is noticed by running the router.
+under 5.6 and before. Nothing is misread: before 5.6 softmax families put probabilities in the
+logits' place (a softmax of them would be the second one), which is noticed by running the router.
 
 A family that is not here works if its routers return `(logits, weights, experts)` and weigh by
 softmax, sigmoid or √softplus: that is found out by running the router, not by its name. Any other

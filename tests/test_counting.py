@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import plain_top_k, tensors
 from moebalance.balancers import LossFree, QuantileBalancing, SwitchLoss, Together
-from moebalance.balancing import method_name
 from moebalance.layer import BalancedRouter, LayerBalance
 from moebalance.routing import measure
+from moebalance.saved import method_name
 from tiny_moe import EXPERTS, PHI, TOP_K, TinyMoE, close, hidden, same
 
 # torch.compile's own: Dynamo instantiates the functions that it traces, inductor uses torch.jit.

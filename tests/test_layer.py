@@ -16,9 +16,10 @@ from moebalance.balancers import (
     Sinkhorn,
     Together,
 )
-from moebalance.balancing import Balancing, method_name
+from moebalance.balancing import Balancing
 from moebalance.layer import BalancedRouter, LayerBalance
 from moebalance.routing import Sigmoid
+from moebalance.saved import method_name
 from tiny_moe import (
     EXPERTS,
     PHI,

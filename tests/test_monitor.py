@@ -1,4 +1,4 @@
-"""Monitoring without balancing: right where counting the top-1 expert, or no bias, would be wrong."""
+"""Monitoring without balancing: right where counting top-1, or ignoring the bias, is wrong."""
 
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,15 @@ def test_checkpointing_does_not_count_a_router_below_everything_trained_twice() 
         assert watch.step()["tokens"] == ids.numel()
 
 
+def test_a_monitor_leaves_the_models_own_balancing_loss_on() -> None:
+    model, ids = tiny("mixtral", output_router_logits=True), tokens()
+    with mb.monitor(model) as watch:
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        assert output.aux_loss is not None
+        assert watch.step()["tokens"] == ids.numel()
+
+
 def test_the_model_computes_the_same_with_a_monitor_as_without() -> None:
     ids, gradients = tokens(), []
     for watched in (True, False):
@@ -115,10 +124,15 @@ def test_a_log_holds_a_dozen_scalars_a_step_and_snapshots_of_every_layer(tmp_pat
 
 def test_a_log_of_a_run_that_fails_says_so(tmp_path: Path) -> None:
     model, ids = tiny("mixtral"), tokens()
-    with pytest.raises(KeyError), mb.monitor(model, tmp_path) as watch:
-        model(input_ids=ids, labels=ids).loss.backward()
-        watch.step()
-        raise KeyError("data")
+
+    def run() -> None:
+        with mb.monitor(model, tmp_path) as watch:
+            model(input_ids=ids, labels=ids).loss.backward()
+            watch.step()
+            raise KeyError("data")
+
+    with pytest.raises(KeyError):
+        run()
     assert read_run(tmp_path).status == "failed"
 
 

@@ -11,7 +11,11 @@ from moebalance.layer import BalancedRouter
 
 
 def attach(
-    model: nn.Module, balancer: Balancer | None = None, *, group: Group | None = None
+    model: nn.Module,
+    balancer: Balancer | None = None,
+    *,
+    group: Group | None = None,
+    keep_native_loss: bool = False,
 ) -> Balancing:
     """Balance every MoE router of a model, without changing the model.
 
@@ -24,6 +28,8 @@ def attach(
 
         group: the ranks that hold these layers and disjoint tokens; None for the default process
             group where there is one.
+        keep_native_loss: leave a Transformers model's own balancing loss on, as one who only
+            watches would.
 
     Returns:
         The handle: `step()` after each optimizer step, `metrics()`, `state_dict()`, `detach()`.
@@ -49,7 +55,9 @@ def attach(
         if huggingface.serves(model):
             if balancer is None:
                 raise TypeError("attach(model, balancer): a Transformers model needs a balancer.")
-            return huggingface.attach(model, balancer, group=group)
+            return huggingface.attach(
+                model, balancer, group=group, keep_native_loss=keep_native_loss
+            )
     raise ValueError(
         f"{type(model).__name__} is neither a Transformers model nor has it a "
         "moebalance.BalancedRouter: route its MoE layers with BalancedRouter (see the example "

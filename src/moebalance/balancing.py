@@ -19,11 +19,14 @@ from moebalance.distributed import Group, Reduction, agree, gather, sharing, sta
 from moebalance.inject import follow, shared_part
 from moebalance.layer import LayerBalance
 from moebalance.routing import Sums
+from moebalance.saved import FORMAT, check_fit, method_name
 
 logger = logging.getLogger("moebalance")
 
-FORMAT = 1
-"""Version of the layout of `Balancing.state_dict`."""
+_BLIND = (
+    "moebalance: %s counted no token in step %d and keeps its state. If it should take part, see "
+    "that its layer trains."
+)
 
 Loads = tuple[Float[Tensor, "E"], Float[Tensor, "E"]]
 """Hard and soft load of one layer."""
@@ -58,6 +61,7 @@ class Balancing:
         self.steps = 0
         self._agreed = False
         self._reduction: Reduction | None = None
+        self._sent: list[Tensor] = []
         self._loss_scale = 1.0
         self._on_step: list[Callable[[], None]] = []
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
@@ -98,17 +102,21 @@ class Balancing:
             RuntimeError: at the first step, if the ranks balance different things.
         """
         group = sharing(self.group)
-        if group is None or self._reduction is not None or not self.layers:
+        if group is None or self._reduction is not None:
             return
         if not self._agreed:
-            sizes = {name: layer.num_experts for name, layer in self.layers.items()}
-            agree({"method": repr(self.balancer), "layers": sizes, "steps": self.steps}, group)
+            sizes = [(name, layer.num_experts) for name, layer in self.layers.items()]
+            mine = {"method": repr(self.balancer), "layers": sizes, "steps": self.steps}
+            agree({**mine, "metrics": self.global_metrics}, group)
             self._agreed = True
+        if not self.layers:
+            return
         parts = [layer.running[self._shared(layer)] for layer in self.layers.values()]
         # What stays here may be sick where the message is sound: 0 · NaN tells the others.
         health = sum(
             (0 * layer.running).sum().to(parts[0].device) for layer in self.layers.values()
         )
+        self._sent = [self._batches(layer) for layer in self.layers.values()]
         self._reduction = start_sum([*parts, torch.as_tensor(health).reshape(1)], group)
 
     def step(self) -> None:
@@ -118,17 +126,19 @@ class Balancing:
         its state and is named in a warning once.
 
         Raises:
-            RuntimeError: no layer counted a token since the last step, on any rank.
+            RuntimeError: no layer counted a token since the last step, on any rank; or one did
+                between `reduce` and this.
             FloatingPointError: a layer saw NaN or infinite logits, on any rank; nothing is changed.
         """
         totals = self._totals()
-        self._check_sums(totals)
+        if totals:
+            self._check_sums(totals)
         for layer, total in zip(self.layers.values(), totals, strict=True):
             layer.commit(total)
         self.steps += 1
         self._reset_loss_scale()
         self._publish()
-        if self.steps == 1:
+        if self.steps == 1 and self.layers:
             self._announce()
 
     def discard(self) -> None:
@@ -225,7 +235,7 @@ class Balancing:
         Raises:
             ValueError: another format, method, set of layers or number of experts.
         """
-        self._check_fit(state)
+        check_fit(state, self.balancer, self.layers)
         if state["balancer"] != repr(self.balancer):
             logger.warning(
                 "moebalance: state saved under %s continues under %r.",
@@ -234,9 +244,9 @@ class Balancing:
             )
         for name, layer in self.layers.items():
             layer.load_state_dict(state["layers"][name])
-            layer.discard()
             layer.last_sums = None
-        self.steps = state["steps"]
+        self.discard()
+        self.steps, self._agreed = state["steps"], False
         self._publish()
 
     def detach(self, *, keep_price: bool = False) -> None:
@@ -282,8 +292,7 @@ class Balancing:
 
     def _shared(self, layer: LayerBalance) -> Tensor:
         """Indices of a layer's packed sums that ranks add up."""
-        every = self.global_metrics
-        return shared_part(layer.balancer, layer.num_experts, everything=every)
+        return shared_part(layer.balancer, layer.num_experts, everything=self.global_metrics)
 
     @torch.no_grad()
     def _totals(self) -> list[Tensor]:
@@ -301,26 +310,34 @@ class Balancing:
             total[2 * layer.num_experts + 1] += 2
         return own
 
+    def _batches(self, layer: LayerBalance) -> Tensor:
+        """How many batches a layer has counted since the last step, ()."""
+        return layer.running[2 * layer.num_experts + 1].clone()
+
     def _check_sums(self, totals: list[Tensor]) -> None:
         finite = [torch.isfinite(total).all() for total in totals]
         places = [2 * layer.num_experts for layer in self.layers.values()]
         tokens = [total[place] > 0 for total, place in zip(totals, places, strict=True)]
+        now = [self._batches(layer) for layer in self.layers.values()]
+        sent = [a == b for a, b in zip(now, self._sent or now, strict=True)]
+        self._sent = []
         # Gathered before they are looked at: one wait for the device, not one a layer.
-        verdicts = torch.stack([flag.to(finite[0].device) for flag in finite + tokens])
-        verdicts = verdicts.cpu().view(2, -1)
+        verdicts = torch.stack([flag.to(finite[0].device) for flag in finite + tokens + sent])
+        verdicts = verdicts.cpu().view(3, -1)
         if bool(verdicts.all()):
             return
-        names = list(self.layers)
-        sick = not bool(verdicts[0].all())
+        if not bool(verdicts[2].all()):
+            self.discard()
+            raise RuntimeError(
+                f"Tokens were counted between reduce() and step() in step {self.steps + 1}, too "
+                "late for the message to the other ranks; the step's sums were dropped. Call "
+                "reduce() after the last backward of a step."
+            )
+        names, sick = list(self.layers), not bool(verdicts[0].all())
         blind = {name for name, good in zip(names, verdicts[1].tolist(), strict=True) if not good}
         if not sick and blind != set(names):
             for name in sorted(blind - self._known_blind):
-                logger.warning(
-                    "moebalance: %s counted no token in step %d and keeps its state. If it should "
-                    "take part, see that its layer trains.",
-                    name,
-                    self.steps + 1,
-                )
+                logger.warning(_BLIND, name, self.steps + 1)
             self._known_blind |= blind
             return
         where = self._where_sick() if sick else ""
@@ -338,7 +355,7 @@ class Balancing:
         )
 
     def _where_sick(self) -> str:
-        """Names of the layers whose own sums are not finite, with their ranks if there are any."""
+        """Names of the layers whose own sums are not finite, by rank if there are several."""
         mine = [n for n, layer in self.layers.items() if not torch.isfinite(layer.running).all()]
         group = sharing(self.group)
         if group is None:
@@ -364,37 +381,6 @@ class Balancing:
             found["maxvio"],
         )
 
-    def _check_fit(self, state: Mapping[str, Any]) -> None:
-        for key in ("format", "method", "balancer", "steps", "layers"):
-            if key not in state:
-                raise ValueError(
-                    f"Not a balancing state: it has no {key!r} (keys: {sorted(state)}). "
-                    "Give what Balancing.state_dict() returned."
-                )
-        if state["format"] != FORMAT:
-            raise ValueError(
-                f"This balancing state has format {state['format']}; this version reads {FORMAT}. "
-                "Use the version of moebalance that wrote it, or start without a state."
-            )
-        if state["method"] != method_name(self.balancer):
-            raise ValueError(
-                f"This balancing state belongs to {state['method']}, but the model is balanced by "
-                f"{method_name(self.balancer)}. Attach the same method, or start without a state."
-            )
-        mine, theirs = set(self.layers), set(state["layers"])
-        if mine != theirs:
-            raise ValueError(
-                "This balancing state belongs to another model: missing layers "
-                f"{sorted(mine - theirs)[:3]}, unknown layers {sorted(theirs - mine)[:3]}."
-            )
-        for name, layer in self.layers.items():
-            own = {key: tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
-            saved = {key: tuple(tensor.shape) for key, tensor in state["layers"][name].items()}
-            if own != saved:
-                raise ValueError(
-                    f"This balancing state does not fit {name}: saved {saved}, needed {own}."
-                )
-
     def _share_loss_scale(self) -> None:
         """Give layers on one device one cell, so that following a loss costs one copy."""
         cells: dict[torch.device, Tensor] = {}
@@ -414,10 +400,3 @@ class Balancing:
 
 def _loads(sums: Mapping[str, Sums | None]) -> dict[str, Loads]:
     return {name: (s.hard_load, s.soft_load) for name, s in sums.items() if s is not None}
-
-
-def method_name(balancer: Balancer) -> str:
-    """Class names of a method and its parts: `PhiBalancing`, `Together(PhiBalancing, LossFree)`."""
-    parts = [value for value in vars(balancer).values() if isinstance(value, Balancer)]
-    inner = ", ".join(method_name(part) for part in parts)
-    return f"{type(balancer).__name__}({inner})" if parts else type(balancer).__name__

@@ -2,11 +2,14 @@
 
 moebalance demo                    compare φ-balancing with its rivals on bundled text
 moebalance train recipe.toml       train one model with one method
+moebalance finetune recipe.toml    the same from a checkpoint's weights
 moebalance compare recipe.toml     methods × seeds under equal compute
 moebalance report runs/…           run logs → one offline HTML file
+moebalance doctor MODEL            what balances a model, what can, and what will leave with it
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,15 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
-    from rich.console import Console
     from rich.logging import RichHandler
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
 except ModuleNotFoundError as missing:
     sys.exit(f"The command line needs {missing.name}: pip install 'moebalance[train]'.")
 
-from moebalance.runlog import LOG_NAME, Run, find_runs, read_run
+from moebalance.console import console, errors, following, progress, show
+from moebalance.runlog import LOG_NAME, find_runs, read_run
 
 if TYPE_CHECKING:
     from moebalance.experiments.compare import Job
@@ -37,7 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console, errors = Console(), Console(stderr=True)
 
 DEMO = "demo.toml"
 REPORT = "report.html"
@@ -48,6 +48,11 @@ MethodsOption = Annotated[
     typer.Option(help="Comma-separated, e.g. 'none,phi(strength=0.01),phi+loss-free'."),
 ]
 SeedsOption = Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0, 1, ….")]
+MethodOption = Annotated[
+    str | None, typer.Option(help="Instead of the recipe's, e.g. 'phi(strength=0.01)'.")
+]
+SeedOption = Annotated[int, typer.Option(help="Of initial weights and data order.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps in a run.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
 
@@ -89,39 +94,63 @@ def compare(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     out: OutOption = None,
-    method: Annotated[
-        str | None, typer.Option(help="Instead of the recipe's, e.g. 'phi(strength=0.01)'.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights and data order.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")
-    ] = False,
+    method: MethodOption = None,
+    seed: SeedOption = 0,
+    resume: ResumeOption = False,
 ) -> None:
-    """Train one Mixture-of-Experts model with one method, log every step, and report."""
+    """Train one Mixture-of-Experts model with one method, log every step, save it and report."""
     with _plain_errors():
-        from moebalance.experiments.methods import build_method
         from moebalance.experiments.recipe import Recipe
-        from moebalance.experiments.train import train_run
 
         read = Recipe.read(recipe)
-        options = dict(read.method)
-        name = str(options.pop("name"))
-        if method is None:
-            read = replace(read, methods={**read.methods, name: options})
-        name = method or name
-        build_method(name, read.methods)  # refuse a bad word before anything is loaded
-        folder = out or Path("runs") / read.name / f"seed{seed}"
-        with _following(folder / LOG_NAME, read.train.steps, name):
-            train_run(
-                read,
-                method=name,
-                seed=seed,
-                batching=read.train.batching,
-                folder=folder,
-                resume=resume,
-                cache_dir=folder / "cache",
+        if read.checkpoint is not None:
+            raise ValueError(
+                f"{recipe} starts from a checkpoint: run `moebalance finetune {recipe}`."
             )
-        _show([read_run(folder / LOG_NAME)], folder / REPORT)
+        _run_one(read, out, method, seed, resume)
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file with [model] checkpoint.")],
+    out: OutOption = None,
+    method: MethodOption = None,
+    seed: Annotated[int, typer.Option(help="Of the data order, and of LoRA's start.")] = 0,
+    resume: ResumeOption = False,
+) -> None:
+    """Fine-tune one checkpoint with one method, whole or by LoRA; report before and after.
+
+    For methods × seeds on one recipe there is `compare`.
+    """
+    with _plain_errors():
+        from moebalance.experiments.recipe import Recipe
+
+        read = Recipe.read(recipe)
+        if read.checkpoint is None:
+            raise ValueError(
+                f"{recipe} names no [model] checkpoint to start from: add one, or run "
+                f"`moebalance train {recipe}`."
+            )
+        _run_one(read, out, method, seed, resume)
+
+
+@app.command()
+def doctor(
+    target: Annotated[
+        str, typer.Argument(help="A model type, a config.json, or a folder with a checkpoint.")
+    ],
+) -> None:
+    """Say what a model's routers are, which levers they have, and what is wrong with its biases.
+
+    Loads no weights. Ends with exit code 1 if a finding is an error.
+    """
+    with _plain_errors():
+        from moebalance.integrations.huggingface.doctor import Severity, diagnose, render
+
+        found = diagnose(target)
+        console.print(render(found, width=console.width), markup=False, highlight=False)
+    if any(finding.severity is Severity.ERROR for finding in found.findings):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -142,7 +171,7 @@ def report(
     with _plain_errors():
         found = [run for folder in runs for run in find_runs(folder)]
         first = runs[0] if runs[0].is_dir() else runs[0].parent
-        _show(found, out or first / REPORT)
+        show(found, out or first / REPORT)
         names = ", ".join(dict.fromkeys(str(run.header.get("name", "runs")) for run in found))
         if figure is not None:
             from moebalance.report import write_figure
@@ -168,6 +197,42 @@ def main() -> None:
         handlers=[RichHandler(console=errors, show_path=False, show_time=False)],
     )
     app()
+
+
+def _run_one(
+    recipe: "Recipe", out: Path | None, method: str | None, seed: int, resume: bool
+) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from moebalance.experiments.compare import run_name
+    from moebalance.experiments.methods import build_method
+    from moebalance.experiments.recipe import FINAL
+    from moebalance.experiments.train import train_run
+
+    options = dict(recipe.method)
+    name = str(options.pop("name"))
+    if method is None:
+        recipe = replace(recipe, methods={**recipe.methods, name: options})
+    name = method or name
+    build_method(name, recipe.methods)  # refuse a bad word before anything is loaded
+    own = f"seed{seed}" if method is None else run_name(method, seed)
+    folder = out or Path("runs") / recipe.name / own
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar is enough
+    with following(folder / LOG_NAME, recipe.train.steps, name):
+        train_run(
+            recipe,
+            method=name,
+            seed=seed,
+            batching=recipe.train.batching,
+            folder=folder,
+            resume=resume,
+            save_model=True,
+            cache_dir=folder / "cache",
+        )
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # started by torchrun: the first process reports
+    console.print(f"Model: {escape(str(folder / FINAL))}", soft_wrap=True, highlight=False)
+    show([read_run(folder / LOG_NAME)], folder / REPORT)
 
 
 def _compare(
@@ -196,7 +261,7 @@ def _compare(
         f"{len(recipe.compare.batching)} kinds of micro-batch → {escape(str(out))}"
     )
     try:
-        with _progress() as bars:
+        with progress() as bars:
             overall = bars.add_task("all runs", total=len(jobs) * recipe.train.steps)
             rows: dict[Job, Any] = {}
 
@@ -215,90 +280,9 @@ def _compare(
     except (KeyboardInterrupt, RuntimeError):
         if list(out.rglob(LOG_NAME)):
             console.print("Stopped early; this is what there is. The same command goes on.")
-            _show(find_runs(out), out / REPORT)
+            show(find_runs(out), out / REPORT)
         raise
-    _show(found, out / REPORT)
-
-
-def _show(runs: list[Run], page: Path) -> None:
-    from moebalance.report import summarise, summary_rows, write_report
-
-    for batching in {row["batching"]: None for row in summary_rows(runs)}:
-        table = Table(title=f"{batching} micro-batches", title_justify="left")
-        # A narrow terminal gets the first columns in full rather than all of them cut short.
-        columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
-        for title, _, _ in columns:
-            left = title == "method"
-            table.add_column(title, justify="left" if left else "right", no_wrap=not left)
-        for row in summary_rows(runs):
-            if row["batching"] == batching:
-                table.add_row(*(_cell(row, key, digits) for _, key, digits in columns))
-        console.print(table)
-    for section in summarise(runs):
-        console.print(escape(section.verdict))
-    # Plain and alone on its line, so that it can be clicked or piped whatever the width.
-    written = write_report(runs, page)
-    console.print(f"Report: {escape(str(written.resolve()))}", soft_wrap=True, highlight=False)
-
-
-_COLUMNS = (
-    ("method", "label", 0),
-    ("val loss", "val_loss", 3),
-    ("MaxVio", "maxvio", 2),
-    ("gap", "soft_hard_gap", 2),
-    ("dead", "dead_experts", 0),
-    ("MI", "mi", 2),
-    ("time", "step_time_ratio", 2),
-    ("MaxVio batch", "maxvio_batch", 2),
-    ("soft MaxVio", "soft_maxvio", 2),
-    ("Gini", "gini", 2),
-    ("entropy", "entropy", 2),
-    ("purity", "purity", 2),
-)
-
-
-def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
-    value, sd = row.get(key), row.get(f"{key}_sd")
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return escape(value)
-    return f"{value:.{digits}f}" + (f"±{sd:.{digits}f}" if sd is not None else "")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-@contextmanager
-def _following(log: Path, steps: int, label: str) -> Iterator[None]:
-    """Show how far a run in this process is, from its log."""
-    import threading
-
-    from moebalance.experiments.compare import last_step
-
-    with _progress() as bars:
-        task = bars.add_task(label, total=steps)
-        stop = threading.Event()
-
-        def watch() -> None:
-            while not stop.wait(0.5):
-                bars.update(task, completed=last_step(log))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            bars.update(task, completed=last_step(log))
+    show(found, out / REPORT)
 
 
 @contextmanager

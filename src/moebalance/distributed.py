@@ -19,10 +19,19 @@ Group = dist.ProcessGroup
 
 
 def sharing(group: Group | None) -> Group | None:
-    """The group to sum over: the one given, or the default one; None where there is one process."""
+    """The group to sum over: the one given, or the default one; None where there is one process.
+
+    Raises:
+        ValueError: this rank is not in the group it was given.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if group is None else group
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            f"Rank {dist.get_rank()} is not in the balancing group it was given, and would balance "
+            "its own tokens alone: give each rank the group that it belongs to."
+        )
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
@@ -70,13 +79,3 @@ def gather(value: Any, group: Group) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
-
-
-def refuse_several(processes: int) -> None:
-    """Refuse to balance on more than one process.
-
-    Raises:
-        RuntimeError: `processes` is greater than 1.
-    """
-    if processes > 1:
-        raise RuntimeError(f"Training on {processes} processes: not yet.")

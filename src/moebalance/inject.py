@@ -227,7 +227,8 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        ctx.scale.copy_(gradient)
+        # An exact zero says that the trainer made its own loss (DDP sends one to unused outputs).
+        ctx.scale.copy_(torch.where(gradient == 0, ctx.scale, gradient.to(ctx.scale.dtype)))
         return gradient, None
 
 

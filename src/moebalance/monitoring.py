@@ -46,7 +46,11 @@ def monitor(
     ...     watch.evaluate()["tokens"]
     4.0
     """
-    balancing = attach(model) if _routes_itself(model) else attach(model, NoBalancing())
+    balancing = (
+        attach(model)
+        if _routes_itself(model)
+        else attach(model, NoBalancing(), keep_native_loss=True)
+    )
     return Monitor(model, balancing, log, name=name, snapshot_every=snapshot_every)
 
 

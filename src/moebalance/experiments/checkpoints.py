@@ -1,5 +1,6 @@
-"""Checkpoints of a run: the newest one that is whole."""
+"""Folders with weights: a run's own checkpoints, and the one that fine-tuning starts from."""
 
+import hashlib
 import json
 import logging
 import pickle
@@ -11,6 +12,60 @@ from safetensors import SafetensorError, safe_open
 from moebalance.integrations.huggingface import STATE_FILE
 
 logger = logging.getLogger(__name__)
+
+_BLOCKS, _BLOCK_BYTES = 64, 16384
+
+
+def checkpoint_folder(checkpoint: str) -> Path:
+    """The folder of a model to fine-tune, once it is clear that it is one.
+
+    Args:
+        checkpoint: its path, from the current folder.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or no model in it; says what there is.
+    """
+    folder = Path(checkpoint)
+    where = f"[model] checkpoint={checkpoint!r}"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{where}: there is no folder {folder.absolute()}. Give the folder of a model that "
+            "Transformers saved, from where you stand; nothing is downloaded. `moebalance train` "
+            "leaves one in runs/NAME/seed0/final."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{where} holds a PEFT adapter, not a whole model: merge it into its base model "
+            "(merge_and_unload, then save_pretrained) and give that folder."
+        )
+    if not (folder / "config.json").is_file():
+        below = sorted(path.parent for path in folder.glob("*/config.json"))
+        raise ValueError(
+            f"{where}: {folder.absolute()} holds no config.json, so it is no model that "
+            "Transformers saved." + (f" Did you mean {str(below[-1])!r}?" if below else "")
+        )
+    if not _weights(folder):
+        raise ValueError(
+            f"{where}: {folder.absolute()} holds a config.json but no weights (*.safetensors). "
+            "Copy them there, or train from scratch with architecture = …"
+        )
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex digest that tells a checkpoint from another: its configuration, samples of its weights.
+
+    Small files are read whole, of a large one blocks at even distances: 100 GB take no minute.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in _weights(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(_BLOCK_BYTES, size // _BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -31,19 +86,25 @@ def step_of(checkpoint: Path) -> int:
 
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
-    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
-    for name in needed:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
+    needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE]
+    weights = _weights(checkpoint)
     try:
+        for index in checkpoint.glob("*.index.json"):
+            needed += set(json.loads(index.read_text())["weight_map"].values())
+        for name in needed:
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+        if not weights:
+            return "model.safetensors is missing"
         json.loads((checkpoint / "trainer_state.json").read_text())
-        for name in ("model.safetensors", STATE_FILE):
-            with safe_open(checkpoint / name, framework="pt") as file:
+        for path in (*weights, checkpoint / STATE_FILE):
+            with safe_open(path, framework="pt") as file:
                 file.keys()
         # Reading is the test: a truncated archive raises here.
         torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
     except (
         OSError,
+        KeyError,
         ValueError,
         RuntimeError,
         EOFError,
@@ -52,3 +113,8 @@ def _damage(checkpoint: Path) -> str | None:
     ) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of a model's or an adapter's weights, in one order everywhere."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.name != STATE_FILE)

@@ -17,8 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from moebalance.experiments.methods import build_method
-from moebalance.experiments.recipe import Recipe
+from moebalance.experiments.methods import build_method, refuse_frozen
+from moebalance.experiments.recipe import FINAL, Recipe
 from moebalance.runlog import LOG_NAME, Run, read_run
 
 
@@ -49,9 +49,9 @@ def plan(recipe: Recipe, folder: Path) -> list[Job]:
     """
     spec = recipe.compare
     for method in spec.methods:
-        build_method(method, recipe.methods)
+        refuse_frozen(build_method(method, recipe.methods), recipe.lora)
     return [
-        Job(method, seed, batching, folder / batching / f"{_slug(method)}-seed{seed}")
+        Job(method, seed, batching, folder / batching / run_name(method, seed))
         for seed in spec.seeds
         for batching in spec.batching
         for method in spec.methods
@@ -73,7 +73,7 @@ def compare(
         RuntimeError: a run failed; the others are finished first and stay.
     """
     # Tokenised once here, so that the workers only read it.
-    from moebalance.experiments.data import load_data
+    from moebalance.experiments.inputs import load_texts
 
     jobs = plan(recipe, folder)
     cache = folder / "cache"
@@ -81,7 +81,7 @@ def compare(
     todo = [job for job in jobs if not is_complete(job, recipe)]
     states = {job: "waiting" if job in todo else "kept" for job in jobs}
     if todo:
-        load_data(recipe.data, cache_dir=cache)
+        load_texts(recipe, cache_dir=cache)
         _run(recipe, todo, cache, workers or os.cpu_count() or 1, states, progress)
     failed = [job.label for job in jobs if states[job].startswith("failed")]
     if failed:
@@ -97,11 +97,14 @@ def is_complete(job: Job, recipe: Recipe) -> bool:
         return False
     try:
         run = read_run(path)
+        then = Recipe.parse(run.header.get("recipe") or {}, source=str(path))
     except ValueError:
         return False
-    return run.status == "complete" and _relevant(run.header.get("recipe"), job) == _relevant(
-        recipe.as_dict(), job
-    )
+    if run.status != "complete" or not _same_start(run, recipe):
+        return False
+    if recipe.compare.save_models and not (job.folder / FINAL).is_dir():
+        return False
+    return bool(_relevant(then, job) == _relevant(recipe, job))
 
 
 def _run(
@@ -148,8 +151,10 @@ def _tell(
 
 def _start(threads: int) -> None:
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     torch.set_num_threads(threads)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # those of several workers would run into each other
     # Ctrl-C must reach a worker as KeyboardInterrupt, so that it closes its log.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -163,6 +168,7 @@ def _work(recipe: Recipe, job: Job, cache: Path) -> None:
         seed=job.seed,
         batching=job.batching,
         folder=job.folder,
+        save_model=recipe.compare.save_models,
         cache_dir=cache,
     )
 
@@ -179,15 +185,33 @@ def last_step(path: Path) -> int:
     return int(found[-1]) if found else 0
 
 
-def _relevant(recipe: Mapping[str, Any] | None, job: Job) -> Any:
+def _same_start(run: Run, recipe: Recipe) -> bool:
+    """Whether a run began with the weights that it would begin with now."""
+    if recipe.checkpoint is None:
+        return True
+    # Imported here: reading a plan takes no model library.
+    from moebalance.experiments.checkpoints import checkpoint_folder, fingerprint
+    from moebalance.experiments.journal import logged_fingerprint
+
+    return logged_fingerprint(run.header) == fingerprint(checkpoint_folder(recipe.checkpoint))
+
+
+def _relevant(recipe: Recipe, job: Job) -> Any:
     """The parts of a recipe that a run depends on, through JSON as a log has them."""
-    if recipe is None:
-        return None
     words = set(re.findall(r"[a-z-]+", job.method))
-    methods = {word: table for word, table in recipe["methods"].items() if word in words}
-    return json.loads(
-        json.dumps([recipe["model"], recipe["data"], {**recipe["train"], "batching": ""}, methods])
-    )
+    methods = {word: table for word, table in recipe.methods.items() if word in words}
+    table = recipe.as_dict()
+    parts = [table[key] for key in ("model", "data", "old_data", "lora")]
+    return json.loads(json.dumps([*parts, {**table["train"], "batching": ""}, methods]))
+
+
+def run_name(method: str, seed: int) -> str:
+    """Name of a run's folder.
+
+    >>> run_name("phi+loss-free", 0)
+    'phi+loss-free-seed0'
+    """
+    return f"{_slug(method)}-seed{seed}"
 
 
 def _slug(method: str) -> str:

@@ -70,6 +70,7 @@ def load_corpus(
     extensions: tuple[str, ...] | None = None,
     max_bytes_per_domain: int | None = None,
     cache_dir: Path | None = None,
+    render: Callable[[list[Any]], str] | None = None,
 ) -> Corpus:
     """Read all documents of a source.
 
@@ -82,6 +83,7 @@ def load_corpus(
         max_bytes_per_domain: Keep at most so many bytes of UTF-8 a domain, of documents in an
             order drawn by hash; one document fills at most a tenth of it. None keeps all.
         cache_dir: Where `datasets` may keep its converted tables; None is its own default.
+        render: Makes text of a conversation, a list of messages, where `column` holds those.
 
     Returns:
         The corpus.
@@ -114,7 +116,9 @@ def load_corpus(
         if domain_column:
             known = tuple(sorted(map(str, table.unique(domain_column))))
         _check_domains(domains, known, source)
-        stream = _table_stream(table, column, domain_column, known[0], set(domains or known))
+        stream = _table_stream(
+            table, column, domain_column, known[0], set(domains or known), render
+        )
     else:
         known = (path.stem,)
         _check_domains(domains, known, source)
@@ -285,16 +289,24 @@ def _open_table(path: Path, cache_dir: Path | None) -> Any:
 
 
 def _table_stream(
-    table: Any, column: str, domain_column: str | None, only: str, wanted: set[str]
+    table: Any,
+    column: str,
+    domain_column: str | None,
+    only: str,
+    wanted: set[str],
+    render: Callable[[list[Any]], str] | None,
 ) -> _Stream:
     columns = [column] + ([domain_column] if domain_column else [])
     for number, row in enumerate(table.select_columns(columns)):
         domain = str(row[domain_column]) if domain_column else only
         text = row[column]
+        if isinstance(text, list) and render is not None:
+            text = render(text)
         if text is not None and not isinstance(text, str):
             raise ValueError(
-                f"column {column!r} holds {type(text).__name__}, not text. Name a text column; "
-                f"the columns are {table.column_names}."
+                f"column {column!r} holds {type(text).__name__}, not text. Name a text column, or, "
+                "with the tokeniser of a checkpoint to fine-tune, one of conversations; the "
+                f"columns are {table.column_names}."
             )
         if domain in wanted:
             yield domain, f"row {number:09d}", partial(str, text or "")

@@ -42,13 +42,13 @@ class DataSpec:
 
     Args:
         source: `"python"`, or a path; see `corpus`.
-        tokenizer: `"bytes"` or `"bpe"`.
+        tokenizer: `"bytes"`, `"bpe"`, or `"checkpoint"` for that of the model to fine-tune.
         vocab_size: Ids of the `bpe` tokeniser in all; bytes always have 257.
         seq_len: S, tokens in a sequence.
         validation: Share of each domain's bytes to hold out, in (0, 0.5].
         split_seed: Which documents those are.
         domains: Domains to use, in this order; None uses all.
-        column: Text column of a data set.
+        column: Column of a data set with text, or with conversations for a checkpoint's tokeniser.
         domain_column: Column with each row's domain; None makes one domain of the data set.
         extensions: File endings to read in a folder; None reads every text file.
         max_bytes_per_domain: Cap on each domain; None reads all.
@@ -148,11 +148,14 @@ class TextData(NamedTuple):
         }
 
 
-def load_data(spec: DataSpec, *, cache_dir: Path | None = None) -> TextData:
+def load_data(
+    spec: DataSpec, *, tokenizer: Tokenizer | None = None, cache_dir: Path | None = None
+) -> TextData:
     """Read, split, tokenise and pack the text of a recipe.
 
     Args:
         spec: What to read and how.
+        tokenizer: Instead of making the one that `spec` names; `"checkpoint"` needs it.
         cache_dir: Where to keep token ids between runs, under a name made of the text's hash;
             None keeps nothing.
 
@@ -160,13 +163,15 @@ def load_data(spec: DataSpec, *, cache_dir: Path | None = None) -> TextData:
         Training and validation sequences.
 
     Raises:
-        ValueError: The source cannot be read, or a domain is too small to be split or to fill a
-            sequence.
+        ValueError: The source cannot be read, a domain is too small to be split or to fill a
+            sequence, or the checkpoint's tokeniser was not given.
 
     >>> data = load_data(DataSpec(domains=("names",), max_bytes_per_domain=20_000))
     >>> data.train[0]["input_ids"].shape, data.tokenizer.vocab_size, data.bytes_per_token
     (torch.Size([128]), 257, 1.0)
     """
+    if spec.tokenizer == "checkpoint" and tokenizer is None:
+        raise ValueError('tokenizer="checkpoint" needs the tokeniser of a model to fine-tune.')
     corpus = load_corpus(
         spec.source,
         domains=spec.domains,
@@ -175,9 +180,10 @@ def load_data(spec: DataSpec, *, cache_dir: Path | None = None) -> TextData:
         extensions=spec.extensions,
         max_bytes_per_domain=spec.max_bytes_per_domain,
         cache_dir=cache_dir,
+        render=None if tokenizer is None else tokenizer.render,
     )
     parts = split_documents(corpus, validation=spec.validation, seed=spec.split_seed)
-    tokenizer, train_streams, val_streams = _tokenise(spec, corpus, parts, cache_dir)
+    tokenizer, train_streams, val_streams = _tokenise(spec, corpus, parts, tokenizer, cache_dir)
     train, train_tokens = _pack_domains(train_streams, corpus.domains, spec.seq_len, "training")
     val, val_tokens = _pack_domains(val_streams, corpus.domains, spec.seq_len, "validation")
 
@@ -285,6 +291,7 @@ def _tokenise(
     spec: DataSpec,
     corpus: Corpus,
     parts: tuple[list[Document], list[Document]],
+    tokenizer: Tokenizer | None,
     cache_dir: Path | None,
 ) -> tuple[Tokenizer, list[Tensor], list[Tensor]]:
     """The tokeniser and one joined stream of ids a domain, for training and for validation."""
@@ -295,22 +302,17 @@ def _tokenise(
         spec.vocab_size if spec.tokenizer == "bpe" else None,
         _version("tokenizers") if spec.tokenizer == "bpe" else None,
         [(doc.domain, doc.name) for doc in val_docs],
+        *(() if tokenizer is None else (tokenizer.to_json(),)),
     )
     key = hashlib.sha256(repr(settings).encode()).hexdigest()
     path = cache_dir / f"tokens-{key[:32]}.pt" if cache_dir else None
     stored = _read_cache(path) if path else None
     if stored is not None:
-        return tokenizer_from_json(stored["tokenizer"]), stored["train"], stored["validation"]
+        made = tokenizer or tokenizer_from_json(stored["tokenizer"])
+        return made, stored["train"], stored["validation"]
 
-    tokenizer: Tokenizer = ByteTokenizer()
-    if spec.tokenizer == "bpe":
-        tokenizer = train_bpe([doc.text for doc in train_docs], spec.vocab_size)
-        if tokenizer.vocab_size < spec.vocab_size:
-            _log.warning(
-                "the training text has pairs for %d ids only, of the %d asked for",
-                tokenizer.vocab_size,
-                spec.vocab_size,
-            )
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(spec, train_docs)
     streams: list[list[Tensor]] = []
     for docs in parts:
         by_domain = ([doc.text for doc in docs if doc.domain == name] for name in corpus.domains)
@@ -325,6 +327,19 @@ def _tokenise(
         torch.save(content, unfinished)
         unfinished.replace(path)
     return tokenizer, train, val
+
+
+def _make_tokenizer(spec: DataSpec, train_docs: Sequence[Document]) -> Tokenizer:
+    if spec.tokenizer == "bytes":
+        return ByteTokenizer()
+    tokenizer = train_bpe([doc.text for doc in train_docs], spec.vocab_size)
+    if tokenizer.vocab_size < spec.vocab_size:
+        _log.warning(
+            "the training text has pairs for %d ids only, of the %d asked for",
+            tokenizer.vocab_size,
+            spec.vocab_size,
+        )
+    return tokenizer
 
 
 def _read_cache(path: Path) -> dict[str, Any] | None:

@@ -11,21 +11,22 @@ from torch.utils.data import DataLoader
 from moebalance import metrics
 from moebalance.balancing import Balancing
 from moebalance.experiments.batches import TokenDataset
+from moebalance.integrations.huggingface import Site, find_sites
 from moebalance.layer import LayerBalance
 
 
 class _Watch:
     """Counts of one layer: by domain and expert, scores, and MaxVio of each batch."""
 
-    def __init__(self, layer: LayerBalance, num_domains: int) -> None:
-        self.layer = layer
+    def __init__(self, layer: LayerBalance, site: Site, num_domains: int) -> None:
+        self.layer, self.site = layer, site
         self.domain_counts = torch.zeros(num_domains, layer.num_experts)
         self.scores = torch.zeros(layer.num_experts)
         self.violations: list[Tensor] = []
         self.domains: Tensor | None = None
 
-    def see(self, router: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-        logits, _, experts = output[:3]
+    def see(self, router: nn.Module, args: Any, output: Any) -> None:
+        logits, _, experts = self.site.read(output)
         assert self.domains is not None
         per_token = self.domains.repeat_interleave(experts.shape[0] // self.domains.shape[0])
         cells = (per_token.unsqueeze(-1) * self.layer.num_experts + experts).reshape(-1).cpu()
@@ -50,8 +51,9 @@ def evaluate(
 
     Returns:
         `loss` in nats per token; the hard load's `maxvio`, `gini`, `entropy`, `dead` over the whole
-        set and `maxvio_batch`; `soft_maxvio`, `soft_hard_gap`; `mi` (nats) and `purity` between
-        domain and expert, all means over layers; `dead_experts` over all layers; and the loads.
+        set and `maxvio_batch`; `soft_maxvio`, `soft_hard_gap`; with several domains, `mi` (nats)
+        and `purity` between domain and expert; all means over layers; `dead_experts` over all
+        layers; and the loads.
     """
     was_training = model.training
     model.eval()
@@ -72,7 +74,7 @@ def evaluate(
     hard = by_domain.sum(dim=1)
     dead = metrics.dead_fraction(hard)
     batches = torch.stack([torch.stack(watch.violations) for watch in watches.values()])
-    return {
+    found = {
         "loss": total / tokens,
         "maxvio": _mean(metrics.max_violation(hard)),
         "maxvio_batch": _mean(batches),
@@ -82,13 +84,17 @@ def evaluate(
         "entropy": _mean(metrics.normalized_entropy(hard)),
         "dead": _mean(dead),
         "dead_experts": round((dead * hard.shape[-1]).sum().item()),
-        "mi": _mean(metrics.mutual_information(by_domain)),
-        "purity": _mean(metrics.purity(by_domain)),
         "tokens": tokens,
         "load": fractions(hard),
         "soft": fractions(soft),
-        "domain_load": fractions(by_domain, over=(-2, -1)),
     }
+    if len(dataset.domain_names) > 1:  # one domain alone tells nothing of specialisation
+        found |= {
+            "mi": _mean(metrics.mutual_information(by_domain)),
+            "purity": _mean(metrics.purity(by_domain)),
+            "domain_load": fractions(by_domain, over=(-2, -1)),
+        }
+    return found
 
 
 def fractions(load: Tensor, over: tuple[int, ...] = (-1,)) -> list[Any]:
@@ -101,7 +107,10 @@ def fractions(load: Tensor, over: tuple[int, ...] = (-1,)) -> list[Any]:
 def _watching(
     model: nn.Module, balancing: Balancing, num_domains: int
 ) -> Iterator[dict[str, _Watch]]:
-    watches = {name: _Watch(layer, num_domains) for name, layer in balancing.layers.items()}
+    sites = {site.name: site for site in find_sites(model)}
+    watches = {
+        name: _Watch(layer, sites[name], num_domains) for name, layer in balancing.layers.items()
+    }
     handles = [
         model.get_submodule(name).register_forward_hook(watch.see)
         for name, watch in watches.items()

@@ -15,6 +15,7 @@ from typing import Any
 from moebalance import balancers, potentials
 from moebalance.balancers import Balancer, Together
 from moebalance.experiments.corpus import did_you_mean
+from moebalance.experiments.recipe import LoraSpec
 from moebalance.potentials import POTENTIALS, Potential
 
 Options = Mapping[str, Mapping[str, Any]]
@@ -64,6 +65,22 @@ def build_method(name: str, options: Options | None = None) -> Balancer:
         kind, own = _parse(part)
         parts.append(_build_one(kind, {**options.get(kind, {}), **own}))
     return reduce(Together, parts)
+
+
+def refuse_frozen(balancer: Balancer, lora: LoraSpec | None) -> None:
+    """Refuse a method that works through the routers' gradient where LoRA leaves them frozen.
+
+    `attach` would refuse it as well, but only once the model is loaded.
+
+    Raises:
+        ValueError: says which key to change.
+    """
+    if lora is not None and not lora.train_router and balancer.charges:
+        raise ValueError(
+            f"{balancer!r} works through the gradient of the router, and [lora] train_router = "
+            "false leaves every router frozen. Set it to true, or use a selection-lever method "
+            "such as loss-free."
+        )
 
 
 def without_options(name: str) -> str:

@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-TOKENIZERS = ("bytes", "bpe")
+TOKENIZERS = ("bytes", "bpe", "checkpoint")
+TOKENIZER_FILE = "moebalance_tokenizer.json"
+"""Name of one of these tokenisers beside the model that was trained with it."""
 
 BYTE_VALUES = 256
 # Pairs are learnt from a sample: the first bytes of each text, so much in all.
@@ -61,9 +63,24 @@ class Tokenizer(ABC):
     def to_json(self) -> str:
         """Everything needed to make it again with `tokenizer_from_json`."""
 
+    def render(self, messages: list[Any]) -> str:
+        """The text of a conversation.
+
+        Raises:
+            ValueError: This tokeniser has no chat template.
+        """
+        raise ValueError(
+            f"Conversations need a chat template, and the tokeniser {self.description} has none: "
+            "fine-tune a checkpoint that brings one, or give a column of text."
+        )
+
     def save(self, path: Path) -> None:
         """Write it to a file for `load_tokenizer`."""
         path.write_text(self.to_json(), encoding="utf-8")
+
+    def save_beside(self, model: Path) -> None:
+        """Write it into a model's folder, where fine-tuning finds it."""
+        self.save(model / TOKENIZER_FILE)
 
 
 @final

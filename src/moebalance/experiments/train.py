@@ -1,50 +1,38 @@
-"""One training run: a Transformers MoE model from a configuration, HF Trainer, one method, one log.
+"""One training run: a Transformers MoE model, HF Trainer, one method, one log.
 
-The seed fixes the initial weights and the data order, whatever the method; so runs of different
-methods with one seed are paired.
+The model has fresh weights, or those of a checkpoint to fine-tune. The seed fixes fresh weights and
+the data order, whatever the method; so runs of different methods with one seed are paired.
 """
 
-import json
-import logging
 import os
-import platform
-import signal
-import subprocess
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from moebalance import __version__
 from moebalance.attachment import attach
-from moebalance.balancers import Balancer
 from moebalance.balancing import Balancing
 from moebalance.experiments.batches import TokenDataset, ordered_indices
-from moebalance.experiments.checkpoints import last_whole_checkpoint, step_of
-from moebalance.experiments.corpus import did_you_mean
-from moebalance.experiments.data import TextData, load_data
-from moebalance.experiments.evaluate import evaluate, fractions
-from moebalance.experiments.methods import build_method, without_options
-from moebalance.experiments.recipe import Recipe
+from moebalance.experiments.checkpoints import (
+    checkpoint_folder,
+    fingerprint,
+    last_whole_checkpoint,
+    step_of,
+)
+from moebalance.experiments.data import TextData
+from moebalance.experiments.finetune import save_final, start
+from moebalance.experiments.inputs import Texts, build_model, load_texts
+from moebalance.experiments.interrupt import interrupt_between_steps
+from moebalance.experiments.journal import Identity, Journal, header, refuse_other_run
+from moebalance.experiments.methods import build_method, refuse_frozen, without_options
+from moebalance.experiments.recipe import FINAL, Recipe, TrainSpec
 from moebalance.integrations.huggingface import BalanceCallback
-from moebalance.runlog import LOG_NAME, RunLog, read_run
-
-logger = logging.getLogger(__name__)
+from moebalance.runlog import LOG_NAME, RunLog
 
 _EVAL_SEED = 20260523  # of the held-out sequences: the same for every run
 
@@ -57,6 +45,7 @@ def train_run(
     batching: str,
     folder: Path,
     resume: bool = False,
+    save_model: bool = False,
     cache_dir: Path | None = None,
 ) -> Path:
     """Train one model and write its run log.
@@ -64,186 +53,117 @@ def train_run(
     Args:
         recipe: what to train on what.
         method: the method's word; its options come from the recipe.
-        seed: of weights and data order.
+        seed: of fresh weights and data order.
         batching: `"mixed"` or `"one-domain"`.
-        folder: where the log and the checkpoints go.
+        folder: where the log, the checkpoints and the model go.
         resume: go on from the last whole checkpoint in `folder`, if there is one.
+        save_model: save the model that training ends with in `folder/final`; it is detached then.
         cache_dir: where tokenised text is kept between runs.
 
     Returns:
         The path of the run log.
     """
-    options = dict(recipe.methods)
-    balancer = build_method(method, options)
-    data = load_data(recipe.data, cache_dir=cache_dir)
-    transformers.set_seed(seed)
-    checkpoint = last_whole_checkpoint(folder) if resume else None
-    model = build_model(recipe, data.tokenizer.vocab_size, checkpoint)
-    balancing = attach(model, balancer)
+    word, balancer = without_options(method), build_method(method, dict(recipe.methods))
+    refuse_frozen(balancer, recipe.lora)
+    origin = None
+    if recipe.checkpoint is not None:
+        origin = fingerprint(checkpoint_folder(recipe.checkpoint))
+    which = Identity(word, repr(balancer), seed, batching, origin)
+    rank, world = _rank_and_world()
     path = folder / LOG_NAME
-    step = 0 if checkpoint is None else step_of(checkpoint)
+    resumed = last_whole_checkpoint(folder) if resume else None
+    if resumed is not None:
+        refuse_other_run(path, recipe, which)
+    else:
+        _refuse_earlier_run(folder, resume=resume, save_model=save_model)
+    texts = load_texts(recipe, cache_dir=cache_dir)
+    vocab_size = texts.data.tokenizer.vocab_size
+    transformers.set_seed(seed)
+    if recipe.checkpoint is None:
+        model = build_model(recipe, vocab_size, resumed)
+        balancing = attach(model, balancer)
+    else:
+        model, balancing = start(recipe, balancer, vocab_size, resumed)
     folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint is not None:
-        _refuse_other_run(path, recipe, without_options(method), repr(balancer), seed, batching)
-    elif not resume and any(folder.glob("checkpoint-*")):
+    with ExitStack() as stack:
+        if rank > 0:
+            # Every rank evaluates, as a sharded model needs all of them; one writes it down.
+            aside = stack.enter_context(TemporaryDirectory())
+            log, resumed_log = RunLog(Path(aside)), False
+        else:
+            resumed_log = resumed is not None
+            if not resumed_log:
+                path.unlink(missing_ok=True)
+            log = RunLog.resume(path, step_of(resumed)) if resumed is not None else RunLog(path)
+        stack.enter_context(log)
+        if not resumed_log:
+            log.write("header", **header(recipe, which, model, balancing, texts))
+        spec = share_out(recipe.train, world)
+        trainer = _trainer(recipe, spec, model, balancing, texts, log, seed, batching, folder)
+        with interrupt_between_steps(trainer):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        if save_model and rank == 0:
+            save_final(model, balancing, texts.data.tokenizer, folder)
+    return path
+
+
+def share_out(spec: TrainSpec, world: int) -> TrainSpec:
+    """The part of a step that one of `world` processes takes; the step as a whole stays the same.
+
+    Raises:
+        ValueError: a step's sequences cannot be shared out equally.
+
+    >>> share_out(TrainSpec(batch_size=8, accumulation=4), 2).accumulation
+    2
+    """
+    if spec.accumulation % world == 0:
+        return replace(spec, accumulation=spec.accumulation // world)
+    if spec.batch_size * spec.accumulation % world == 0 and spec.accumulation == 1:
+        return replace(spec, batch_size=spec.batch_size // world)
+    raise ValueError(
+        f"[train] accumulation={spec.accumulation}, batch_size={spec.batch_size} on {world} "
+        f"processes: make accumulation a multiple of {world}, or 1 with such a batch_size."
+    )
+
+
+def _rank_and_world() -> tuple[int, int]:
+    """As torchrun and accelerate say it, before there is a process group."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _refuse_earlier_run(folder: Path, *, resume: bool, save_model: bool) -> None:
+    """Refuse to write over what an earlier run left: its checkpoints, or its model."""
+    left = [] if resume else sorted(folder.glob("checkpoint-*"))
+    if left:
         raise ValueError(
             f"{folder} holds checkpoints of an earlier run: go on with it (--resume), choose "
             "another folder (--out), or remove them."
         )
-    else:
-        path.unlink(missing_ok=True)
-    log = RunLog(path) if checkpoint is None else RunLog.resume(path, step)
-    with log:
-        if checkpoint is None:
-            word = without_options(method)
-            header = _header(recipe, word, balancer, seed, batching, data, model, balancing)
-            log.write("header", **header)
-        trainer = _trainer(recipe, model, balancing, data, log, seed, batching, folder)
-        with _interrupt_between_steps(trainer):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return path
-
-
-def build_model(recipe: Recipe, vocab_size: int, checkpoint: Path | None = None) -> PreTrainedModel:
-    """Make the recipe's model, with fresh weights or those of a checkpoint.
-
-    The weights are loaded here because a Trainer that resumes leaves out experts which Transformers
-    saves under other names than it holds them: it logs "missing keys" and goes on without them.
-
-    Raises:
-        ValueError: unknown architecture or configuration key, with the nearest valid name.
-    """
-    keys = dict(recipe.model)
-    architecture = keys.pop("architecture")
-    experts = keys.pop("experts_implementation", None)
-    possible = _architectures()
-    if architecture not in possible:
+    if save_model and (folder / FINAL).exists():
         raise ValueError(
-            f"[model] architecture={architecture!r}.{did_you_mean(architecture, possible)} It must "
-            "be a causal language model of the installed Transformers, such as qwen3_moe."
+            f"{folder / FINAL} is the model of an earlier run: choose another folder (--out), or "
+            "remove it."
         )
-    default = AutoConfig.for_model(architecture)
-    fields = getattr(type(default), "__dataclass_fields__", {})
-    known = sorted({*default.to_dict(), *default.attribute_map, *fields})
-    for key in keys:
-        if key not in known:
-            raise ValueError(
-                f"[model] {architecture} has no configuration key {key!r}."
-                f"{did_you_mean(key, known)}"
-            )
-    config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **keys)
-    model: PreTrainedModel
-    if checkpoint is None:
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config)
-    if experts is not None:
-        model.set_experts_implementation(experts)
-    return model
-
-
-class _Journal(TrainerCallback):
-    """Writes the run log: a row a step, load snapshots, evaluations."""
-
-    def __init__(
-        self, log: RunLog, recipe: Recipe, balancing: Balancing, held_out: TokenDataset
-    ) -> None:
-        self.log, self.spec = log, recipe.train
-        self.balancing, self.held_out = balancing, held_out
-        self.started = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step_time_s = time.perf_counter() - self.started
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        step = state.global_step
-        own = {k.removeprefix("moe/"): v for k, v in logs.items() if k.startswith("moe/")}
-        self.log.write(
-            "step",
-            step=step,
-            loss=logs["loss"],
-            lr=logs.get("learning_rate"),
-            grad_norm=logs.get("grad_norm"),
-            step_time_s=self.step_time_s,
-            **own,
-        )
-        if step % self.spec.snapshot_every == 0 or step == args.max_steps:
-            loads = self.balancing.loads().values()
-            hard, soft = (torch.stack(load) for load in zip(*loads, strict=True))
-            self.log.write("snapshot", step=step, load=fractions(hard), soft=fractions(soft))
-        every = self.spec.eval_every
-        if step == args.max_steps or (every and step % every == 0):
-            found = evaluate(
-                kwargs["model"], self.balancing, self.held_out, batch_size=self.spec.batch_size
-            )
-            self.log.write("eval", step=step, **found)
-
-
-class _StopHere(TrainerCallback):
-    """Raises the interrupt that came during a step, once the step is whole."""
-
-    asked = False
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def _interrupt_between_steps(trainer: Trainer) -> Iterator[None]:
-    """Let Ctrl-C end the run after the step in progress; a second one ends it at once.
-
-    Raised anywhere else, Python may drop it: what falls into a finaliser is printed and forgotten.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is told of signals
-        return
-    stop = _StopHere()
-    trainer.add_callback(stop)
-    before = signal.signal(signal.SIGINT, stop.ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _trainer(
     recipe: Recipe,
+    spec: TrainSpec,
     model: PreTrainedModel,
     balancing: Balancing,
-    data: TextData,
+    texts: Texts,
     log: RunLog,
     seed: int,
     batching: str,
     folder: Path,
 ) -> Trainer:
-    spec = recipe.train
+    whole, data = recipe.train, texts.data
     order = ordered_indices(
         data.train.domains,
-        batch_size=spec.batch_size,
-        num_batches=spec.steps * spec.accumulation,
+        batch_size=whole.batch_size,
+        num_batches=whole.steps * whole.accumulation,
         batching=batching,
         seed=seed,
-    )
-    held_out = data.validation.in_order(
-        ordered_indices(
-            data.validation.domains,
-            batch_size=1,
-            num_batches=spec.eval_sequences,
-            seed=_EVAL_SEED,
-        )
     )
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -268,8 +188,12 @@ def _trainer(
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
+        bf16=spec.bf16,
+        **(_checkpointing() if spec.gradient_checkpointing else {}),
     )
-    callbacks = [BalanceCallback(balancing), _Journal(log, recipe, balancing, held_out)]
+    new = held_out(data, spec.eval_sequences)
+    old = None if texts.old is None else held_out(texts.old, spec.eval_sequences)
+    callbacks = [BalanceCallback(balancing), Journal(log, recipe, balancing, new, old)]
     trainer = Trainer(
         model,
         arguments,
@@ -281,83 +205,22 @@ def _trainer(
     return trainer
 
 
+def _checkpointing() -> dict[str, Any]:
+    """Arguments for computing activations twice, under the name that this Transformers has."""
+    names = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    name = name if name in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def held_out(data: TextData, sequences: int) -> TokenDataset:
+    """The held-out sequences to evaluate on: the same for every run."""
+    order = ordered_indices(
+        data.validation.domains, batch_size=1, num_batches=sequences, seed=_EVAL_SEED
+    )
+    return data.validation.in_order(order)
+
+
 def _collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ids = torch.stack([item["input_ids"] for item in items])
     return {"input_ids": ids, "labels": ids}
-
-
-def _header(
-    recipe: Recipe,
-    method: str,
-    balancer: Balancer,
-    seed: int,
-    batching: str,
-    data: TextData,
-    model: PreTrainedModel,
-    balancing: Balancing,
-) -> dict[str, Any]:
-    layer = next(iter(balancing.layers.values()))
-    top_k = cast(int, model.get_submodule(layer.name).top_k)
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    return {
-        "format": 1,
-        "name": recipe.name,
-        "method": method,
-        "balancer": repr(balancer),
-        "seed": seed,
-        "batching": batching,
-        "steps": recipe.train.steps,
-        "recipe": recipe.as_dict(),
-        "versions": {
-            "moebalance": __version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
-        "commit": _commit(),
-        "data": data.header(),
-        "model": {
-            "architecture": recipe.model["architecture"],
-            "parameters": total,
-            "active_parameters": total - round(experts * (1 - top_k / layer.num_experts)),
-            "num_experts": layer.num_experts,
-            "top_k": top_k,
-            "layers": list(balancing.layers),
-        },
-    }
-
-
-def _commit() -> str | None:
-    """Commit of this library's source tree, where it runs from one."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
-
-
-def _refuse_other_run(
-    path: Path, recipe: Recipe, method: str, balancer: str, seed: int, batching: str
-) -> None:
-    """Refuse to go on with a run that was started as another one."""
-    header = read_run(path).header
-    now = {"method": method, "balancer": balancer, "seed": seed, "batching": batching}
-    now["recipe"] = json.loads(json.dumps(recipe.as_dict()))
-    for key, value in now.items():
-        if header.get(key) != value:
-            raise ValueError(
-                f"{path} is of a run with another {key}: {header.get(key)!r}, not {value!r}. "
-                "Resume with what it was started with, or choose another folder."
-            )
-
-
-def _architectures() -> list[str]:
-    return sorted(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

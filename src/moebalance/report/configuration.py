@@ -111,6 +111,10 @@ def _model_words(model: Mapping[str, Any]) -> str:
     layers = model.get("layers")
     if isinstance(layers, list) and layers:
         parts.append(f"{len(layers)} MoE layer{'s' if len(layers) > 1 else ''}")
+    if model.get("checkpoint"):
+        trained = model.get("trained_parameters")
+        part = "" if trained in (None, model.get("parameters")) else f" ({_count(trained)} of them)"
+        parts.append(f"fine-tuned{part} from {model['checkpoint']}")
     return ", ".join(parts)
 
 

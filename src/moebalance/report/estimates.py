@@ -1,7 +1,8 @@
 """From runs to numbers: each method's metrics over its seeds, mean ± sample standard deviation.
 
 A run counts with its last evaluation, and only if that was made at the run's last planned step:
-a run cut short is never averaged with whole ones. A method with no whole run keeps what its runs
+a run cut short is never averaged with whole ones. An evaluation before the first step says where a
+fine-tuning run began, never where it ended. A method with no whole run keeps what its runs
 have, marked ``partial``, and takes part in no comparison.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +53,8 @@ class MethodSummary:
     """One method (one set of hyper-parameters) under one batching mode, over its seeds.
 
     ``values[metric][seed]`` is what ``estimates[metric]`` summarises; a metric that no run has is
-    in neither. ``used`` are the runs behind them.
+    in neither. ``before`` is the same from the evaluations before the first step, where there are
+    any. ``used`` are the runs behind them.
     """
 
     method: str
@@ -63,6 +65,7 @@ class MethodSummary:
     partial: bool
     values: Mapping[str, Mapping[Any, float]] = field(default_factory=dict)
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    before: Mapping[str, Estimate] = field(default_factory=dict)
     step_time_s: float | None = None
     step_time_ratio: float | None = None
 
@@ -91,10 +94,18 @@ def method_summaries(runs: Sequence[Run], metrics: Iterable[str]) -> list[Method
 
 def is_whole(run: Run) -> bool:
     """Whether the run has an evaluation at its last planned step."""
-    planned = run.header.get("steps")
-    return bool(run.evals) and (
-        not isinstance(planned, int) or bool(run.evals[-1]["step"] >= planned)
-    )
+    planned, last = run.header.get("steps"), last_evaluation(run)
+    return last is not None and (not isinstance(planned, int) or bool(last["step"] >= planned))
+
+
+def last_evaluation(run: Run) -> Row | None:
+    """The run's last evaluation after training began, or None."""
+    return run.evals[-1] if run.evals and run.evals[-1]["step"] > 0 else None
+
+
+def first_evaluation(run: Run) -> Row | None:
+    """The run's evaluation before its first step, or None."""
+    return run.evals[0] if run.evals and run.evals[0]["step"] == 0 else None
 
 
 def finite(row: Row, key: str) -> float | None:
@@ -125,9 +136,8 @@ def _summary(
     baseline_s: float | None,
 ) -> MethodSummary:
     whole = [run for run in runs if is_whole(run)]
-    used = whole or [run for run in runs if run.evals]
-    values = {metric: by_seed for metric in metrics if (by_seed := _by_seed(used, metric))}
-    estimates = {m: e for m, by_seed in values.items() if (e := Estimate.of(by_seed.values()))}
+    used = whole or [run for run in runs if last_evaluation(run)]
+    values = _values(used, metrics, last_evaluation)
     return MethodSummary(
         method=key[0],
         balancer=key[1],
@@ -136,17 +146,29 @@ def _summary(
         used=tuple(used),
         partial=not whole,
         values=values,
-        estimates=estimates,
+        estimates=_estimates(values),
+        before=_estimates(_values(used, metrics, first_evaluation)),
         step_time_s=time_s,
         step_time_ratio=time_s / baseline_s if time_s is not None and baseline_s else None,
     )
 
 
-def _by_seed(runs: Iterable[Run], metric: str) -> dict[Any, float]:
+def _values(
+    runs: Iterable[Run], metrics: Iterable[str], evaluation: Callable[[Run], Row | None]
+) -> dict[str, dict[Any, float]]:
+    rows = [(run, row) for run in runs if (row := evaluation(run)) is not None]
+    return {metric: by_seed for metric in metrics if (by_seed := _by_seed(rows, metric))}
+
+
+def _estimates(values: Mapping[str, Mapping[Any, float]]) -> dict[str, Estimate]:
+    return {m: e for m, by_seed in values.items() if (e := Estimate.of(by_seed.values()))}
+
+
+def _by_seed(rows: Iterable[tuple[Run, Row]], metric: str) -> dict[Any, float]:
     """One value a seed: two runs with one seed are one sample, runs without seed one each."""
     found: dict[Any, list[float]] = {}
-    for run in runs:
-        value = finite(run.evals[-1], metric)
+    for run, row in rows:
+        value = finite(row, metric)
         if value is not None:
             seed = run.seed if run.seed is not None else str(run.path)
             found.setdefault(seed, []).append(value)

@@ -78,8 +78,9 @@ def domain_maps(run: Run, ink: Ink, *, max_cells: int = 2000) -> list[tuple[str,
 
 
 def source(run: Run, key: str) -> Row | None:
-    """The row to draw ``key`` from: the last evaluation that has it, else the last snapshot."""
-    for row in (*reversed(run.evals), *reversed(run.snapshots)):
+    """The row to draw ``key`` from: the last evaluation in training, else the last snapshot."""
+    later = [row for row in run.evals if row["step"] > 0]
+    for row in (*reversed(later), *reversed(run.snapshots)):
         value = row.get(key)
         if isinstance(value, list) and value and all(isinstance(x, list) and x for x in value):
             return row

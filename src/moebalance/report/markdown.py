@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moebalance.report.before_after import BeforeAfter
+from moebalance.report.columns import METRICS
 from moebalance.report.configuration import what_was_run
-from moebalance.report.estimates import MethodSummary
-from moebalance.report.summary import METRICS, Section, summarise
+from moebalance.report.estimates import Estimate, MethodSummary
+from moebalance.report.summary import Section, summarise
 from moebalance.runlog import Run
 
 
@@ -33,23 +35,37 @@ def _section(section: Section) -> str:
     columns = ["Method", *(metric.title for metric in METRICS), "Step time"]
     rows = [_row(method) for method in section.methods]
     table = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
-    return "\n\n".join([f"## {section.title}", section.verdict, "\n".join(table), *section.notes])
+    parts = [f"## {section.title}", section.verdict, "\n".join(table)]
+    if section.before_after is not None:
+        parts += ["### Before and after", *_before_after(section.before_after)]
+    return "\n\n".join([*parts, *section.notes])
+
+
+def _before_after(found: BeforeAfter) -> list[str]:
+    table = [
+        _line(["", *(metric.title for metric in found.columns)]),
+        _line(["---", *["---:"] * len(found.columns)]),
+    ]
+    for line in found.lines:
+        cells = zip(line.cells, found.columns, strict=True)
+        table.append(_line([line.label, *(_cell(e, metric.digits) for e, metric in cells)]))
+    return [part for part in (found.verdict, "\n".join(table)) if part]
 
 
 def _row(method: MethodSummary) -> list[str]:
     cells = [method.label]
     for metric in METRICS:
-        estimate = method.estimates.get(metric.key)
-        cells.append(
-            "–" if estimate is None else _number(estimate.mean, estimate.sd, metric.digits)
-        )
+        cells.append(_cell(method.estimates.get(metric.key), metric.digits))
     ratio = method.step_time_ratio
     cells.append("–" if ratio is None else f"{ratio:.2f}×")
     return cells
 
 
-def _number(mean: float, sd: float | None, digits: int) -> str:
-    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+def _cell(estimate: Estimate | None, digits: int) -> str:
+    if estimate is None:
+        return "–"
+    tail = "" if estimate.sd is None else f" ± {estimate.sd:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}{tail}"
 
 
 def _line(cells: Sequence[str]) -> str:

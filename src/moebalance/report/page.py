@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moebalance.report.axes import Ink
+from moebalance.report.columns import METRICS, Metric
 from moebalance.report.configuration import run_rows, settings, what_was_run
-from moebalance.report.estimates import MethodSummary, number
+from moebalance.report.estimates import Estimate, MethodSummary, number
 from moebalance.report.heatmap import BINS, domain_maps, load_map, source
 from moebalance.report.methods import Look, display_name, looks
 from moebalance.report.plots import curves, marker, scatter, window_of
-from moebalance.report.summary import METRICS, Metric, Section, summarise
+from moebalance.report.summary import Section, summarise
 from moebalance.runlog import Run
 
 _CELLS_PER_PAGE = 6000
@@ -129,6 +130,7 @@ def _section(section: Section, ink: Ink, look: dict[str, Look], cells: int) -> d
         "columns": [m for m in METRICS if any(m.key in s.estimates for s in section.methods)],
         "timed": any(m.step_time_s is not None for m in section.methods),
         "slots": section.num_slots,
+        "before_after": _before_after(section, ink),
         "floor": None if floor is None else number(floor, 2 if floor >= 0.1 else 3),
         "rows": [_row(method, section, ink) for method in section.methods],
         "legend": [(m, display_name(m), ink.methods[m], marker(m)) for m in present],
@@ -172,17 +174,38 @@ def _row(method: MethodSummary, section: Section, ink: Ink) -> dict[str, Any]:
         "marker": marker(method.method),
         "partial": method.partial,
         "seeds": len(method.used),
-        "cells": {metric.key: _cell(method, metric) for metric in METRICS},
+        "cells": {m.key: _cell(method.estimates.get(m.key), m) for m in METRICS},
         "time": time,
     }
 
 
-def _cell(method: MethodSummary, metric: Metric) -> dict[str, str]:
-    estimate = method.estimates.get(metric.key)
+def _before_after(section: Section, ink: Ink) -> dict[str, Any] | None:
+    found = section.before_after
+    if found is None:
+        return None
+    return {
+        "verdict": _tied(found.verdict),
+        "columns": found.columns,
+        "rows": [
+            {
+                "label": line.label,
+                "colour": ink.methods[line.method.method] if line.method else "",
+                "marker": marker(line.method.method) if line.method else "",
+                "cells": [
+                    _cell(estimate, metric)
+                    for estimate, metric in zip(line.cells, found.columns, strict=True)
+                ],
+            }
+            for line in found.lines
+        ],
+    }
+
+
+def _cell(estimate: Estimate | None, metric: Metric) -> dict[str, str]:
     if estimate is None:
         return {"sort": "", "mean": "—", "below": ""}
     digits = metric.digits
-    if metric.key == "dead_experts" and estimate.mean.is_integer() and not estimate.sd:
+    if metric.key.endswith("dead_experts") and estimate.mean.is_integer() and not estimate.sd:
         digits = 0
     below = "" if estimate.sd is None else f"± {number(estimate.sd, digits)}"
     return {"sort": repr(estimate.mean), "mean": number(estimate.mean, digits), "below": below}

@@ -8,97 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moebalance.report.estimates import MethodSummary, finite, is_whole, method_summaries
+from moebalance.report.before_after import BeforeAfter, before_after
+from moebalance.report.columns import METRICS, OLD_TEXT
+from moebalance.report.estimates import (
+    MethodSummary,
+    finite,
+    is_whole,
+    last_evaluation,
+    method_summaries,
+)
 from moebalance.report.verdict import verdict
 from moebalance.runlog import Run
 
-
-@dataclass(frozen=True)
-class Metric:
-    """One column: its key in the log, its title, its decimals and what it means in words."""
-
-    key: str
-    title: str
-    digits: int
-    meaning: str
-
-
-METRICS = (
-    Metric(
-        "loss",
-        "Validation loss",
-        3,
-        "Mean cross-entropy on held-out text, in nats per token. Lower is better. Differences of "
-        "the size of the ± are noise.",
-    ),
-    Metric(
-        "maxvio",
-        "MaxVio global",
-        2,
-        "How far the busiest expert lies above an even share, over the whole evaluation set: "
-        "largest load / mean load − 1, averaged over layers. 0 is perfect; 1 means that one "
-        "expert gets twice its share; above about 1, experts are wasted and parallel ones wait.",
-    ),
-    Metric(
-        "maxvio_batch",
-        "MaxVio batch",
-        2,
-        "The same within single batches. Always larger than the global one, because a batch is a "
-        "sample; this is what expert parallelism feels at each step.",
-    ),
-    Metric(
-        "soft_maxvio",
-        "Soft MaxVio",
-        2,
-        "MaxVio of the router's probabilities before top-k. Methods that charge the loss steer "
-        "this number directly.",
-    ),
-    Metric(
-        "soft_hard_gap",
-        "Soft–hard gap",
-        3,
-        "How far the load that top-k delivers lies from the load that the probabilities promise: "
-        "the share of load that would have to move (total variation distance). Small is good; a "
-        "large gap beside a small soft MaxVio means that probabilities are balanced, not work.",
-    ),
-    Metric(
-        "gini",
-        "Gini",
-        3,
-        "Inequality of load over the experts: 0 when all are equal, near 1 when one does all. "
-        "Below 0.1 is even; above 0.4 a few experts carry the layer.",
-    ),
-    Metric(
-        "entropy",
-        "Entropy",
-        3,
-        "Entropy of the load divided by its largest value: 1 is uniform. It is forgiving: 0.95 "
-        "can hide several dead experts.",
-    ),
-    Metric(
-        "dead_experts",
-        "Dead experts",
-        1,
-        "Experts, over all layers, that got less than 1 % of an even share. 0 is good; each one is "
-        "memory that learns next to nothing.",
-    ),
-    Metric(
-        "mi",
-        "Domain MI",
-        3,
-        "Mutual information between a token's domain and its expert, in nats: how much experts "
-        "specialise. 0 means that every expert sees the same mix. Balance bought with MI near 0 "
-        "may have cost specialisation.",
-    ),
-    Metric(
-        "purity",
-        "Purity",
-        3,
-        "The share of an expert's tokens that come from its main domain, averaged over experts by "
-        "load. The largest domain's share of the text means no specialisation, 1 means that every "
-        "expert serves one domain only.",
-    ),
-)
 _BATCHINGS = {
     "mixed": ("Mixed micro-batches", "Every micro-batch draws from all domains."),
     "one-domain": (
@@ -110,13 +31,17 @@ _BATCHINGS = {
 
 @dataclass(frozen=True)
 class Section:
-    """One batching mode: its methods in page order, its verdict, and what to know beside it."""
+    """One batching mode: its methods in page order, its verdict, and what to know beside it.
+
+    ``before_after`` is there for fine-tuning runs only.
+    """
 
     batching: str
     title: str
     about: str
     methods: tuple[MethodSummary, ...]
     verdict: str
+    before_after: BeforeAfter | None
     notes: tuple[str, ...]
     num_slots: int | None
     floor: float | None
@@ -166,7 +91,8 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _section(batching: str, runs: Sequence[Run]) -> Section:
-    methods = tuple(method_summaries(runs, [metric.key for metric in METRICS]))
+    keys = [metric.key for metric in (*METRICS, *OLD_TEXT)]
+    methods = tuple(method_summaries(runs, keys))
     title, about = _BATCHINGS.get(batching, (f"{batching} micro-batches", ""))
     slots = {_num_slots(run) for run in runs}
     floors = {_floor(run) for method in methods for run in method.used}
@@ -176,6 +102,7 @@ def _section(batching: str, runs: Sequence[Run]) -> Section:
         about=about,
         methods=methods,
         verdict=verdict(methods),
+        before_after=before_after(methods),
         notes=tuple(_notes(runs, methods)),
         num_slots=slots.pop() if len(slots) == 1 else None,
         floor=floors.pop() if len(floors) == 1 else None,
@@ -201,7 +128,7 @@ def _notes(runs: Sequence[Run], methods: Sequence[MethodSummary]) -> list[str]:
             if not is_whole(run):
                 fate = f"{who}: {run.status}, stopped at step {run.last_step} of {planned or '?'}"
                 notes.append(f"{fate}; {_use(run, method)}.")
-            elif finite(run.evals[-1], "loss") is None:
+            elif finite(last_evaluation(run) or {}, "loss") is None:
                 notes.append(f"{who}: the validation loss is not a finite number (diverged?).")
         for seed, count in Counter(run.seed for run in method.used).items():
             if count > 1 and seed is not None:
@@ -210,9 +137,12 @@ def _notes(runs: Sequence[Run], methods: Sequence[MethodSummary]) -> list[str]:
 
 
 def _use(run: Run, method: MethodSummary) -> str:
+    last = last_evaluation(run)
+    if last is None:
+        return "no evaluation, not in the averages"
     if all(run is not used for used in method.used):
-        return "not in the averages" if run.evals else "no evaluation, not in the averages"
-    return f"shown with its evaluation at step {run.evals[-1]['step']}, in no comparison"
+        return "not in the averages"
+    return f"shown with its evaluation at step {last['step']}, in no comparison"
 
 
 def _num_slots(run: Run) -> int | None:
@@ -231,7 +161,7 @@ def _floor(run: Run) -> float | None:
         return None
     experts, top_k = finite(model, "num_experts"), finite(model, "top_k")
     # An evaluation may take a part of the validation set; then it says how many tokens it took.
-    tokens = (finite(run.evals[-1], "tokens") if run.evals else None) or finite(data, "val_tokens")
+    tokens = finite(last_evaluation(run) or {}, "tokens") or finite(data, "val_tokens")
     if not experts or not top_k or not tokens or experts < 2:
         return None
     return math.sqrt(2 * math.log(experts) * experts / (tokens * top_k))

@@ -183,13 +183,13 @@ def _against_rivals(
             f"against each of the {len(judged)} other {kind}s its loss difference is within "
             "seed noise"
         )
-    parts = [f"lower than that of {_listed(lower)}"] if lower else []
-    parts += [f"higher than that of {_listed(higher)}"] if higher else []
+    parts = [f"lower than that of {listed(lower)}"] if lower else []
+    parts += [f"higher than that of {listed(higher)}"] if higher else []
     if level:
         others = level[0] if len(level) == 1 else f"the {len(level)} other {kind}s"
         parts.append(f"within seed noise of {others}")
     caveat = f" (95 % each, uncorrected for {len(judged)} comparisons)" if len(judged) > 1 else ""
-    return f"its loss is {_listed(parts)}{caveat}"
+    return f"its loss is {listed(parts)}{caveat}"
 
 
 def _best_balance(hero: MethodSummary, rivals: Sequence[MethodSummary]) -> str:
@@ -232,5 +232,6 @@ def _text(method: MethodSummary, metric: str) -> str:
     return estimate.text(digits + 1 if abs(estimate.mean) < 0.1 else digits)
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

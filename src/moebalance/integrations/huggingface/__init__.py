@@ -6,10 +6,12 @@ where the family has no selection bias of its own, chooses again under the price
 Hooks on the model hand over the padding mask and follow the gradient of its loss.
 """
 
+from moebalance.integrations.huggingface.export import check_export, export
 from moebalance.integrations.huggingface.hooks import attach, serves
 from moebalance.integrations.huggingface.monitor_callback import MonitorCallback
 from moebalance.integrations.huggingface.routers import Site, find_sites
-from moebalance.integrations.huggingface.trainer import STATE_FILE, BalanceCallback, load, save
+from moebalance.integrations.huggingface.state_file import STATE_FILE, load, save
+from moebalance.integrations.huggingface.trainer import BalanceCallback
 
 __all__ = [
     "STATE_FILE",
@@ -17,6 +19,8 @@ __all__ = [
     "MonitorCallback",
     "Site",
     "attach",
+    "check_export",
+    "export",
     "find_sites",
     "load",
     "save",

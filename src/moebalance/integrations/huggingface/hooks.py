@@ -33,7 +33,13 @@ def serves(model: nn.Module) -> bool:
     return transformers_model(model) is not None
 
 
-def attach(model: nn.Module, balancer: Balancer, *, group: Group | None = None) -> Balancing:
+def attach(
+    model: nn.Module,
+    balancer: Balancer,
+    *,
+    group: Group | None = None,
+    keep_native_loss: bool = False,
+) -> Balancing:
     """Balance every router of a Transformers model; see `moebalance.attach`."""
     inner = transformers_model(model)
     if inner is None:
@@ -57,17 +63,24 @@ def attach(model: nn.Module, balancer: Balancer, *, group: Group | None = None) 
         layers[site.name] = layer.to(next(site.router.parameters()).device)
     balancing = Balancing(balancer, layers, group=group)
     try:
-        _tie(balancing, model, inner, sites)
+        _tie(balancing, model, inner, sites, keep_native_loss)
     except BaseException:
         balancing.detach()
         raise
     return balancing
 
 
-def _tie(balancing: Balancing, model: nn.Module, inner: PreTrainedModel, sites: list[Site]) -> None:
+def _tie(
+    balancing: Balancing,
+    model: nn.Module,
+    inner: PreTrainedModel,
+    sites: list[Site],
+    keep_native_loss: bool,
+) -> None:
     """Register every hook, and how to take it away again."""
     balancer, layers = balancing.balancer, balancing.layers
-    balancing.on_detach(silence_native_loss(inner))
+    if not keep_native_loss:
+        balancing.on_detach(silence_native_loss(inner))
     forward, stacks = _Forward(), _stacks(inner)
     for site in sites:
         layer = layers[site.name]
@@ -85,6 +98,7 @@ def _tie(balancing: Balancing, model: nn.Module, inner: PreTrainedModel, sites: 
             balancing.price_outside.add(site.name)
     balancing.on_detach(guard_saving(inner, balancing, sites))
     hooks = _ModelHooks(balancing, forward, sites, shifts_labels=_shifts_labels(inner))
+    hooks.keep_native_loss = keep_native_loss
     for module in {id(m): m for m in (model, inner)}.values():
         before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
         balancing.on_detach(before.remove)
@@ -205,7 +219,7 @@ class _ModelHooks:
         self, balancing: Balancing, forward: _Forward, sites: list[Site], *, shifts_labels: bool
     ) -> None:
         self.balancing, self.forward, self.sites = balancing, forward, sites
-        self.shifts_labels = shifts_labels
+        self.shifts_labels, self.keep_native_loss = shifts_labels, False
 
     def before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -216,7 +230,7 @@ class _ModelHooks:
             self.balancing.place({name: weight.device for name, weight in weights.items()})
         if model.training and torch.is_grad_enabled():
             self.forward.context = _Context(weight=self._weight_in_step(kwargs))
-            if kwargs.get("output_router_logits"):
+            if kwargs.get("output_router_logits") and not self.keep_native_loss:
                 # Asked for by the caller, it would add the model's own balancing loss to ours.
                 return args, {**kwargs, "output_router_logits": False}
         return None

@@ -1,72 +1,135 @@
 """Follow a Hugging Face Trainer: step, log, save beside its checkpoints and resume with it."""
 
-import json
-import os
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import nn
 from transformers import TrainerCallback
 
+from moebalance.balancers.base import Balancer
 from moebalance.balancing import Balancing
-from moebalance.distributed import refuse_several
-from moebalance.integrations.huggingface.hooks import silence_native_loss
+from moebalance.integrations.huggingface.hooks import RouterHook, attach, silence_native_loss
 from moebalance.integrations.huggingface.routers import transformers_model
+from moebalance.integrations.huggingface.state_file import STATE_FILE, load, save
+from moebalance.integrations.huggingface.trainer_loss import (
+    Epoch,
+    follow_outputs,
+    scaler_factor,
+    silence_trainer_loss,
+)
+from moebalance.layer import LayerBalance
 
-STATE_FILE = "moebalance.safetensors"
-"""Name of the balancing state beside a checkpoint's own files."""
+logger = logging.getLogger("moebalance")
 
 
 class BalanceCallback(TrainerCallback):
     """Let a Hugging Face Trainer (or TRL's) drive the balancing.
 
-    Ends the balancing step with the optimizer step, adds the metrics to the trainer's logs, saves
-    the state beside each checkpoint and takes it up again on resuming.
+    Ends the balancing step with the optimizer step, keeps the term's strength in proportion to the
+    loss, adds the metrics to the trainer's logs, saves the state beside each checkpoint and takes
+    it up again on resuming.
 
     Args:
-        balancing: what `moebalance.attach` returned.
+        balancing: what `moebalance.attach` returned; or a method, to be attached to the trainer's
+            model when the trainer is made. It stays attached after training.
         prefix: put before each metric's name in the logs.
         resume_from: folder of the checkpoint to resume from; found by itself where the checkpoint
             lies in the trainer's own output folder.
+
+    Raises:
+        TypeError: `balancing` is neither.
     """
 
     def __init__(
-        self, balancing: Balancing, *, prefix: str = "moe/", resume_from: str | Path | None = None
+        self,
+        balancing: Balancing | Balancer,
+        *,
+        prefix: str = "moe/",
+        resume_from: str | Path | None = None,
     ) -> None:
-        self.balancing, self.prefix = balancing, prefix
+        if not isinstance(balancing, Balancing | Balancer):
+            raise TypeError(
+                f"BalanceCallback({balancing!r}): give what moebalance.attach(model, …) returned, "
+                "or a Balancer such as PhiBalancing(strength=1e-3)."
+            )
+        self._balancer = balancing if isinstance(balancing, Balancer) else None
+        self._balancing = balancing if isinstance(balancing, Balancing) else None
+        self.prefix = prefix
         self.resume_from = None if resume_from is None else Path(resume_from)
+        self._epoch = Epoch(None, 1)
+        self._restore_config: Callable[[], None] = lambda: None
+        self._followed: nn.Module | None = None
+        self._unfollow: Callable[[], None] = lambda: None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the scale for losses made by the trainer, and resume if the trainer does.
+    @property
+    def balancing(self) -> Balancing:
+        """The handle on the balanced layers.
 
         Raises:
-            RuntimeError: training on more than one process.
-            FileNotFoundError, ValueError: the trainer resumes, and there is no state that fits.
+            RuntimeError: the callback was given a method, and no trainer has shown it a model yet.
         """
-        refuse_several(args.world_size)
+        if self._balancing is None:
+            raise RuntimeError(
+                f"BalanceCallback({self._balancer!r}) has no model yet: it attaches to the model "
+                "of the trainer that it is given to as callbacks=[…]."
+            )
+        return self._balancing
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach, if that is left to this callback, before the trainer compiles or wraps the model.
+
+        Raises:
+            ValueError: the method does not fit the model, or the trainer was told to add the
+                model's own balancing loss.
+        """
+        self._restore_config = silence_trainer_loss(args, kwargs["model"])
+        self._take(args, kwargs["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that what is about to be trained is balanced, and resume if the trainer does.
+
+        Raises:
+            RuntimeError: training on replicas (torch.nn.DataParallel).
+            FileNotFoundError, ValueError: the trainer resumes, and there is no state that fits.
+            ValueError: the model's routers are frozen, or others than were attached to; or the
+                trainer was told to add the model's own balancing loss.
+        """
+        if args.n_gpu > 1:
+            raise RuntimeError(
+                f"torch.nn.DataParallel over {args.n_gpu} GPUs: its replicas are counted nowhere. "
+                "Let one GPU be visible (CUDA_VISIBLE_DEVICES)."
+            )
+        silence_trainer_loss(args, kwargs["model"])
+        self._restore_config()
+        self._take(args, kwargs["model"])
+        _check_routers(self.balancing, kwargs["model"])
         model = transformers_model(kwargs["model"])
         if model is not None:
             self.balancing.on_detach(silence_native_loss(model))
-        self.balancing.set_loss_scale(1 / args.gradient_accumulation_steps)
+        self._epoch = Epoch.of(args, state, kwargs.get("train_dataloader"))
+        self._scale(kwargs.get("optimizer"))
         self.balancing.discard()
-        if state.global_step == 0:
-            return
-        folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.global_step == self.balancing.steps and not (folder / STATE_FILE).is_file():
-            return  # loaded by hand
-        load(self.balancing, folder)
-        if state.global_step != self.balancing.steps:
-            raise ValueError(
-                f"{folder / STATE_FILE} was saved after {self.balancing.steps} steps, but training "
-                f"resumes at step {state.global_step}: give the checkpoint that is resumed from as "
-                "BalanceCallback(..., resume_from=...)."
-            )
+        if state.global_step > 0:
+            self._resume(args, state)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the epoch's steps from the first one that is not skipped."""
+        self._epoch.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the weight of this step's micro-batches, for losses that the trainer makes."""
+        self._scale(kwargs.get("optimizer"))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to add up what all ranks counted, while the optimizer works."""
+        self.balancing.reduce()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the balancing step."""
         self.balancing.step()
+        self._epoch.step += 1
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -93,49 +156,74 @@ class BalanceCallback(TrainerCallback):
         callbacks.remove(self)
         callbacks.insert(0, self)
 
+    def _take(self, args: Any, model: nn.Module) -> None:
+        """Attach to `model` if that is left to this callback, and follow what the trainer does."""
+        if self._balancer is not None and not any(_tied(self._balancing, model)):
+            if self._balancing is not None:
+                logger.info("moebalance: attaching to another model; balancing starts anew.")
+                self._balancing.detach()
+            self._balancing, self._followed = attach(model, self._balancer), None
+        if self._followed is not model:
+            self._unfollow()
+            self._followed, self._unfollow = model, follow_outputs(args, model, self.balancing)
+            self.balancing.on_detach(self._unfollow)
 
-def save(balancing: Balancing, folder: str | Path) -> Path:
-    """Write the balancing state into a checkpoint folder, whole or not at all."""
-    state = balancing.state_dict()
-    tensors = {
-        f"{name}/{key}": tensor.cpu().contiguous()
-        for name, layer in state.pop("layers").items()
-        for key, tensor in layer.items()
-    }
-    path = Path(folder) / STATE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"moebalance": json.dumps(state)})
-    os.replace(partial, path)
-    return path
+    def _scale(self, optimizer: Any) -> None:
+        self.balancing.set_loss_scale(scaler_factor(optimizer) / self._epoch.micro_batches)
+
+    def _resume(self, args: Any, state: Any) -> None:
+        folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step == self.balancing.steps and not (folder / STATE_FILE).is_file():
+            return  # loaded by hand
+        load(self.balancing, folder)
+        if state.global_step != self.balancing.steps:
+            raise ValueError(
+                f"{folder / STATE_FILE} was saved after {self.balancing.steps} steps, but training "
+                f"resumes at step {state.global_step}: give the checkpoint that is resumed from as "
+                "BalanceCallback(..., resume_from=...)."
+            )
 
 
-def load(balancing: Balancing, folder: str | Path) -> None:
-    """Take up the balancing state that `save` wrote into a checkpoint folder.
+def _tied(balancing: Balancing | None, model: nn.Module) -> Iterator[tuple[str, LayerBalance]]:
+    """Routers of `model` that `balancing` balances, by name; PEFT's unused originals left out."""
+    layers = [] if balancing is None else list(balancing.layers.values())
+    for name, module in model.named_modules():
+        if "original_module" in name.split("."):
+            continue
+        owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+        found = [owner.layer for owner in owners if isinstance(owner, RouterHook)]
+        for layer in [*found, module]:
+            if any(layer is own for own in layers):
+                yield name, layer
+
+
+def _check_routers(balancing: Balancing, model: nn.Module) -> None:
+    """Refuse to train a model whose routers are not the balanced ones, or cannot learn.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is truncated, foreign, or does not fit.
+        ValueError: a router was copied or replaced since it was attached to, or is frozen under a
+            method that works through its gradient.
     """
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"No balancing state at {path}: this checkpoint was saved without a BalanceCallback, "
-            "or lies elsewhere; then give its folder as BalanceCallback(..., resume_from=...)."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("moebalance")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    tied = list(_tied(balancing, model))
+    missing = [
+        name for name, own in balancing.layers.items() if not any(layer is own for _, layer in tied)
+    ]
+    if missing:
         raise ValueError(
-            f"{path} is damaged ({error}): resume from an earlier checkpoint."
-        ) from error
-    if metadata is None:
-        raise ValueError(f"{path} was not written by moebalance: it carries no description.")
-    state = json.loads(metadata)
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, leaf = key.rpartition("/")
-        layers.setdefault(name, {})[leaf] = tensor
-    balancing.load_state_dict({**state, "layers": layers})
+            f"{missing[0]} (of {len(missing)} such routers) is balanced, but is not part of the "
+            "model that is about to be trained. PEFT copies the modules in modules_to_save, and a "
+            "trainer's model_init makes a new model: attach to what get_peft_model returned, or "
+            "let the callback do it with BalanceCallback(PhiBalancing(…))."
+        )
+    if not balancing.balancer.charges:
+        return
+    for name, _ in tied:
+        adapted = model.get_submodule(name.removesuffix(".base_layer"))
+        if isinstance(adapted, LayerBalance):
+            continue  # a BalancedRouter, which is handed its logits and has no weight of its own
+        if not any(parameter.requires_grad for parameter in adapted.parameters()):
+            raise ValueError(
+                f"{balancing.balancer!r} works through the gradient of the router, but {name} was "
+                "frozen since it was attached to. Train it (with PEFT: modules_to_save or "
+                "target_parameters), or use a selection-lever method such as LossFree."
+            )

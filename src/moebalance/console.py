@@ -1,0 +1,124 @@
+"""What the command line prints: tables, verdicts and progress, in a terminal of any width."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moebalance.runlog import Run
+
+if TYPE_CHECKING:
+    from moebalance.report import BeforeAfter
+
+console, errors = Console(), Console(stderr=True)
+
+
+def show(runs: list[Run], page: Path) -> None:
+    """Print the tables and verdicts of runs, and write their report.
+
+    Args:
+        runs: one or more.
+        page: the HTML file to write.
+    """
+    from moebalance.report import summarise, summary_rows, write_report
+
+    for batching in {row["batching"]: None for row in summary_rows(runs)}:
+        table = Table(title=f"{batching} micro-batches", title_justify="left")
+        # A narrow terminal gets the first columns in full rather than all of them cut short.
+        columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
+        for title, _, _ in columns:
+            left = title == "method"
+            table.add_column(title, justify="left" if left else "right", no_wrap=not left)
+        for row in summary_rows(runs):
+            if row["batching"] == batching:
+                table.add_row(*(_cell(row, key, digits) for _, key, digits in columns))
+        console.print(table)
+    for section in summarise(runs):
+        console.print(escape(section.verdict))
+        if section.before_after is not None:
+            _show_before_after(section.before_after)
+    # Plain and alone on its line, so that it can be clicked or piped whatever the width.
+    written = write_report(runs, page)
+    console.print(f"Report: {escape(str(written.resolve()))}", soft_wrap=True, highlight=False)
+
+
+def _show_before_after(found: "BeforeAfter") -> None:
+    table = Table(title="before and after", title_justify="left")
+    table.add_column("")
+    # A narrow terminal gets the numbers that matter most rather than all of them cut short.
+    shown = [i for i, m in enumerate(found.columns) if console.width >= 120 or "dead" not in m.key]
+    for column in (found.columns[i] for i in shown):
+        short = column.title.replace(" text:", "").replace(" experts", "")
+        table.add_column(short, justify="right", no_wrap=True)
+    for line in found.lines:
+        cells = [(line.cells[i], found.columns[i].digits) for i in shown]
+        texts = ("–" if e is None else e.text(digits).replace(" ", "") for e, digits in cells)
+        table.add_row(escape(line.label), *texts)
+    console.print(table)
+    if found.verdict:
+        console.print(escape(found.verdict))
+
+
+_COLUMNS = (
+    ("method", "label", 0),
+    ("val loss", "val_loss", 3),
+    ("MaxVio", "maxvio", 2),
+    ("gap", "soft_hard_gap", 2),
+    ("dead", "dead_experts", 0),
+    ("MI", "mi", 2),
+    ("time", "step_time_ratio", 2),
+    ("MaxVio batch", "maxvio_batch", 2),
+    ("soft MaxVio", "soft_maxvio", 2),
+    ("Gini", "gini", 2),
+    ("entropy", "entropy", 2),
+    ("purity", "purity", 2),
+)
+
+
+def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
+    value, sd = row.get(key), row.get(f"{key}_sd")
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return escape(value)
+    return f"{value:.{digits}f}" + (f"±{sd:.{digits}f}" if sd is not None else "")
+
+
+def progress() -> Progress:
+    """Bars that say how many steps are done and how long it took."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def following(log: Path, steps: int, label: str) -> Iterator[None]:
+    """Show how far a run in this process is, from its log."""
+    from moebalance.experiments.compare import last_step
+
+    with progress() as bars:
+        task = bars.add_task(label, total=steps)
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.5):
+                bars.update(task, completed=last_step(log))
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            bars.update(task, completed=last_step(log))

@@ -1,0 +1,109 @@
+"""From what a user names to a model without weights, made on the meta device."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_HEADS = (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    modeling_auto.MODEL_MAPPING,
+)
+"""Where to look for a model's class, first the forms that are trained."""
+
+_CONSTRUCTION_ERRORS = (
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
+"""What a model's own code may raise on a configuration that does not suit it."""
+
+
+def configuration(target: str | Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
+    """The model's configuration, and the adapter's if the target is an adapter."""
+    path = Path(target)
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        adapter = json.loads((path / "adapter_config.json").read_text("utf-8"))
+        base = Path(str(adapter.get("base_model_name_or_path")))
+        if not (path / "config.json").is_file() and not (base / "config.json").is_file():
+            raise ValueError(
+                f"{path} is an adapter of {base}, which is not a folder here: download the base "
+                "model's config.json and put it beside adapter_config.json."
+            )
+        return _load(path if (path / "config.json").is_file() else base), adapter
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"{path} holds neither config.json nor adapter_config.json: give the folder that "
+                "save_pretrained or a Trainer wrote."
+            )
+        return _load(path), None
+    if path.is_file():
+        return _load(path), None
+    kind = str(target)
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"{kind!r} is no model type, file or folder.{hint} Give a model type such as "
+            "qwen3_moe, a config.json, or a checkpoint folder; of a model on a hub, download its "
+            "config.json first."
+        )
+    return AutoConfig.for_model(kind), None
+
+
+def _load(path: Path) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path))
+    except _CONSTRUCTION_ERRORS as error:
+        raise ValueError(f"Transformers cannot read {path}: {error}") from error
+    return config
+
+
+def build(target: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """Make the model's modules without any memory for weights."""
+    kind = _model_class(config)
+    if kind is None:
+        raise ValueError(f"Transformers has no model for {target} ({config.model_type}).")
+    try:
+        with torch.device("meta"):
+            # In bfloat16, so that a bias that is float32 all the same can be told.
+            model: PreTrainedModel = kind._from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.bfloat16
+            )
+    except _CONSTRUCTION_ERRORS as error:
+        raise ValueError(
+            f"Transformers cannot build {kind.__name__} from {target} ({error}). A model type "
+            "stands for its default configuration, which some families do not have: give a "
+            "config.json."
+        ) from error
+    return model
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that the configuration names, or else the first form that is trained."""
+    forms: list[Any] = [mapping[type(config)] for mapping in _HEADS if type(config) in mapping]
+    forms = [one for form in forms for one in (form if isinstance(form, tuple) else (form,))]
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named
+    # A multimodal configuration may be listed under the model of its text part, too.
+    fitting = [form for form in forms if isinstance(config, form.config_class or type(config))]
+    return next(iter(fitting or forms), None)

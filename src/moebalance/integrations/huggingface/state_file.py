@@ -1,0 +1,61 @@
+"""The balancing state as one file beside a checkpoint's own files."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moebalance.balancing import Balancing
+
+STATE_FILE = "moebalance.safetensors"
+"""Name of the balancing state beside a checkpoint's own files."""
+
+
+def save(balancing: Balancing, folder: str | Path) -> Path:
+    """Write the balancing state into a checkpoint folder, whole or not at all."""
+    state = balancing.state_dict()
+    tensors = {
+        f"{name}/{key}": tensor.cpu().contiguous()
+        for name, layer in state.pop("layers").items()
+        for key, tensor in layer.items()
+    }
+    path = Path(folder) / STATE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"moebalance": json.dumps(state)})
+    os.replace(partial, path)
+    return path
+
+
+def load(balancing: Balancing, folder: str | Path) -> None:
+    """Take up the balancing state that `save` wrote into a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is truncated, foreign, or does not fit.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No balancing state at {path}: this checkpoint was saved without a BalanceCallback, "
+            "or lies elsewhere; then give its folder as BalanceCallback(..., resume_from=...)."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("moebalance")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): resume from an earlier checkpoint."
+        ) from error
+    if metadata is None:
+        raise ValueError(f"{path} was not written by moebalance: it carries no description.")
+    state = json.loads(metadata)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, leaf = key.rpartition("/")
+        layers.setdefault(name, {})[leaf] = tensor
+    balancing.load_state_dict({**state, "layers": layers})

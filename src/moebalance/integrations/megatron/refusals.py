@@ -1,0 +1,89 @@
+"""What in a Megatron configuration does not go with a balanced router, and the gate it asks for."""
+
+from typing import Any
+
+from moebalance.balancers.base import Balancer
+from moebalance.balancers.together import Together
+from moebalance.balancers.z_loss import ZLoss
+from moebalance.routing import Gate, Sigmoid, Softmax
+
+_GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
+_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+
+
+def gate_of(config: Any) -> Gate:
+    """How this configuration's scores come from its logits.
+
+    Raises:
+        ValueError: a score function that is not known.
+    """
+    name = config.moe_router_score_function
+    if name not in _GATES:
+        raise ValueError(f"moe_router_score_function={name!r}: must be one of {sorted(_GATES)}.")
+    return _GATES[name]
+
+
+def check_config(config: Any, balancer: Balancer) -> None:
+    """Refuse what would be ignored in silence, or would balance a second time.
+
+    Raises:
+        ValueError: says which setting, and what to set instead.
+    """
+    _check_own_balancing(config)
+    if config.moe_router_enable_expert_bias:
+        _check_expert_bias(config, balancer)
+    if config.moe_z_loss_coeff and _has(balancer, ZLoss):
+        raise ValueError(
+            f"moe_z_loss_coeff={config.moe_z_loss_coeff} and {balancer!r} would both charge the "
+            "z-loss: keep one of the two."
+        )
+    if config.moe_router_fusion:
+        raise ValueError(
+            "moe_router_fusion=True: the fused kernel does not tell which experts it chose. Set "
+            "moe_router_fusion=False."
+        )
+    if config.moe_router_force_load_balancing:
+        raise ValueError(
+            "moe_router_force_load_balancing=True replaces the logits by noise, so there is "
+            "nothing to balance: set it to False, or keep Megatron's router."
+        )
+
+
+def _check_own_balancing(config: Any) -> None:
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(kinds, str):
+        kinds, coefficients = [kinds], [coefficients]
+    for kind, coefficient in zip(kinds, coefficients, strict=True):
+        if kind not in ("none", *_LOSSES):
+            hint = " (Sinkhorn() is a method of this library)" if kind == "sinkhorn" else ""
+            raise ValueError(
+                f"moe_router_load_balancing_type={kind!r} does not go with a balanced router: set "
+                f'"none"{hint}, or "global_aux_loss" with moe_aux_loss_coeff=0, by which Megatron '
+                "tells its routers when a step ends."
+            )
+        if kind in _LOSSES and coefficient:
+            raise ValueError(
+                f"moe_router_load_balancing_type={kind!r} with moe_aux_loss_coeff={coefficient} "
+                "would balance a second time: set moe_aux_loss_coeff=0."
+            )
+
+
+def _check_expert_bias(config: Any, balancer: Balancer) -> None:
+    if config.moe_router_bias_update_rate:
+        raise ValueError(
+            "moe_router_enable_expert_bias with moe_router_bias_update_rate="
+            f"{config.moe_router_bias_update_rate}: Megatron's update does not run under a "
+            "balanced router. Set moe_router_bias_update_rate=0, and balance by LossFree(rate=…), "
+            "alone or as Together(…, LossFree(rate=…)); without it the bias stays as loaded."
+        )
+    if balancer.selects and not balancer.prices_selection:
+        raise ValueError(
+            f"{balancer!r} chooses experts by itself and would ignore the expert bias: set "
+            "moe_router_enable_expert_bias=False."
+        )
+
+
+def _has(balancer: Balancer, kind: type[Balancer]) -> bool:
+    if isinstance(balancer, Together):
+        return _has(balancer.first, kind) or _has(balancer.second, kind)
+    return isinstance(balancer, kind)

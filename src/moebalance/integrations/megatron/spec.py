@@ -1,0 +1,60 @@
+"""Put balanced routers into a model's specification, where Megatron-Core asks for its modules."""
+
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from megatron.core.transformer.moe.moe_layer import (  # type: ignore[import-not-found]
+    MoESubmodules,
+)
+from megatron.core.transformer.moe.router import TopKRouter  # type: ignore[import-not-found]
+
+from moebalance.balancers.base import Balancer
+from moebalance.integrations.megatron.router import BalancedTopKRouter
+
+Spec = TypeVar("Spec")
+
+
+def balanced_spec(spec: Spec, balancer: Balancer) -> Spec:
+    """Copy a spec so that every MoE layer in it routes through a `BalancedTopKRouter`.
+
+    Args:
+        spec: of a layer, a block of layers, or one MoE layer.
+        balancer: the method.
+
+    Raises:
+        TypeError: `balancer` is no method.
+        ValueError: no MoE layer in the spec, or one that has a router of its own kind.
+    """
+    if not isinstance(balancer, Balancer):
+        raise TypeError(
+            f"balancer={balancer!r}: must be a Balancer such as PhiBalancing(strength=1e-3)."
+        )
+    found: list[MoESubmodules] = []
+    copy: Spec = _replaced(spec, partial(BalancedTopKRouter, balancer=balancer), found)
+    if not found:
+        raise ValueError(
+            f"{type(spec).__name__} holds no MoE layer (no MoESubmodules): make it with "
+            "num_experts, for example get_gpt_layer_local_spec(num_experts=8)."
+        )
+    return copy
+
+
+def _replaced(part: Any, router: Any, found: list[MoESubmodules]) -> Any:
+    """Copy whatever a spec is made of, with `router` in every MoE layer."""
+    if isinstance(part, MoESubmodules):
+        if part.router is not TopKRouter:
+            raise ValueError(
+                f"This spec's MoE layer routes by {part.router!r} already, and not by Megatron's "
+                "TopKRouter: derive that class from BalancedTopKRouter instead."
+            )
+        found.append(part)
+        return replace(part, router=router)
+    if is_dataclass(part) and not isinstance(part, type):
+        values = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
+        return replace(part, **_replaced(values, router, found))
+    if isinstance(part, dict):
+        return {key: _replaced(value, router, found) for key, value in part.items()}
+    if isinstance(part, list | tuple) and not hasattr(part, "_fields"):
+        return type(part)(_replaced(value, router, found) for value in part)
+    return part

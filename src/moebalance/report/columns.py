@@ -1,0 +1,109 @@
+"""The numbers that tables show: key in the log, title, decimals, and what each means in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column: its key in the log, its title, its decimals and what it means in words."""
+
+    key: str
+    title: str
+    digits: int
+    meaning: str
+
+
+METRICS = (
+    Metric(
+        "loss",
+        "Validation loss",
+        3,
+        "Mean cross-entropy on held-out text, in nats per token. Lower is better. Differences of "
+        "the size of the ± are noise.",
+    ),
+    Metric(
+        "maxvio",
+        "MaxVio global",
+        2,
+        "How far the busiest expert lies above an even share, over the whole evaluation set: "
+        "largest load / mean load − 1, averaged over layers. 0 is perfect; 1 means that one "
+        "expert gets twice its share; above about 1, experts are wasted and parallel ones wait.",
+    ),
+    Metric(
+        "maxvio_batch",
+        "MaxVio batch",
+        2,
+        "The same within single batches. Always larger than the global one, because a batch is a "
+        "sample; this is what expert parallelism feels at each step.",
+    ),
+    Metric(
+        "soft_maxvio",
+        "Soft MaxVio",
+        2,
+        "MaxVio of the router's probabilities before top-k. Methods that charge the loss steer "
+        "this number directly.",
+    ),
+    Metric(
+        "soft_hard_gap",
+        "Soft–hard gap",
+        3,
+        "How far the load that top-k delivers lies from the load that the probabilities promise: "
+        "the share of load that would have to move (total variation distance). Small is good; a "
+        "large gap beside a small soft MaxVio means that probabilities are balanced, not work.",
+    ),
+    Metric(
+        "gini",
+        "Gini",
+        3,
+        "Inequality of load over the experts: 0 when all are equal, near 1 when one does all. "
+        "Below 0.1 is even; above 0.4 a few experts carry the layer.",
+    ),
+    Metric(
+        "entropy",
+        "Entropy",
+        3,
+        "Entropy of the load divided by its largest value: 1 is uniform. It is forgiving: 0.95 "
+        "can hide several dead experts.",
+    ),
+    Metric(
+        "dead_experts",
+        "Dead experts",
+        1,
+        "Experts, over all layers, that got less than 1 % of an even share. 0 is good; each one is "
+        "memory that learns next to nothing.",
+    ),
+    Metric(
+        "mi",
+        "Domain MI",
+        3,
+        "Mutual information between a token's domain and its expert, in nats: how much experts "
+        "specialise. 0 means that every expert sees the same mix. Balance bought with MI near 0 "
+        "may have cost specialisation.",
+    ),
+    Metric(
+        "purity",
+        "Purity",
+        3,
+        "The share of an expert's tokens that come from its main domain, averaged over experts by "
+        "load. The largest domain's share of the text means no specialisation, 1 means that every "
+        "expert serves one domain only.",
+    ),
+)
+# Before and after fine-tuning, on the text it was tuned on and on the text that the model knew.
+NEW_TEXT = (
+    Metric("loss", "New text: loss", 3, "Cross-entropy on held-out text of the new kind."),
+    Metric("maxvio", "New text: MaxVio", 2, "Global MaxVio on that text."),
+    Metric("dead_experts", "New text: dead experts", 1, "Dead experts on that text."),
+)
+OLD_TEXT = (
+    Metric(
+        "old_loss",
+        "Old text: loss",
+        3,
+        "Cross-entropy on held-out text of the kind that the model knew. Its rise is forgetting.",
+    ),
+    Metric("old_maxvio", "Old text: MaxVio", 2, "Global MaxVio on that text."),
+    Metric("old_dead_experts", "Old text: dead experts", 1, "Dead experts on that text."),
+)

@@ -1,0 +1,366 @@
+"""One training step's tokens, laid out over micro-batches and ranks in every way that people do.
+
+`python tests/layouts.py` prints the table of docs/layout.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import moebalance as mb
+from cases import BALANCERS, POTENTIALS, parts
+from layout_models import (
+    WIDTH,
+    Block,
+    ExpertParallelBlock,
+    SequenceParallelBlock,
+    Stack,
+    TensorParallelBlock,
+    losses,
+)
+from moebalance.balancers import Balancer, SequenceLoss
+from processes import run
+
+SEQUENCES, LENGTH, STEPS = 8, 8, 3
+
+SAME_STATE, SAME_GRADIENT = 1e-6, 1e-5
+"""Absolute and relative differences that rounding may make."""
+
+ROWS = [
+    name
+    for name in BALANCERS
+    if name == "phi-negative-entropy" or name.removeprefix("phi-") not in POTENTIALS
+]
+"""What the table shows: of the nine potentials, which all behave alike here, one."""
+
+Cut = tuple[slice, slice]
+"""A batch: which sequences, and which positions of them."""
+
+WHOLE = slice(None)
+
+
+def cuts(*sequences: int, start: int = 0) -> tuple[Cut, ...]:
+    """Batches of so many sequences each."""
+    ends = [start + sum(sequences[: n + 1]) for n in range(len(sequences))]
+    return tuple((slice(end - size, end), WHOLE) for end, size in zip(ends, sequences, strict=True))
+
+
+def halves(axis: int) -> tuple[tuple[Cut, ...], ...]:
+    """One batch on each of two ranks: halves of the sequences (0) or of every sequence (1)."""
+    size = (SEQUENCES, LENGTH)[axis] // 2
+    ranges = [slice(0, size), slice(size, 2 * size)]
+    return tuple((((r, WHOLE) if axis == 0 else (WHOLE, r)),) for r in ranges)
+
+
+def shard(model: Stack) -> nn.Module:
+    """FSDP2, each layer a unit."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers.values():
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is laid out.
+
+    Args:
+        batches: of each rank.
+        block: what a layer is made of.
+        wrap: data parallelism, which averages gradients over ranks.
+        summed: names of weights whose gradients the ranks add up themselves.
+        alone: ranks hold different layers or the same tokens; each balances by itself.
+        tokens: which tokens are real: "all", "ragged" sequences, or of the "first half" only.
+        staged: each rank holds one layer, and gets micro-batches of two sequences.
+    """
+
+    batches: tuple[tuple[Cut, ...], ...]
+    block: type[Block] = Block
+    wrap: Callable[[Stack], nn.Module] | None = None
+    summed: tuple[str, ...] = ()
+    alone: bool = False
+    tokens: str = "all"
+    staged: bool = False
+
+    @property
+    def cuts_sequences(self) -> bool:
+        return any(positions != WHOLE for batches in self.batches for _, positions in batches)
+
+
+TOKENS = ("all", "ragged", "first half", "left half")
+
+ONE = {tokens: Layout((cuts(8),), tokens=tokens) for tokens in TOKENS}
+"""The reference: all tokens in one batch of one process."""
+
+ALONE = {
+    "accumulation 2": Layout((cuts(4, 4),)),
+    "accumulation 4": Layout((cuts(2, 2, 2, 2),)),
+}
+PAIRS = {
+    "DDP 2": Layout(halves(0), wrap=DistributedDataParallel),
+    "FSDP2 2": Layout(halves(0), wrap=shard),
+    "TP 2": Layout((cuts(8), cuts(8)), block=TensorParallelBlock, alone=True),
+    "TP 2 + sequence": Layout(halves(1), block=SequenceParallelBlock, summed=("gate",)),
+    "CP 2": Layout(halves(1), wrap=DistributedDataParallel),
+    "EP 2": Layout(halves(0), block=ExpertParallelBlock, summed=("gate",)),
+    "PP 2": Layout((cuts(2, 2, 2, 2),) * 2, staged=True, alone=True),
+}
+QUADS = {
+    "DDP 4": Layout(
+        tuple(cuts(2, start=2 * rank) for rank in range(4)), wrap=DistributedDataParallel
+    )
+}
+RAGGED_ALONE = {
+    "accumulation 4, padding": Layout((cuts(2, 2, 2, 2),), tokens="ragged"),
+    "accumulation 4, two of them empty": Layout((cuts(2, 2, 2, 2),), tokens="first half"),
+}
+RAGGED_PAIRS = {
+    "DDP 2, padding": Layout(halves(0), wrap=DistributedDataParallel, tokens="ragged"),
+    "DDP 2, one rank empty": Layout(halves(0), wrap=DistributedDataParallel, tokens="first half"),
+    "DDP 2, 3 and 1 micro-batches": Layout(
+        (cuts(2, 2, 2), cuts(2, start=6)), wrap=DistributedDataParallel, tokens="ragged"
+    ),
+    "FSDP2 2, one rank empty": Layout(halves(0), wrap=shard, tokens="first half"),
+    "CP 2, one rank empty": Layout(halves(1), wrap=DistributedDataParallel, tokens="left half"),
+    "EP 2, padding": Layout(
+        halves(0), block=ExpertParallelBlock, summed=("gate",), tokens="ragged"
+    ),
+}
+
+
+class Seen(NamedTuple):
+    """What one rank knows of one layer at the end.
+
+    Attributes:
+        state: the method's state.
+        sums: scores and counts of the last step, of all ranks.
+        gradient: of the router's weight (E, D), as the optimizer saw it.
+        term: what the balancing term added to it.
+    """
+
+    state: dict[str, Tensor]
+    sums: tuple[Tensor, Tensor]
+    gradient: Tensor
+    term: Tensor
+
+
+def additive(balancer: Balancer) -> bool:
+    """Whether training is promised to be the same under every layout, cut sequences included."""
+    whole = any(isinstance(part, SequenceLoss) for part in parts(balancer))
+    return balancer.layout_invariant and not whole
+
+
+def train(layout: Layout, balancer: Balancer) -> dict[str, Seen]:
+    """Some optimizer steps; each layer of this rank by name.
+
+    Methods whose gradient depends on the layout do not train: all layouts see the same logits, and
+    so the state must still be the same.
+    """
+    run = (_Staged if layout.staged else _Run)(layout, balancer)
+    rate = 0.2 if additive(balancer) else 0.0
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=rate)
+    for step in range(STEPS):
+        run.backward(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.balancing.step()
+    run.balancing.set_loss_scale(0.0)
+    run.backward(STEPS, follow=False)
+    without = run.gradients()
+    run.balancing.discard()
+    optimizer.zero_grad()
+    run.balancing.set_loss_scale(1.0)
+    run.backward(STEPS)
+    run.balancing.step()
+    seen = {}
+    for (name, layer), whole, task in zip(
+        run.balancing.layers.items(), run.gradients(), without, strict=True
+    ):
+        state = {k: v.clone() for k, v in layer.state_dict().items() if k.startswith("state_")}
+        sums = layer.last_sums.scores, layer.last_sums.counts
+        seen[name] = Seen(state, sums, whole, whole - task)
+    return seen
+
+
+def real_tokens(tokens: str, step: int) -> Tensor:
+    """Mask (B, S), True for a real token."""
+    positions = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
+    if tokens == "ragged":
+        generator = torch.Generator().manual_seed(1000 + step)
+        return positions < torch.randint(1, LENGTH + 1, (SEQUENCES, 1), generator=generator)
+    if tokens == "left half":
+        return positions < LENGTH // 2
+    real = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
+    if tokens == "first half":
+        real[SEQUENCES // 2 :] = False
+    return real
+
+
+class _Run:
+    """A model laid out, and its balancing."""
+
+    def __init__(self, layout: Layout, balancer: Balancer) -> None:
+        self.layout = layout
+        self.rank = dist.get_rank() if len(layout.batches) > 1 else 0
+        self.model = Stack(balancer, layout.block, self.layers())
+        self.balancing = mb.attach(self.model, group=_alone() if layout.alone else None)
+        self.wrapped = self.model if layout.wrap is None else layout.wrap(self.model)
+
+    def layers(self) -> list[int]:
+        return [0, 1]
+
+    def backward(self, step: int, *, follow: bool = True) -> None:
+        """The gradient of a whole step, as the optimizer is to see it."""
+        x, real = self.data(step)
+        batches = self.layout.batches[self.rank]
+        for number, cut in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last or self.layout.wrap is None else self.wrapped.no_sync():
+                mask = None if self.layout.tokens == "all" else real[cut]
+                loss = _mean(losses(self.wrapped(x[cut], mask)), real[cut])
+                if follow:
+                    loss = self.balancing.follow(loss)
+                (loss * self.weight(real[cut], real)).backward()
+        for name, weight in self.model.named_parameters():
+            if name.endswith(self.layout.summed):
+                dist.all_reduce(weight.grad)
+
+    def data(self, step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(SEQUENCES, LENGTH, WIDTH, generator=generator, dtype=torch.float64) + 0.5
+        return x, real_tokens(self.layout.tokens, step)
+
+    def weight(self, part: Tensor, whole: Tensor) -> float:
+        """What a batch's mean loss counts: its share of the tokens, made up for averaging."""
+        averaged = 1 if self.layout.wrap is None else len(self.layout.batches)
+        return averaged * (part.sum() / whole.sum()).item()
+
+    def gradients(self) -> list[Tensor]:
+        found = [layer.gate.grad for layer in self.model.layers.values()]
+        return [g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for g in found]
+
+
+class _Staged(_Run):
+    """One layer a rank, under torch's own pipeline schedule."""
+
+    def __init__(self, layout: Layout, balancer: Balancer) -> None:
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+        super().__init__(layout, balancer)
+        batches = layout.batches[self.rank]
+        # With examples given, torch need not find the shapes out by a run on the meta device.
+        example = self.data(0)[0][batches[0]]
+        stage = PipelineStage(
+            self.model,
+            self.rank,
+            len(layout.batches),
+            torch.device("cpu"),
+            input_args=example.clone().requires_grad_(self.rank > 0),
+            output_args=example.clone().requires_grad_(),
+        )
+        self.follow = True
+        self.schedule = Schedule1F1B(stage, len(batches), loss_fn=self.loss)
+
+    def layers(self) -> list[int]:
+        return [self.rank]
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        loss = losses(hidden).mean()
+        return self.balancing.follow(loss) if self.follow else loss
+
+    def backward(self, step: int, *, follow: bool = True) -> None:
+        x, _ = self.data(step)
+        self.follow = follow
+        if self.rank == 0:
+            self.schedule.step(x)
+        else:
+            self.schedule.step(target=x)
+
+
+def _mean(values: Tensor, real: Tensor) -> Tensor:
+    return torch.where(real, values, 0).sum() / real.sum().clamp(min=1)
+
+
+def _alone() -> dist.ProcessGroup:
+    """A group of this rank only."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    return groups[dist.get_rank()]
+
+
+def train_all(
+    layouts: Mapping[str, Layout], methods: Iterable[str]
+) -> dict[tuple[str, str], dict[str, Seen]]:
+    """Every method under every layout, in this process as one of its ranks."""
+    return {
+        (name, method): train(layout, BALANCERS[method])
+        for name, layout in layouts.items()
+        for method in methods
+    }
+
+
+class Difference(NamedTuple):
+    """How far a layout's outcome lies from that of one process, the largest of layers and ranks.
+
+    Attributes:
+        state: absolute.
+        sums: of the step's scores and counts, relative to the largest.
+        gradient: of the router's gradient, relative.
+        effective: of the balancing term's part of it, or of the whole where there is no term.
+    """
+
+    state: float
+    sums: float
+    gradient: float
+    effective: float
+
+
+def difference(
+    ranks: Sequence[Mapping[str, Seen]], one: Mapping[str, Seen], balancer: Balancer
+) -> Difference:
+    """Hold what every rank saw against what one process saw."""
+    found = [Difference(0, 0, 0, 0)]
+    for rank in ranks:
+        for name, seen in rank.items():
+            own = one[name]
+            states = [(seen.state[key] - own.state[key]).abs().max() for key in own.state]
+            sums = [_relative(a, b) for a, b in zip(seen.sums, own.sums, strict=True)]
+            gradient = _relative(seen.gradient, own.gradient)
+            effective = _relative(seen.term, own.term) if balancer.charges else gradient
+            found.append(Difference(float(max(states, default=0)), max(sums), gradient, effective))
+    return Difference(*(max(column) for column in zip(*found, strict=True)))
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def table() -> str:
+    """Markdown: each method's difference from one process under each layout."""
+    one = train_all({"one": ONE["all"]}, ROWS)
+    sides = [train_all(ALONE, ROWS)], run(train_all, 2, PAIRS, ROWS), run(train_all, 4, QUADS, ROWS)
+    names = [*ALONE, *PAIRS, *QUADS]
+    lines = ["| method | " + " | ".join(names) + " | state |", "|---" * (len(names) + 2) + "|"]
+    for method in ROWS:
+        found = [
+            difference([rank[name, method] for rank in side], one["one", method], BALANCERS[method])
+            for side, layouts in zip(sides, (ALONE, PAIRS, QUADS), strict=True)
+            for name in layouts
+        ]
+        cells = ["=" if d.effective <= SAME_GRADIENT else f"{d.effective:.2g}" for d in found]
+        state = max(d.state for d in found)
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {state:.0e} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(table())

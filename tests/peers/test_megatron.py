@@ -1,0 +1,255 @@
+"""Megatron-Core: gradients and prices of our methods against its own, and the term's strength."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron_models import (
+    EXPERTS,
+    HIDDEN,
+    TOP_K,
+    MicroBatch,
+    alone,
+    balanced,
+    make_config,
+    make_tower,
+    moe_utils,
+    normal,
+    run_step,
+    wrap,
+)
+from torch import Tensor
+
+from cases import BALANCERS, GATES
+from moebalance.balancers import (
+    Balancer,
+    GlobalBatchLoss,
+    LossFree,
+    PhiBalancing,
+    SequenceLoss,
+    Sinkhorn,
+    SwitchLoss,
+    ZLoss,
+)
+from moebalance.balancing import Balancing
+from moebalance.layer import BalancedRouter
+from moebalance.potentials import NegativeEntropy, Potential, Tsallis
+
+pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
+
+STRENGTH = 0.1
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax after top-k": {},
+    "softmax before top-k": {"moe_router_pre_softmax": True},
+    "sigmoid": {"moe_router_score_function": "sigmoid"},
+    "one expert": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
+    "float64": {"moe_router_dtype": "fp64"},
+}
+PHI = PhiBalancing(strength=STRENGTH, rate=0.5, peek=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    with alone():
+        yield
+
+
+def micro_batches(*, padded: bool = False, number: int = 2, seed: int = 0) -> list[MicroBatch]:
+    """(8, 2 · `number`, H) in all, cut into micro-batches; a third of it padding, or none."""
+    hidden = normal((8, 4, HIDDEN), seed)
+    real = normal((8, 4), seed + 50) < 0.5 if padded else torch.ones(8, 4, dtype=torch.bool)
+    return [
+        MicroBatch(h.contiguous(), ~r.T.contiguous() if padded else None, int(r.sum()))
+        for h, r in zip(hidden.chunk(number, 1), real.chunk(number, 1), strict=True)
+    ]
+
+
+def square(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+def gradients(
+    balancer: Balancer | None, *, task: Any = None, padded: bool = False, **settings: Any
+) -> dict[str, Tensor]:
+    """Router gradients of one step of two micro-batches."""
+    config = make_config(**settings)
+    model = wrap(make_tower(config)) if balancer is None else balanced(balancer, **settings)[0]
+    batches = micro_batches(padded=padded)
+    return run_step(model, batches) if task is None else run_step(model, batches, task)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-4, name
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_switch_loss_is_megatrons_aux_loss(router, padded):
+    stock = gradients(
+        None,
+        padded=padded,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=STRENGTH,
+        **ROUTERS[router],
+    )
+    assert_equal(gradients(SwitchLoss(STRENGTH), padded=padded, **ROUTERS[router]), stock)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["", "per token"])
+def test_task_and_term_are_weighed_as_megatron_weighs_them(per_token):
+    settings = {"calculate_per_token_loss": per_token}
+    stock = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": STRENGTH}
+    expected = gradients(None, task=square, **settings, **stock)
+    assert_equal(gradients(SwitchLoss(STRENGTH), task=square, **settings), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours"),
+    [("seq_aux_loss", SequenceLoss(STRENGTH)), ("global_aux_loss", GlobalBatchLoss(STRENGTH))],
+    ids=["sequence", "global batch"],
+)
+@pytest.mark.parametrize("router", ["softmax after top-k", "sigmoid"])
+def test_the_other_losses_are_megatrons_too(router, kind, ours):
+    stock = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": STRENGTH}
+    expected = gradients(None, **stock, **ROUTERS[router])
+    assert_equal(gradients(ours, **ROUTERS[router]), expected)
+
+
+def test_z_loss_is_megatrons():
+    expected = gradients(None, moe_z_loss_coeff=STRENGTH)
+    assert_equal(gradients(ZLoss(STRENGTH)), expected)
+
+
+def test_megatrons_z_loss_may_stay_beside_a_method():
+    expected = gradients(None, moe_z_loss_coeff=STRENGTH)
+    assert_equal(gradients(PHI, moe_z_loss_coeff=STRENGTH), expected)
+
+
+@pytest.mark.parametrize("potential", [NegativeEntropy(), Tsallis(alpha=1.3)], ids=repr)
+def test_phi_is_megatrons_loss_with_the_potentials_gradient_for_token_counts(potential: Potential):
+    model, balancing = balanced(PhiBalancing(potential, STRENGTH, peek=False), num_layers=1)
+    run_step(model, micro_batches(seed=7))
+    (layer,) = balancing.layers.values()
+    price = potential.grad(layer.state.read())
+
+    batches = micro_batches(number=1)
+    weight = model.module.layers[0].router.weight.detach().clone().requires_grad_()
+    scores = (batches[0].hidden.view(-1, HIDDEN) @ weight.T).softmax(-1)
+    tokens = scores.shape[0]
+    loss = moe_utils.switch_load_balancing_loss_func(
+        scores, TOP_K * tokens * price, tokens, TOP_K, EXPERTS, STRENGTH
+    )
+    (expected,) = torch.autograd.grad(loss, weight)
+    assert_equal(run_step(model, batches), {"layers.0.router.weight": expected})
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["expert_bias", "re-selection"])
+def test_loss_free_moves_as_megatrons_expert_bias(native):
+    sigmoid = {"moe_router_score_function": "sigmoid"}
+    stock_settings = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.02}
+    stock = wrap(make_tower(make_config(**sigmoid, **stock_settings)))
+    bias = {"moe_router_enable_expert_bias": native, "moe_router_bias_update_rate": 0.0}
+    ours, balancing = balanced(LossFree(rate=0.02), **sigmoid, **bias)
+    for step in range(6):
+        expected = run_step(stock, micro_batches(seed=step), square)
+        assert_equal(run_step(ours, micro_batches(seed=step), square), expected)
+        for theirs, layer in zip(stock.module.layers, balancing.layers.values(), strict=True):
+            assert torch.equal(-layer.price, theirs.router.expert_bias)
+    assert max(layer.price.abs().max() for layer in balancing.layers.values()) > 0.05
+    for layer in ours.module.layers if native else ():
+        assert torch.equal(layer.router.expert_bias, -layer.router.balance.price)
+
+
+def test_sinkhorn_chooses_as_megatrons():
+    stock = make_tower(make_config(moe_router_load_balancing_type="sinkhorn")).layers[0].router
+    model, _ = balanced(Sinkhorn(iterations=300))
+    hidden = normal((64, 2, HIDDEN), seed=3)
+    _, plain = make_tower(make_config()).layers[0].router(hidden)
+    _, expected = stock(hidden)
+    _, chosen = model.module.layers[0].router(hidden)
+    assert torch.equal(chosen, expected)
+    assert not torch.equal(chosen, plain)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", BALANCERS)
+def test_every_method_is_what_it_is_in_a_router_of_our_own(name, gate):
+    balancer = BALANCERS[name]
+    model, balancing = balanced(balancer, num_layers=1, moe_router_score_function=gate)
+    weight = model.module.layers[0].router.weight.detach().clone().requires_grad_()
+    router = BalancedRouter(balancer, EXPERTS, TOP_K, gate=GATES[gate])
+    reference = Balancing(balancer, {"router": router})
+    reference.set_loss_scale(0.5)  # two micro-batches
+    for step in range(3):
+        batches = micro_batches(padded=True, seed=step)
+        (found,) = run_step(model, batches).values()
+        weight.grad = None
+        for hidden, padding, _ in batches:
+            weights, _ = router(hidden.transpose(0, 1) @ weight.T, ~padding)
+            (0 * weights.sum()).backward()
+        torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-7)
+        reference.step()
+    assert bool(weight.grad.any()) == balancer.charges
+    (layer,) = balancing.layers.values()
+    for key, tensor in router.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[key], tensor, msg=key)
+    assert torch.equal(layer.last_sums.counts, router.last_sums.counts)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["", "per token"])
+def test_the_number_of_micro_batches_changes_nothing(per_token):
+    found = []
+    for number in (1, 2, 4):
+        model, _ = balanced(PHI, calculate_per_token_loss=per_token)
+        for step in range(2):
+            gradient = run_step(model, micro_batches(number=number, seed=step))
+        found.append(gradient)
+    for other in found[1:]:
+        assert_equal(other, found[0])
+
+
+def test_per_token_loss_makes_the_term_a_mean_over_the_steps_real_tokens():
+    """Micro-batches with different numbers of them, where others take a mean of means."""
+    model, balancing = balanced(PHI, num_layers=1, calculate_per_token_loss=True)
+    run_step(model, micro_batches(seed=7))
+    (layer,) = balancing.layers.values()
+    price = EXPERTS * PHI.charged(layer.state, None)
+    batches = micro_batches(padded=True)
+    assert batches[0].tokens != batches[1].tokens
+    weight = model.module.layers[0].router.weight.detach().clone().requires_grad_()
+    real = [hidden.transpose(0, 1)[~padding] for hidden, padding, _ in batches]
+    term = ((torch.cat(real) @ weight.T).softmax(-1) @ price).mean()
+    (expected,) = torch.autograd.grad(term, weight)
+    assert_equal(run_step(model, batches), {"layers.0.router.weight": expected})
+
+
+def test_a_gradient_scaler_scales_the_term_with_the_task():
+    plain, scaled = (
+        balanced(SwitchLoss(STRENGTH), grad_scale_func=scale)[0]
+        for scale in (None, lambda loss: 1024 * loss)
+    )
+    expected = run_step(plain, micro_batches(), square)
+    found = run_step(scaled, micro_batches(), square)
+    assert_equal({name: gradient / 1024 for name, gradient in found.items()}, expected)
+
+
+def test_training_on_the_term_alone_balances():
+    model, balancing = balanced(PhiBalancing(strength=1.0, rate=0.3))
+    routers = [layer.router for layer in model.module.layers]
+    seen = []
+    for step in range(30):
+        # Tokens that have something in common, so that routers have a favourite.
+        batches = [b._replace(hidden=b.hidden + 1) for b in micro_batches(seed=step)]
+        run_step(model, batches)
+        with torch.no_grad():
+            for router in routers:
+                router.weight -= 0.2 * router.weight.main_grad
+        seen.append(balancing.metrics()["soft_maxvio"])
+    assert seen[0] > 1.5
+    assert max(seen[-3:]) < 0.5

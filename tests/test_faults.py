@@ -1,0 +1,264 @@
+"""What must not pass in silence among ranks: strangers in a group, and a sick one."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import moebalance as mb
+from cases import plain_top_k
+from layout_models import WIDTH, Stack, losses
+from moebalance.balancers import LossFree, PhiBalancing, Together
+from moebalance.balancing import Balancing
+from moebalance.layer import LayerBalance
+from moebalance.routing import measure
+from processes import COLLECTIVE_S, run
+
+PHI = PhiBalancing(strength=0.1, rate=0.5)
+States = dict[str, dict[str, Tensor]]
+
+
+def states(balancing: Balancing) -> States:
+    return copy.deepcopy(balancing.state_dict()["layers"])
+
+
+def same(a: States, b: States) -> bool:
+    """Bit for bit."""
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name][key], b[name][key]) for name in a for key in a[name])
+
+
+Refusals = dict[str, tuple[str, float]]
+"""What was said to each mismatch, and after how many seconds."""
+
+Poisoned = dict[tuple[str, bool, bool], tuple[str, States, States, int]]
+"""By method, metrics of all ranks, message sent early: words, states before and after, steps."""
+
+
+def faults() -> tuple[Refusals, Poisoned]:
+    return refusals(MISMATCHES), poison()
+
+
+def silences() -> tuple[Refusals, Moments]:
+    return refusals(UNNOTICED), moments()
+
+
+@pytest.fixture(scope="module")
+def two():
+    return run(faults, 2)
+
+
+@pytest.fixture(scope="module")
+def two_in_silence():
+    return run(silences, 2)
+
+
+# --- ranks that do not belong together --------------------------------------------------------
+
+
+def hand(balancer=PHI, names="ab", experts=4, **options: Any) -> Balancing:
+    """A handle on layers without a model."""
+    layers = {name: LayerBalance(balancer, experts, name=name) for name in names}
+    return Balancing(balancer, layers, **options)
+
+
+def count(balancing: Balancing, tokens: int = 8) -> None:
+    for number, layer in enumerate(balancing.layers.values()):
+        generator = torch.Generator().manual_seed(number)
+        logits = torch.randn(tokens, layer.num_experts, generator=generator)
+        layer.count(measure(plain_top_k(logits, 2)))
+
+
+def resumed(rank: int, *, after: int = 0) -> Balancing:
+    balancing = hand()
+    for _ in range(after):
+        count(balancing)
+        balancing.step()
+    balancing.load_state_dict({**balancing.state_dict(), "steps": 7 * rank})
+    return balancing
+
+
+Mismatch = tuple[Callable[[int], Balancing], str]
+
+MISMATCHES: dict[str, Mismatch] = {
+    "method": (lambda rank: hand((PHI, LossFree())[rank]), "differ in method"),
+    "hyper-parameter": (
+        lambda rank: hand(PhiBalancing(strength=(0.1, 0.2)[rank])),
+        r"strength=0\.1,.*strength=0\.2,",
+    ),
+    "experts": (lambda rank: hand(experts=(4, 8)[rank]), "differ in layers"),
+    "names": (lambda rank: hand(names=("ab", "ac")[rank]), "differ in layers"),
+    "number of layers": (lambda rank: hand(names=("ab", "a")[rank]), "differ in layers"),
+    "resumed on one rank only": (resumed, "differ in steps: 0 and 7"),
+}
+
+UNNOTICED: dict[str, Mismatch] = {
+    "order of layers": (lambda rank: hand(names=("ab", "ba")[rank]), "differ in layers"),
+    "metrics": (lambda rank: hand(global_metrics=rank == 0), "differ in metrics"),
+    "no layers": (lambda rank: hand(names=("ab", "")[rank]), "differ in layers"),
+    "resumed apart after a step": (lambda rank: resumed(rank, after=1), "differ in steps: 0 and 7"),
+}
+
+
+def refusals(cases: dict[str, Mismatch]) -> Refusals:
+    """What each mismatch is told on this rank."""
+    found = {}
+    for case, (build, _) in cases.items():
+        balancing = build(dist.get_rank())
+        count(balancing)
+        start = time.monotonic()
+        found[case] = refusal(balancing, RuntimeError), time.monotonic() - start
+    return found
+
+
+def check_refusal(said: tuple[str, float], words: str) -> None:
+    message, seconds = said
+    assert "Ranks 0 and 1 of the balancing group" in message
+    assert re.search(words, message)
+    assert seconds < COLLECTIVE_S / 4
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_ranks_that_balance_different_things_are_refused_on_every_one_of_them(case, two):
+    for refused, _ in two:
+        check_refusal(refused[case], MISMATCHES[case][1])
+
+
+@pytest.mark.parametrize("case", UNNOTICED)
+def test_ranks_that_would_mix_up_their_layers_are_refused(case, two_in_silence):
+    for refused, _ in two_in_silence:
+        check_refusal(refused[case], UNNOTICED[case][1])
+
+
+def test_a_handle_without_layers_steps_for_a_pipeline_stage_that_has_none():
+    balancing = hand(names="")
+    balancing.step()
+    assert balancing.steps == 1
+    assert balancing.metrics() == {}
+
+
+# --- the message at the wrong moment ----------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """What one rank of two saw."""
+
+    outsider: str
+    late: str
+    after_late: float
+    after_load: list[float]
+
+
+def moments() -> Moments:
+    """A group that rank 1 is not in; tokens after `reduce`; a load and a drop after `reduce`."""
+    outside = hand(group=dist.new_group([0]))
+    count(outside)
+    said = refusal(outside, ValueError)
+
+    balancing = hand()
+    start = balancing.state_dict()
+    count(balancing)
+    balancing.reduce()
+    count(balancing)
+    late = refusal(balancing, RuntimeError)
+    count(balancing, 6)
+    balancing.step()
+    after_late = tokens(balancing)
+
+    after_load = []
+    for forget in (lambda: balancing.load_state_dict(start), balancing.discard):
+        count(balancing, 5)
+        balancing.reduce()
+        forget()
+        count(balancing, 3)
+        balancing.step()
+        after_load.append(tokens(balancing))
+    return Moments(said, late, after_late, after_load)
+
+
+def refusal(balancing: Balancing, kind: type[Exception]) -> str:
+    """What a step says that is refused; nothing where it is not."""
+    try:
+        balancing.step()
+    except kind as error:
+        return str(error)
+    return ""
+
+
+def tokens(balancing: Balancing) -> float:
+    return balancing.metrics()["tokens"]
+
+
+def test_a_rank_outside_of_the_group_it_was_given_does_not_balance_alone(two_in_silence):
+    assert two_in_silence[0][1].outsider == ""
+    assert "Rank 1 is not in the balancing group" in two_in_silence[1][1].outsider
+
+
+def test_tokens_that_come_too_late_for_the_message_are_not_lost_in_silence(two_in_silence):
+    for _, rank in two_in_silence:
+        assert "between reduce() and step() in step 1" in rank.late
+        assert rank.after_late == 12
+
+
+def test_a_message_under_way_is_forgotten_with_its_step(two_in_silence):
+    for _, rank in two_in_silence:
+        assert rank.after_load == [6, 6]
+
+
+# --- a sick rank ------------------------------------------------------------------------------
+
+METHODS = {"phi": PHI, "loss-free": LossFree(), "both": Together(PHI, LossFree())}
+
+
+def poison() -> Poisoned:
+    """NaN logits in the second layer of rank 1 in step 3, then a clean step."""
+    found = {}
+    for name, balancer in METHODS.items():
+        for all_metrics in (True, False):
+            for early in (True, False):
+                model = Stack(balancer)
+                balancing = mb.attach(model)
+                balancing.global_metrics = all_metrics
+                gate = model.layers["1"].gate.data
+                healthy = gate.clone()
+                said, before, after = "", {}, {}
+                for step in range(4):
+                    if step == 2:
+                        before = states(balancing)
+                        gate.mul_(torch.nan if dist.get_rank() == 1 else 1.0)
+                    losses(model(batch(step, 4))).mean().backward()
+                    if early:
+                        balancing.reduce()
+                    try:
+                        balancing.step()
+                    except FloatingPointError as error:
+                        said, after = str(error), states(balancing)
+                    gate.copy_(healthy)
+                found[name, all_metrics, early] = said, before, after, balancing.steps
+    return found
+
+
+def batch(step: int, sequences: int) -> Tensor:
+    """This rank's own hidden states (B, 4, D)."""
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    return torch.randn(sequences, 4, WIDTH, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["", "reduced early"])
+@pytest.mark.parametrize("all_metrics", [True, False], ids=["all metrics", "own metrics"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_on_one_rank_stops_all_of_them_and_harms_none(method, all_metrics, early, two):
+    for _, poisoned in two:
+        said, before, after, steps = poisoned[method, all_metrics, early]
+        assert "logits in layers.1.router on rank 1 during step 3." in said
+        assert before
+        assert same(before, after)
+        assert steps == 3

@@ -1,0 +1,318 @@
+"""The layout law: how a step's tokens are split among micro-batches and ranks changes no state.
+
+Nor does it change what a method adds to the router's gradient, unless the method says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moebalance as mb
+from cases import BALANCERS, parts
+from layout_models import EXPERTS, Stack
+from layouts import (
+    ALONE,
+    ONE,
+    PAIRS,
+    QUADS,
+    RAGGED_ALONE,
+    RAGGED_PAIRS,
+    SAME_GRADIENT,
+    SAME_STATE,
+    Difference,
+    Layout,
+    additive,
+    difference,
+    halves,
+    train_all,
+)
+from moebalance.balancers import GlobalBatchLoss, LossFree, PhiBalancing, SequenceLoss, Sinkhorn
+from moebalance.balancing import Balancing
+from processes import run
+
+ADDITIVE = [name for name, balancer in BALANCERS.items() if additive(balancer)]
+COUPLED = [name for name, balancer in BALANCERS.items() if not balancer.layout_invariant]
+FEW = (
+    "phi-negative-entropy",
+    "phi-no-peek",
+    "phi-hard",
+    "sequence",
+    "ema-switch",
+    "loss-free",
+    "quantile",
+    "z-loss",
+    "phi-and-loss-free",
+)
+"""One of each kind, where time is short."""
+
+UNSHARED = {"not summed": Layout(halves(0), wrap=DistributedDataParallel, alone=True)}
+MOVED = ("phi-no-peek", "loss-free-fast", "quantile")
+"""A mistake: ranks with different tokens that do not tell each other; and whom it moves most."""
+
+
+class Pair(NamedTuple):
+    """What one rank of two did."""
+
+    trained: dict
+    messages: dict
+    transformers: dict
+
+
+def pair() -> Pair:
+    trained = train_all(PAIRS, BALANCERS) | train_all(RAGGED_PAIRS, FEW)
+    trained |= train_all(UNSHARED, MOVED)
+    return Pair(trained, count_messages(), train_transformers(FRAMEWORKS))
+
+
+@pytest.fixture(scope="module")
+def one():
+    return train_all({"all": ONE["all"]}, BALANCERS) | train_all(ONE, FEW)
+
+
+@pytest.fixture(scope="module")
+def two():
+    return run(pair, 2)
+
+
+def compare(sides, one, name: str, layout: Layout, method: str) -> Difference:
+    reference = one[layout.tokens, method]
+    return difference([side[name, method] for side in sides], reference, BALANCERS[method])
+
+
+# --- the law ----------------------------------------------------------------------------------
+
+
+def check(sides, one, name: str, layout: Layout, methods: Iterable[str]) -> None:
+    """Hold every method's outcome under a layout against that of one process."""
+    for method in methods:
+        found = compare(sides, one, name, layout, method)
+        said = f"{method} under {name}: {found}"
+        assert found.state <= SAME_STATE, said
+        if not any(isinstance(part, Sinkhorn) for part in parts(BALANCERS[method])):
+            assert found.sums <= SAME_STATE, said
+        if method in ADDITIVE:
+            assert found.gradient <= SAME_GRADIENT, said
+            assert found.effective <= SAME_GRADIENT, said
+
+
+@pytest.mark.parametrize("name", [*ALONE, *RAGGED_ALONE])
+def test_micro_batches_make_the_step_that_one_batch_makes(name, one):
+    layout, methods = {**ALONE, **RAGGED_ALONE}[name], BALANCERS if name in ALONE else FEW
+    check([train_all({name: layout}, methods)], one, name, layout, methods)
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *RAGGED_PAIRS])
+def test_two_ranks_make_the_step_that_one_process_makes(name, one, two):
+    methods = BALANCERS if name in PAIRS else FEW
+    check([rank.trained for rank in two], one, name, {**PAIRS, **RAGGED_PAIRS}[name], methods)
+
+
+def test_four_ranks_make_the_step_that_one_process_makes(one):
+    sides = run(train_all, 4, QUADS, FEW)
+    for name, layout in QUADS.items():
+        check(sides, one, name, layout, FEW)
+
+
+def test_ranks_that_do_not_share_what_they_counted_are_found_out(one, two):
+    """Otherwise the tests above could not fail."""
+    ((name, layout),) = UNSHARED.items()
+    for method in MOVED:
+        found = compare([rank.trained for rank in two], one, name, layout, method)
+        assert found.state > 1e-4, method
+        assert found.sums > 0.1, method
+        assert found.gradient > 1e-4, method
+
+
+# --- who cannot obey --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", COUPLED)
+def test_a_method_that_says_its_gradient_depends_on_the_layout_tells_the_truth(method, one, two):
+    sides = [rank.trained for rank in two]
+    found = {n: compare(sides, one, n, layout, method).effective for n, layout in PAIRS.items()}
+    # Under tensor parallelism every rank has all tokens in one batch: nothing is split.
+    assert found.pop("TP 2") <= SAME_GRADIENT
+    assert min(found.values()) > 1e-3, found
+
+
+@pytest.mark.parametrize("method", [n for n in COUPLED if n != "global-batch"])
+def test_a_batch_of_another_rank_weighs_as_one_of_another_micro_batch(method, two):
+    """All but the global-batch loss, which looks back at the micro-batches of its own process."""
+    apart = train_all({"DDP 2": ALONE["accumulation 2"]}, [method])
+    sides = [rank.trained["DDP 2", method] for rank in two]
+    found = difference(sides, apart["DDP 2", method], BALANCERS[method])
+    assert found.gradient <= SAME_GRADIENT
+
+
+def test_a_loss_of_whole_sequences_depends_on_where_sequences_are_cut_and_on_their_lengths(
+    one, two
+):
+    (name,) = [n for n, balancer in BALANCERS.items() if isinstance(balancer, SequenceLoss)]
+    sides = [rank.trained for rank in two]
+    for layout_name, layout in PAIRS.items():
+        found = compare(sides, one, layout_name, layout, name).effective
+        assert found > 0.1 if layout.cuts_sequences else found <= SAME_GRADIENT, layout_name
+    padded = "DDP 2, padding"
+    assert compare(sides, one, padded, RAGGED_PAIRS[padded], name).effective > 0.01
+
+
+# --- the one message --------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Names and bytes of all collectives, whichever function asked for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            size = sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+            self.seen.append((function.__name__.split(".")[0], size))
+        return function(*args, **(kwargs or {}))
+
+
+COUNTED = {
+    "phi": PhiBalancing(),
+    "phi-hard": PhiBalancing(statistic="hard"),
+    "loss-free": LossFree(),
+    "global-batch": GlobalBatchLoss(),
+    "quantile": mb.QuantileBalancing(bins=16),
+    "phi-and-loss-free": mb.Together(PhiBalancing(), LossFree()),
+}
+OWN_NUMBERS = {
+    "phi": EXPERTS,
+    "phi-hard": EXPERTS,
+    "loss-free": EXPERTS,
+    "global-batch": 0,
+    "quantile": EXPERTS + 16 * EXPERTS,
+    "phi-and-loss-free": 2 * EXPERTS,
+}
+"""What the update reads, besides the number of tokens."""
+
+
+def count_messages() -> dict:
+    """Collectives of five steps after the first, by method, layers and kind of metrics."""
+    found = {}
+    for name, balancer in COUNTED.items():
+        for layers in (1, 3):
+            for all_metrics in (True, False):
+                model = Stack(balancer, layers=range(layers))
+                handles = mb.attach(model).layers
+                balancing = Balancing(balancer, handles, global_metrics=all_metrics)
+                with Collectives() as collectives:
+                    for step in range(6):
+                        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+                        x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+                        model(x).square().mean().backward()
+                        if step % 2:
+                            balancing.reduce()
+                        balancing.step()
+                        if step == 0:
+                            collectives.seen.clear()
+                states = [dict(layer.state_dict()) for layer in balancing.layers.values()]
+                found[name, layers, all_metrics] = collectives.seen, states
+    return found
+
+
+@pytest.mark.parametrize("method", COUNTED)
+def test_a_step_sends_one_message_whatever_the_number_of_layers(method, two):
+    for rank in two:
+        for layers in (1, 3):
+            extra = 16 * EXPERTS if method == "quantile" else 0
+            full = 4 * (layers * (2 * EXPERTS + 1 + extra) + 1)
+            lean = 4 * (layers * (OWN_NUMBERS[method] + 1) + 1)
+            assert rank.messages[method, layers, True][0] == [("allreduce_", full)] * 5
+            assert rank.messages[method, layers, False][0] == [("allreduce_", lean)] * 5
+
+
+def test_a_message_without_metrics_makes_the_same_state(two):
+    for rank in two:
+        for (method, layers, _), (_, states) in rank.messages.items():
+            _, others = rank.messages[method, layers, True]
+            for state, other in zip(states, others, strict=True):
+                assert state.keys() == other.keys()
+                assert all(torch.equal(state[key], other[key]) for key in state), method
+
+
+# --- a Transformers model ---------------------------------------------------------------------
+
+FRAMEWORKS = ("DDP", "FSDP2")
+STRONG = {
+    "phi": PhiBalancing(strength=1.0, rate=0.5, peek=False),
+    "loss-free": LossFree(rate=0.02),
+}
+
+
+def train_transformers(frameworks: tuple[str, ...]) -> dict:
+    """States and router gradients of a tiny Mixtral after some steps, by framework and method."""
+    from families import loss, tiny, tokens
+
+    found = {}
+    for framework in frameworks:
+        for name, balancer in STRONG.items():
+            model = tiny("mixtral")
+            balancing = mb.attach(model, balancer)
+            wrapped = wrap_transformers(model, framework)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for step in range(4):
+                ids = tokens(4, 12, seed=step)
+                mine = ids if framework == "none" else ids.chunk(2)[dist.get_rank()]
+                optimizer.zero_grad()
+                loss(wrapped, mine).backward()
+                optimizer.step()
+                balancing.step()
+            weights = {n: w for n, w in model.named_parameters() if n.endswith("mlp.gate.weight")}
+            gradients = {n: whole(w.grad) for n, w in weights.items()}
+            found[framework, name] = balancing.state_dict()["layers"], gradients
+    return found
+
+
+def wrap_transformers(model, framework: str):
+    if framework == "DDP":
+        return DistributedDataParallel(model)
+    if framework == "FSDP2":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+    return model
+
+
+def whole(gradient: Tensor) -> Tensor:
+    """A gradient that may be sharded."""
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
+
+
+@pytest.fixture(scope="module")
+def one_transformer():
+    return train_transformers(("none",))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_transformers_model_on_two_ranks_learns_as_on_one(framework, one_transformer, two):
+    for rank in two:
+        for method in STRONG:
+            layers, gradients = rank.transformers[framework, method]
+            own_layers, own_gradients = one_transformer["none", method]
+            assert layers.keys() == own_layers.keys()
+            for name, state in layers.items():
+                for key in state.keys() - {"last_step"}:
+                    difference = (state[key] - own_layers[name][key]).abs().max()
+                    assert difference <= SAME_STATE, (method, name, key)
+            assert gradients.keys() == own_gradients.keys()
+            assert gradients
+            for name, gradient in gradients.items():
+                own = own_gradients[name]
+                assert (gradient - own).abs().max() <= SAME_GRADIENT * own.abs().max(), name
