@@ -21,7 +21,6 @@ from moebalance.balancers.base import Balancer
 from moebalance.experiments.methods import build_method, without_options
 from moebalance.integrations.huggingface import BalanceCallback
 
-
 _TRL = frozenset(["dpo", "gdpo", "grpo", "ipo", "kto"])
 """Values of `rl:` whose trainers are TRL's and switch the model's own balancing loss on."""
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ logger = logging.getLogger("moebalance")
 NATIVE_BIAS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """Names under which Transformers' routers keep a selection bias."""
 _PROBE_TOKENS = 64
+_TRAINED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+$")
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,11 @@ def _looks_like_router(module: nn.Module) -> bool:
 
 
 def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
-    # PEFT wraps a module whose weight it adapts: `gate` becomes `gate.base_layer`.
+    # PEFT wraps a module whose weight it adapts (`gate` becomes `gate.base_layer`), and one that it
+    # trains whole (`gate.modules_to_save.default`); the block is what held the router before.
     place = name.removesuffix(".base_layer")
-    block = model.get_submodule(place.rpartition(".")[0])
+    around = _TRAINED_WHOLE.sub("", place).rpartition(".")[0]
+    block = model.get_submodule(around)
     convention = BY_CLASS.get(type(router).__name__, COMMON)
     try:
         top_k = convention.top_k(router, block)
@@ -172,7 +176,7 @@ def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
         top_k=top_k,
         gate=gate,
         rule=rule,
-        bias_name=_native_bias(router, block, place.rpartition(".")[2]),
+        bias_name=_native_bias(router, block, name.removeprefix(f"{around}.")),
         trainable=any(p.requires_grad for p in model.get_submodule(place).parameters()),
     )
 
