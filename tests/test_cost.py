@@ -255,3 +255,13 @@ def test_every_method_of_a_section_is_in_the_table(tmp_path: Path) -> None:
             violations = [cell.rank_violation.mean for cell in line.cells]
             assert violations == sorted(violations)
             assert all(cell.placed.mean <= cell.rank_violation.mean for cell in line.cells)
+
+
+def test_the_page_shows_what_the_imbalance_would_cost(tmp_path: Path) -> None:
+    from moebalance.report import write_report
+    from moebalance.runlog import find_runs
+
+    logs = Path(__file__).parents[1] / "benchmarks" / "results" / "longer"
+    page = write_report(find_runs(logs), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "What the imbalance would cost" in page
+    assert all(f"{size} ranks" in page for size in (4, 8, 16, 32))

@@ -10,6 +10,7 @@ from typing import Any
 from moebalance.report.axes import Ink
 from moebalance.report.columns import METRICS, Metric
 from moebalance.report.configuration import run_rows, settings, what_was_run
+from moebalance.report.cost import CostCell
 from moebalance.report.estimates import Estimate, MethodSummary, number
 from moebalance.report.heatmap import BINS, domain_maps, load_map, source
 from moebalance.report.methods import Look, display_name, looks
@@ -131,6 +132,7 @@ def _section(section: Section, ink: Ink, look: dict[str, Look], cells: int) -> d
         "timed": any(m.step_time_s is not None for m in section.methods),
         "slots": section.num_slots,
         "before_after": _before_after(section, ink),
+        "cost": _cost(section, ink),
         "floor": None if floor is None else number(floor, 2 if floor >= 0.1 else 3),
         "rows": [_row(method, section, ink) for method in section.methods],
         "legend": [(m, display_name(m), ink.methods[m], marker(m)) for m in present],
@@ -177,6 +179,27 @@ def _row(method: MethodSummary, section: Section, ink: Ink) -> dict[str, Any]:
         "cells": {m.key: _cell(method.estimates.get(m.key), m) for m in METRICS},
         "time": time,
     }
+
+
+def _cost(section: Section, ink: Ink) -> dict[str, Any] | None:
+    """The table of what imbalance would cost on several ranks."""
+    found = section.cost
+    if found is None:
+        return None
+    rows = []
+    for line in found.lines:
+        method = line.method.method
+        cells = [_cost_cell(cell) for cell in line.cells]
+        look = {"colour": ink.methods[method], "marker": marker(method)}
+        rows.append({"label": line.method.label, **look, "cells": cells})
+    return {"sizes": found.ep_sizes, "caption": found.caption, "rows": rows}
+
+
+def _cost_cell(cell: CostCell | None) -> dict[str, str]:
+    if cell is None:
+        return {"mean": "—", "below": ""}
+    waits = f"placed {cell.placed.mean:.2f} · waits {100 * cell.wasted_share.mean:.0f} %"
+    return {"mean": cell.rank_violation.text(2), "below": _tied(waits)}
 
 
 def _before_after(section: Section, ink: Ink) -> dict[str, Any] | None:

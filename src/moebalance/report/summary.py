@@ -10,6 +10,7 @@ from typing import Any
 
 from moebalance.report.before_after import BeforeAfter, before_after
 from moebalance.report.columns import METRICS, OLD_TEXT
+from moebalance.report.cost import CostTable, cost_table
 from moebalance.report.estimates import (
     MethodSummary,
     finite,
@@ -42,6 +43,7 @@ class Section:
     methods: tuple[MethodSummary, ...]
     verdict: str
     before_after: BeforeAfter | None
+    cost: CostTable | None
     notes: tuple[str, ...]
     num_slots: int | None
     floor: float | None
@@ -103,6 +105,7 @@ def _section(batching: str, runs: Sequence[Run]) -> Section:
         methods=methods,
         verdict=verdict(methods),
         before_after=before_after(methods),
+        cost=cost_table(methods),
         notes=tuple(_notes(runs, methods)),
         num_slots=slots.pop() if len(slots) == 1 else None,
         floor=floors.pop() if len(floors) == 1 else None,
