@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 FORMAT = 1
 LOG_NAME = "log.jsonl"
@@ -128,7 +128,7 @@ class RunLog:
             self._has_header, self._has_end = True, run.end is not None
 
     @classmethod
-    def resume(cls, path: Path | str, step: int) -> Self:
+    def resume(cls, path: Path | str, step: int) -> RunLog:
         """Open a log to go on after ``step``: every row up to it stays, what came later goes.
 
         The end row goes as well (its ``wall_s`` is added to the new one), and so does a line that
@@ -200,7 +200,7 @@ class RunLog:
             self._file.close()
             self._file = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(
