@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,12 +205,13 @@ def test_biases_of_0_are_a_warning(tmp_path: Path) -> None:
     )
 
 
-def test_biases_that_are_not_in_the_files_are_an_error(tmp_path: Path) -> None:
-    def drop(tensors: dict[str, Tensor]) -> None:
-        for key in [key for key in tensors if "correction" in key]:
-            del tensors[key]
+def drop_biases(tensors: dict[str, Tensor]) -> None:
+    for key in [key for key in tensors if "correction" in key]:
+        del tensors[key]
 
-    edit(saved(tmp_path, "deepseek_v3", spread), drop)
+
+def test_biases_that_are_not_in_the_files_are_an_error(tmp_path: Path) -> None:
+    edit(saved(tmp_path, "deepseek_v3", spread), drop_biases)
     found = diagnose(tmp_path)
     assert found.failed
     assert "of model.layers.1.mlp.gate and 1 more is not in the files" in worst(found)[1]
@@ -399,3 +401,18 @@ def test_the_text_says_everything_and_keeps_its_width() -> None:
         assert use.trainer in text
         assert use.why in flat
     assert "24 routers: model.layers.{0–23}.mlp.gate (Qwen3MoeTopKRouter)" in text
+
+
+def documented(target: str) -> str:
+    """What the documentation shows of a call."""
+    page = (Path(__file__).parents[1] / "docs" / "doctor.md").read_text("utf-8")
+    (shown,) = re.findall(rf"\$ moebalance doctor {re.escape(target)}\n(.*?)\n```", page, re.DOTALL)
+    return shown
+
+
+def test_the_documentation_shows_what_is_printed(tmp_path: Path) -> None:
+    assert documented("minimax_m2") == render(diagnose("minimax_m2"))
+    both = mb.Together(mb.PhiBalancing(), mb.LossFree(rate=0.02))
+    folder = checkpoint(tmp_path, "deepseek_v3", both)
+    edit(folder, drop_biases)
+    assert documented("runs/checkpoint-2") == render(diagnose(folder))

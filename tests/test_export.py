@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 import moebalance as mb
-from families import tiny, tokens
+from families import FAMILIES, loss, tiny, tokens
 from moebalance.integrations.huggingface import find_sites
 from moebalance.integrations.huggingface.export import check_export, export, rounding
 from training import Rows, arguments, light_collections
@@ -73,6 +73,28 @@ def test_a_trained_price_comes_back_from_an_export_bit_for_bit(
     assert torch.equal(outputs(loaded(tmp_path)), before)
     assert torch.equal(outputs(model), before)  # detached, and routing on as trained
     assert any(bool(site.bias.any()) for site in find_sites(model))
+
+
+def test_every_family_with_a_bias_exports_its_price(tmp_path: Path) -> None:
+    exported = []
+    for family in FAMILIES:
+        model, ids = tiny(family), tokens()
+        try:
+            balancing = mb.attach(model, PRICED[0])
+        except ValueError:  # no lever, or refused: see the table of families
+            continue
+        if balancing.price_outside:
+            continue
+        for _ in range(2):
+            loss(model, ids).backward()
+            balancing.step()
+        with torch.no_grad():
+            before = loss(model.eval(), ids)
+            export(model, balancing, tmp_path / family)
+            after = loss(type(model).from_pretrained(tmp_path / family).eval(), ids)
+        assert torch.equal(after, before), family
+        exported.append(family)
+    assert len(exported) >= 33
 
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -233,6 +255,26 @@ def test_a_bias_in_low_precision_is_warned_about_in_numbers(
     # Prices of ±0.3: bfloat16 has steps of 2⁻⁹ there, and makes 0.30078 of it.
     assert "is bfloat16. Its price is rounded to steps of 0.002, 2 times" in message
     assert "the largest error is 0.00078" in message
+
+
+def test_one_tensor_in_float32_exports_exactly_from_a_bfloat16_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny("minimax_m2").bfloat16()
+    for site in find_sites(model):
+        site.bias.data = site.bias.data.float()
+    balancing = mb.attach(model, mb.LossFree(rate=0.3))
+    step(model, balancing, 1)
+    prices = [layer.price for layer in balancing.layers.values()]
+    with caplog.at_level(logging.WARNING, "moebalance"):
+        export(model, balancing, tmp_path)
+    assert warnings_of(caplog) == []
+    stored = load_file(tmp_path / "model.safetensors")
+    biases = [tensor for key, tensor in sorted(stored.items()) if "correction" in key]
+    assert [torch.equal(-price, bias) for price, bias in zip(prices, biases, strict=True)] == [
+        True,
+        True,
+    ]
 
 
 # --- Adapters -----------------------------------------------------------------------------------
