@@ -58,8 +58,7 @@ class Balancing:
         self.balancer = balancer
         self.layers = dict(layers)
         self.group, self.global_metrics = group, global_metrics
-        self.steps = 0
-        self._agreed = False
+        self.steps, self._agreed = 0, False
         self._reduction: Reduction | None = None
         self._sent: list[Tensor] = []
         self._loss_scale = 1.0
@@ -301,8 +300,7 @@ class Balancing:
         own = [layer.running.clone() for layer in self.layers.values()]
         if self._reduction is None:
             return own
-        *parts, health = self._reduction.wait()
-        self._reduction = None
+        (*parts, health), self._reduction = self._reduction.wait(), None
         for total, part, layer in zip(own, parts, self.layers.values(), strict=True):
             total[self._shared(layer)] = part.to(total.device)
             total += health.to(total.device)
