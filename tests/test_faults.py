@@ -43,22 +43,21 @@ Poisoned = dict[tuple[str, bool, bool], tuple[str, States, States, int]]
 """By method, metrics of all ranks, message sent early: words, states before and after, steps."""
 
 
-def faults() -> tuple[Refusals, Poisoned]:
-    return refusals(MISMATCHES), poison()
+class Faults(NamedTuple):
+    """What one rank of two saw."""
+
+    refused: Refusals
+    moments: Moments
+    poisoned: Poisoned
 
 
-def silences() -> tuple[Refusals, Moments]:
-    return refusals(UNNOTICED), moments()
+def faults() -> Faults:
+    return Faults(refusals(MISMATCHES), moments(), poison())
 
 
 @pytest.fixture(scope="module")
 def two():
     return run(faults, 2)
-
-
-@pytest.fixture(scope="module")
-def two_in_silence():
-    return run(silences, 2)
 
 
 # --- ranks that do not belong together --------------------------------------------------------
@@ -98,9 +97,6 @@ MISMATCHES: dict[str, Mismatch] = {
     "names": (lambda rank: hand(names=("ab", "ac")[rank]), "differ in layers"),
     "number of layers": (lambda rank: hand(names=("ab", "a")[rank]), "differ in layers"),
     "resumed on one rank only": (resumed, "differ in steps: 0 and 7"),
-}
-
-UNNOTICED: dict[str, Mismatch] = {
     "order of layers": (lambda rank: hand(names=("ab", "ba")[rank]), "differ in layers"),
     "metrics": (lambda rank: hand(global_metrics=rank == 0), "differ in metrics"),
     "no layers": (lambda rank: hand(names=("ab", "")[rank]), "differ in layers"),
@@ -119,23 +115,13 @@ def refusals(cases: dict[str, Mismatch]) -> Refusals:
     return found
 
 
-def check_refusal(said: tuple[str, float], words: str) -> None:
-    message, seconds = said
-    assert "Ranks 0 and 1 of the balancing group" in message
-    assert re.search(words, message)
-    assert seconds < COLLECTIVE_S / 4
-
-
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_ranks_that_balance_different_things_are_refused_on_every_one_of_them(case, two):
-    for refused, _ in two:
-        check_refusal(refused[case], MISMATCHES[case][1])
-
-
-@pytest.mark.parametrize("case", UNNOTICED)
-def test_ranks_that_would_mix_up_their_layers_are_refused(case, two_in_silence):
-    for refused, _ in two_in_silence:
-        check_refusal(refused[case], UNNOTICED[case][1])
+    for rank in two:
+        message, seconds = rank.refused[case]
+        assert "Ranks 0 and 1 of the balancing group" in message
+        assert re.search(MISMATCHES[case][1], message)
+        assert seconds < COLLECTIVE_S / 4
 
 
 def test_a_handle_without_layers_steps_for_a_pipeline_stage_that_has_none():
@@ -197,20 +183,20 @@ def tokens(balancing: Balancing) -> float:
     return balancing.metrics()["tokens"]
 
 
-def test_a_rank_outside_of_the_group_it_was_given_does_not_balance_alone(two_in_silence):
-    assert two_in_silence[0][1].outsider == ""
-    assert "Rank 1 is not in the balancing group" in two_in_silence[1][1].outsider
+def test_a_rank_outside_of_the_group_it_was_given_does_not_balance_alone(two):
+    assert two[0].moments.outsider == ""
+    assert "Rank 1 is not in the balancing group" in two[1].moments.outsider
 
 
-def test_tokens_that_come_too_late_for_the_message_are_not_lost_in_silence(two_in_silence):
-    for _, rank in two_in_silence:
-        assert "between reduce() and step() in step 1" in rank.late
-        assert rank.after_late == 12
+def test_tokens_that_come_too_late_for_the_message_are_not_lost_in_silence(two):
+    for rank in two:
+        assert "between reduce() and step() in step 1" in rank.moments.late
+        assert rank.moments.after_late == 12
 
 
-def test_a_message_under_way_is_forgotten_with_its_step(two_in_silence):
-    for _, rank in two_in_silence:
-        assert rank.after_load == [6, 6]
+def test_a_message_under_way_is_forgotten_with_its_step(two):
+    for rank in two:
+        assert rank.moments.after_load == [6, 6]
 
 
 # --- a sick rank ------------------------------------------------------------------------------
@@ -256,8 +242,8 @@ def batch(step: int, sequences: int) -> Tensor:
 @pytest.mark.parametrize("all_metrics", [True, False], ids=["all metrics", "own metrics"])
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_on_one_rank_stops_all_of_them_and_harms_none(method, all_metrics, early, two):
-    for _, poisoned in two:
-        said, before, after, steps = poisoned[method, all_metrics, early]
+    for rank in two:
+        said, before, after, steps = rank.poisoned[method, all_metrics, early]
         assert "logits in layers.1.router on rank 1 during step 3." in said
         assert before
         assert same(before, after)

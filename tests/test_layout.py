@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moebalance as mb
 from cases import BALANCERS, parts
-from layout_models import EXPERTS, Stack
+from layout_models import EXPERTS, WIDTH, Stack, losses
 from layouts import (
     ALONE,
     ONE,
@@ -62,6 +62,7 @@ class Pair(NamedTuple):
     """What one rank of two did."""
 
     trained: dict
+    interleaved: dict
     messages: dict
     transformers: dict
 
@@ -69,7 +70,7 @@ class Pair(NamedTuple):
 def pair() -> Pair:
     trained = train_all(PAIRS, BALANCERS) | train_all(RAGGED_PAIRS, FEW)
     trained |= train_all(UNSHARED, MOVED)
-    return Pair(trained, count_messages(), train_transformers(FRAMEWORKS))
+    return Pair(trained, interleave(), count_messages(), train_transformers(FRAMEWORKS))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,69 @@ def test_ranks_that_do_not_share_what_they_counted_are_found_out(one, two):
         assert found.state > 1e-4, method
         assert found.sums > 0.1, method
         assert found.gradient > 1e-4, method
+
+
+SCHEDULES = ("ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble")
+
+
+def interleave() -> dict:
+    """Four stages on two ranks: tokens and router gradient of each, by schedule and stage."""
+    from torch.distributed import pipelining
+
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    found = {}
+    for schedule in SCHEDULES:
+        numbers = (dist.get_rank(), dist.get_rank() + 2)
+        parts = {n: Stack(BALANCERS["phi-no-peek"], layers=[n]) for n in numbers}
+        handles = {n: mb.attach(p, group=groups[dist.get_rank()]) for n, p in parts.items()}
+        follow = handles[numbers[-1]].follow
+        stages = [
+            pipelining.PipelineStage(
+                part,
+                number,
+                4,
+                torch.device("cpu"),
+                input_args=inputs()[:2].requires_grad_(number > 0),
+                output_args=inputs()[:2].requires_grad_(),
+            )
+            for number, part in parts.items()
+        ]
+        run_step = getattr(pipelining, schedule)(
+            stages, 4, loss_fn=lambda hidden, _, follow=follow: follow(losses(hidden).mean())
+        ).step
+        for _ in range(2):
+            for part in parts.values():
+                part.zero_grad()
+            run_step(inputs()) if dist.get_rank() == 0 else run_step(target=inputs())
+            for handle in handles.values():
+                handle.step()
+        for number, part in parts.items():
+            gradient = part.layers[str(number)].gate.grad
+            found[schedule, number] = handles[number].metrics()["tokens"], gradient
+    return found
+
+
+def inputs() -> Tensor:
+    """Eight sequences of three tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 3, WIDTH, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_that_take_turns_and_split_backward_make_the_same_step(schedule, two):
+    """Zero-bubble schedules run the backward of inputs and that of weights at different times."""
+    model = Stack(BALANCERS["phi-no-peek"], layers=range(4))
+    balancing = mb.attach(model)
+    for _ in range(2):
+        model.zero_grad()
+        balancing.follow(losses(model(inputs())).mean()).backward()
+        balancing.step()
+    found = two[0].interleaved | two[1].interleaved
+    for number in range(4):
+        tokens, gradient = found[schedule, number]
+        own = model.layers[str(number)].gate.grad
+        assert tokens == balancing.metrics()["tokens"] == 24
+        assert (gradient - own).abs().max() <= SAME_GRADIENT * own.abs().max()
 
 
 # --- who cannot obey --------------------------------------------------------------------------
