@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moebalance.integrations.huggingface import STATE_FILE
+from moebalance.integrations.huggingface.sharded import is_distributed, missing_part
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,14 @@ def step_of(checkpoint: Path) -> int:
 
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
-    needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE]
+    needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", STATE_FILE]
     weights = _weights(checkpoint)
     try:
+        if not any(checkpoint.glob("rng_state*.pth")):  # one for each rank that there was
+            return "rng_state.pth is missing"
+        if is_distributed(checkpoint):
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return missing_part(checkpoint)
         for index in checkpoint.glob("*.index.json"):
             needed += set(json.loads(index.read_text())["weight_map"].values())
         for name in needed:

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import transformers
@@ -64,17 +65,34 @@ def start(
 
 
 def save_final(
-    model: PreTrainedModel, balancing: Balancing, tokenizer: Tokenizer, folder: Path
+    model: PreTrainedModel,
+    balancing: Balancing,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    writes: bool = True,
 ) -> Path:
     """Detach and save what a run ends with, whole or not at all.
 
     The folder holds the model (or the adapter), the tokeniser and the balancing state; a selection
     price that the model can hold is in its weights.
 
+    Args:
+        model: the model; a sharded one is gathered, so that all ranks must call this.
+        balancing: the handle on its layers.
+        tokenizer: saved beside it.
+        folder: of the run.
+        writes: False on a rank that only hands over its part.
+
     Returns:
         The folder `final` in `folder`.
     """
     final, partial = folder / FINAL, folder / f"{FINAL}.partial"
+    if not writes:
+        balancing.detach(keep_price=not balancing.price_outside)
+        with TemporaryDirectory() as aside:
+            model.save_pretrained(aside, is_main_process=False)
+        return final
     shutil.rmtree(partial, ignore_errors=True)
     save(balancing, partial)
     try:

@@ -46,6 +46,8 @@ class TrainSpec:
         save_every: steps between checkpoints; 0 for none.
         bf16: compute in bfloat16, with weights and router state in float32.
         gradient_checkpointing: compute activations twice instead of keeping them.
+        sharded: split weights, gradients and optimizer state over the ranks (FSDP2), and save
+            checkpoints that any number of ranks can take up.
     """
 
     steps: int = 500
@@ -63,9 +65,10 @@ class TrainSpec:
     save_every: int = 0
     bf16: bool = False
     gradient_checkpointing: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("bf16", "gradient_checkpointing"):
+        for name in ("bf16", "gradient_checkpointing", "sharded"):
             _true_or_false(name, getattr(self, name))
         for name in ("steps", "batch_size", "accumulation", "eval_sequences", "snapshot_every"):
             _at_least(name, getattr(self, name), 1)

@@ -5,8 +5,10 @@ the data order, whatever the method; so runs of different methods with one seed 
 """
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +34,12 @@ from moebalance.experiments.journal import Identity, Journal, header, refuse_oth
 from moebalance.experiments.methods import build_method, refuse_frozen, without_options
 from moebalance.experiments.recipe import FINAL, Recipe, TrainSpec
 from moebalance.integrations.huggingface import BalanceCallback
+from moebalance.integrations.huggingface.sharded import (
+    ShardedTrainer,
+    is_distributed,
+    shard,
+    sharding_for_accelerate,
+)
 from moebalance.runlog import LOG_NAME, RunLog
 
 _EVAL_SEED = 20260523  # of the held-out sequences: the same for every run
@@ -63,29 +71,39 @@ def train_run(
     Returns:
         The path of the run log.
     """
-    word, balancer = without_options(method), build_method(method, dict(recipe.methods))
-    refuse_frozen(balancer, recipe.lora)
-    origin = None
-    if recipe.checkpoint is not None:
-        origin = fingerprint(checkpoint_folder(recipe.checkpoint))
-    which = Identity(word, repr(balancer), seed, batching, origin)
-    rank, world = _rank_and_world()
-    path = folder / LOG_NAME
-    resumed = last_whole_checkpoint(folder) if resume else None
-    if resumed is not None:
-        refuse_other_run(path, recipe, which)
-    else:
-        _refuse_earlier_run(folder, resume=resume, save_model=save_model)
-    texts = load_texts(recipe, cache_dir=cache_dir)
-    vocab_size = texts.data.tokenizer.vocab_size
-    transformers.set_seed(seed)
-    if recipe.checkpoint is None:
-        model = build_model(recipe, vocab_size, resumed)
-        balancing = attach(model, balancer)
-    else:
-        model, balancing = start(recipe, balancer, vocab_size, resumed)
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        if stack.enter_context(sharding_for_accelerate()):
+            recipe = replace(recipe, train=replace(recipe.train, sharded=True))
+        if recipe.train.sharded and recipe.lora is not None:
+            raise ValueError(
+                "[train] sharded (or accelerate's FSDP) splits a model's own weights, of which "
+                "[lora] trains few or none: leave one of them out."
+            )
+        word, balancer = without_options(method), build_method(method, dict(recipe.methods))
+        refuse_frozen(balancer, recipe.lora)
+        origin = None
+        if recipe.checkpoint is not None:
+            origin = fingerprint(checkpoint_folder(recipe.checkpoint))
+        which = Identity(word, repr(balancer), seed, batching, origin)
+        rank, world = _rank_and_world()
+        path = folder / LOG_NAME
+        resumed = last_whole_checkpoint(folder) if resume else None
+        if resumed is not None:
+            refuse_other_run(path, recipe, which)
+            recipe = _go_on_as_saved(recipe, resumed)
+        else:
+            _refuse_earlier_run(folder, resume=resume, save_model=save_model)
+        texts = load_texts(recipe, cache_dir=cache_dir)
+        vocab_size = texts.data.tokenizer.vocab_size
+        transformers.set_seed(seed)
+        # A distributed checkpoint is read by all ranks together, into their parts of the model.
+        weights = None if recipe.train.sharded else resumed
+        if recipe.checkpoint is None:
+            model = build_model(recipe, vocab_size, weights)
+            balancing = attach(model, balancer)
+        else:
+            model, balancing = start(recipe, balancer, vocab_size, weights)
+        folder.mkdir(parents=True, exist_ok=True)
         if rank > 0:
             # Every rank evaluates, as a sharded model needs all of them; one writes it down.
             aside = stack.enter_context(TemporaryDirectory())
@@ -102,8 +120,8 @@ def train_run(
         trainer = _trainer(recipe, spec, model, balancing, texts, log, seed, batching, folder)
         with interrupt_between_steps(trainer):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        if save_model and rank == 0:
-            save_final(model, balancing, texts.data.tokenizer, folder)
+        if save_model and (rank == 0 or recipe.train.sharded):
+            save_final(model, balancing, texts.data.tokenizer, folder, writes=rank == 0)
     return path
 
 
@@ -129,6 +147,22 @@ def share_out(spec: TrainSpec, world: int) -> TrainSpec:
 def _rank_and_world() -> tuple[int, int]:
     """As torchrun and accelerate say it, before there is a process group."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _go_on_as_saved(recipe: Recipe, resumed: Path) -> Recipe:
+    """The recipe, sharded if its checkpoint is one of a sharded run: that can be taken up.
+
+    Raises:
+        ValueError: the recipe is sharded and its checkpoint is of a run that was not.
+    """
+    if is_distributed(resumed):
+        return replace(recipe, train=replace(recipe.train, sharded=True))
+    if recipe.train.sharded:
+        raise ValueError(
+            f"{resumed} was saved by a run on whole copies of the model: go on with it without "
+            "[train] sharded (or accelerate's FSDP), on any number of processes."
+        )
+    return recipe
 
 
 def _refuse_earlier_run(folder: Path, *, resume: bool, save_model: bool) -> None:
@@ -181,6 +215,7 @@ def _trainer(
         save_strategy="steps" if spec.save_every else "no",
         save_steps=spec.save_every or 500,
         save_total_limit=2,
+        save_only_model=spec.sharded,  # the rest is saved by ShardedTrainer
         seed=seed,
         report_to=[],
         disable_tqdm=True,
@@ -193,13 +228,19 @@ def _trainer(
     )
     new = held_out(data, spec.eval_sequences)
     old = None if texts.old is None else held_out(texts.old, spec.eval_sequences)
-    callbacks = [BalanceCallback(balancing), Journal(log, recipe, balancing, new, old)]
-    trainer = Trainer(
+    kind: Callable[..., Trainer] = Trainer
+    if spec.sharded:
+        shard(model)
+        kind = partial(ShardedTrainer, balancing=balancing)
+    trainer = kind(
         model,
         arguments,
         train_dataset=data.train.in_order(order),
         data_collator=_collate,
-        callbacks=callbacks,
+        callbacks=[
+            BalanceCallback(balancing, state_file=not spec.sharded),
+            Journal(log, recipe, balancing, new, old),
+        ],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

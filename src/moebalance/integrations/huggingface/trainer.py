@@ -37,6 +37,8 @@ class BalanceCallback(TrainerCallback):
         prefix: put before each metric's name in the logs.
         resume_from: folder of the checkpoint to resume from; found by itself where the checkpoint
             lies in the trainer's own output folder.
+        state_file: whether to save the state as a file beside each checkpoint; False where the
+            checkpoint itself holds it, as those of `torch.distributed.checkpoint` can.
 
     Raises:
         TypeError: `balancing` is neither.
@@ -48,6 +50,7 @@ class BalanceCallback(TrainerCallback):
         *,
         prefix: str = "moe/",
         resume_from: str | Path | None = None,
+        state_file: bool = True,
     ) -> None:
         if not isinstance(balancing, Balancing | Balancer):
             raise TypeError(
@@ -58,6 +61,7 @@ class BalanceCallback(TrainerCallback):
         self._balancing = balancing if isinstance(balancing, Balancing) else None
         self.prefix = prefix
         self.resume_from = None if resume_from is None else Path(resume_from)
+        self.state_file = state_file
         self._epoch = Epoch(None, 1)
         self._restore_config: Callable[[], None] = lambda: None
         self._followed: nn.Module | None = None
@@ -144,7 +148,7 @@ class BalanceCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state beside the checkpoint just written."""
-        if state.is_world_process_zero:
+        if self.state_file and state.is_world_process_zero:
             save(self.balancing, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def lead(self, trainer: Any) -> None:
