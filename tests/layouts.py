@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moebalance as mb
-from cases import BALANCERS, POTENTIALS, parts
+from cases import BALANCERS, POTENTIALS
 from layout_models import (
     WIDTH,
     Block,
@@ -26,7 +26,7 @@ from layout_models import (
     TensorParallelBlock,
     losses,
 )
-from moebalance.balancers import Balancer, SequenceLoss
+from moebalance.balancers import Balancer
 from processes import run
 
 SEQUENCES, LENGTH, STEPS = 8, 8, 3
@@ -155,8 +155,7 @@ class Seen(NamedTuple):
 
 def additive(balancer: Balancer) -> bool:
     """Whether training is promised to be the same under every layout, cut sequences included."""
-    whole = any(isinstance(part, SequenceLoss) for part in parts(balancer))
-    return balancer.layout_invariant and not whole
+    return balancer.coupling == "token"
 
 
 def train(layout: Layout, balancer: Balancer) -> dict[str, Seen]:
@@ -274,16 +273,17 @@ class _Staged(_Run):
         return [self.rank]
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        loss = losses(hidden).mean()
+        loss = _mean(losses(hidden), target)
         return self.balancing.follow(loss) if self.follow else loss
 
     def backward(self, step: int, *, follow: bool = True) -> None:
-        x, _ = self.data(step)
+        x, real = self.data(step)
         self.follow = follow
+        mask = {} if self.layout.tokens == "all" else {"mask": real}
         if self.rank == 0:
-            self.schedule.step(x)
+            self.schedule.step(x, **mask)
         else:
-            self.schedule.step(target=x)
+            self.schedule.step(target=real, **mask)
 
 
 def _mean(values: Tensor, real: Tensor) -> Tensor:
@@ -348,7 +348,8 @@ def table() -> str:
     one = train_all({"one": ONE["all"]}, ROWS)
     sides = [train_all(ALONE, ROWS)], run(train_all, 2, PAIRS, ROWS), run(train_all, 4, QUADS, ROWS)
     names = [*ALONE, *PAIRS, *QUADS]
-    lines = ["| method | " + " | ".join(names) + " | state |", "|---" * (len(names) + 2) + "|"]
+    heads = ["method", "coupling", *names, "state"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in ROWS:
         found = [
             difference([rank[name, method] for rank in side], one["one", method], BALANCERS[method])
@@ -357,7 +358,8 @@ def table() -> str:
         ]
         cells = ["=" if d.effective <= SAME_GRADIENT else f"{d.effective:.2g}" for d in found]
         state = max(d.state for d in found)
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {state:.0e} |")
+        cells = [method, BALANCERS[method].coupling, *cells, f"{state:.0e}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

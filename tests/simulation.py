@@ -70,5 +70,5 @@ def averages(rate: float, loads: Tensor, *, skip: int) -> Tensor:
     remembered = []
     for load in loads.float():
         state = method.update(state, Sums(load, load, torch.ones(())))
-        remembered.append(state.read())
+        remembered.append(state.mean)
     return torch.stack(remembered[skip:]).double()

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import moebalance as mb
 from cases import BALANCERS, parts
@@ -34,12 +33,16 @@ from layouts import (
     halves,
     train_all,
 )
-from moebalance.balancers import GlobalBatchLoss, LossFree, PhiBalancing, SequenceLoss, Sinkhorn
+from moebalance.balancers import GlobalBatchLoss, LossFree, PhiBalancing, Sinkhorn, Together
 from moebalance.balancing import Balancing
-from processes import run
+from processes import Collectives, run
 
 ADDITIVE = [name for name, balancer in BALANCERS.items() if additive(balancer)]
-COUPLED = [name for name, balancer in BALANCERS.items() if not balancer.layout_invariant]
+COUPLED = {
+    unit: [name for name, balancer in BALANCERS.items() if balancer.coupling == unit]
+    for unit in ("sequence", "batch", "step")
+}
+"""What must not be taken apart, and for whom."""
 FEW = (
     "phi-negative-entropy",
     "phi-no-peek",
@@ -198,7 +201,7 @@ def test_stages_that_take_turns_and_split_backward_make_the_same_step(schedule, 
 # --- who cannot obey --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", COUPLED)
+@pytest.mark.parametrize("method", COUPLED["batch"] + COUPLED["step"])
 def test_a_method_that_says_its_gradient_depends_on_the_layout_tells_the_truth(method, one, two):
     sides = [rank.trained for rank in two]
     found = {n: compare(sides, one, n, layout, method).effective for n, layout in PAIRS.items()}
@@ -207,19 +210,22 @@ def test_a_method_that_says_its_gradient_depends_on_the_layout_tells_the_truth(m
     assert min(found.values()) > 1e-3, found
 
 
-@pytest.mark.parametrize("method", [n for n in COUPLED if n != "global-batch"])
+@pytest.mark.parametrize("method", [name for names in COUPLED.values() for name in names])
 def test_a_batch_of_another_rank_weighs_as_one_of_another_micro_batch(method, two):
-    """All but the global-batch loss, which looks back at the micro-batches of its own process."""
+    """But not to a method that looks back at the earlier micro-batches of its own process."""
     apart = train_all({"DDP 2": ALONE["accumulation 2"]}, [method])
     sides = [rank.trained["DDP 2", method] for rank in two]
     found = difference(sides, apart["DDP 2", method], BALANCERS[method])
-    assert found.gradient <= SAME_GRADIENT
+    if method in COUPLED["step"]:
+        assert found.gradient > 1e-3
+    else:
+        assert found.gradient <= SAME_GRADIENT
 
 
+@pytest.mark.parametrize("name", COUPLED["sequence"])
 def test_a_loss_of_whole_sequences_depends_on_where_sequences_are_cut_and_on_their_lengths(
-    one, two
+    name, one, two
 ):
-    (name,) = [n for n, balancer in BALANCERS.items() if isinstance(balancer, SequenceLoss)]
     sides = [rank.trained for rank in two]
     for layout_name, layout in PAIRS.items():
         found = compare(sides, one, layout_name, layout, name).effective
@@ -228,22 +234,16 @@ def test_a_loss_of_whole_sequences_depends_on_where_sequences_are_cut_and_on_the
     assert compare(sides, one, padded, RAGGED_PAIRS[padded], name).effective > 0.01
 
 
+def test_two_methods_together_couple_as_much_as_the_one_that_couples_more():
+    by_unit = {"token": LossFree(), **{unit: BALANCERS[COUPLED[unit][0]] for unit in COUPLED}}
+    for number, (unit, balancer) in enumerate(by_unit.items()):
+        for other, free in list(by_unit.items())[: number + 1]:
+            if not (balancer.selects and free.selects):
+                assert Together(balancer, free).coupling == unit, other
+                assert Together(free, balancer).coupling == unit, other
+
+
 # --- the one message --------------------------------------------------------------------------
-
-
-class Collectives(TorchDispatchMode):
-    """Names and bytes of all collectives, whichever function asked for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            tensors = args[0] if isinstance(args[0], list) else [args[0]]
-            size = sum(t.nbytes for t in tensors if isinstance(t, Tensor))
-            self.seen.append((function.__name__.split(".")[0], size))
-        return function(*args, **(kwargs or {}))
 
 
 COUNTED = {
@@ -284,8 +284,11 @@ def count_messages() -> dict:
                         balancing.step()
                         if step == 0:
                             collectives.seen.clear()
+                with Collectives() as message:
+                    balancing.reduce()
+                balancing.discard()
                 states = [dict(layer.state_dict()) for layer in balancing.layers.values()]
-                found[name, layers, all_metrics] = collectives.seen, states
+                found[name, layers, all_metrics] = collectives.seen, states, message.others
     return found
 
 
@@ -300,10 +303,18 @@ def test_a_step_sends_one_message_whatever_the_number_of_layers(method, two):
             assert rank.messages[method, layers, False][0] == [("allreduce_", lean)] * 5
 
 
+def test_the_message_is_cut_out_without_a_table_of_indices(two):
+    """One made on the host has to be copied to the device for each layer, which waits for it."""
+    for rank in two:
+        for _, _, operations in rank.messages.values():
+            assert "cat" in operations
+            assert operations.isdisjoint({"arange", "sort", "index", "lift_fresh", "_to_copy"})
+
+
 def test_a_message_without_metrics_makes_the_same_state(two):
     for rank in two:
-        for (method, layers, _), (_, states) in rank.messages.items():
-            _, others = rank.messages[method, layers, True]
+        for (method, layers, _), (_, states, _) in rank.messages.items():
+            _, others, _ = rank.messages[method, layers, True]
             for state, other in zip(states, others, strict=True):
                 assert state.keys() == other.keys()
                 assert all(torch.equal(state[key], other[key]) for key in state), method

@@ -136,8 +136,8 @@ def test_without_peeking_the_price_comes_from_finished_steps_alone():
     state = skewed_state(method, EXPERTS)
     a, b = (one_batch(method, state, random_routing(seed=seed)) for seed in (1, 2))
     assert torch.equal(method.charged(state, a), method.charged(state, b))
-    log = state.read().log()
-    expected = 0.02 * (log - (state.read() * log).sum())
+    log = state.mean.log()
+    expected = 0.02 * (log - (state.mean * log).sum())
     torch.testing.assert_close(method.charged(state, a), expected)
 
 
@@ -152,7 +152,7 @@ def test_penalty_is_strength_times_number_of_experts_times_price_times_mean_scor
     state = to_double(skewed_state(method, EXPERTS))
     routing = random_routing(dtype=torch.float64)
     batch = one_batch(method, state, routing)
-    mean = state.toward(batch.sums.soft_load, 0.3, batch.sums.tokens).read()
+    mean = state.toward(batch.sums.soft_load, 0.3).mean
     price = mean.log() - (mean * mean.log()).sum()
     expected = 0.02 * EXPERTS * (price * routing.scores.mean(0)).sum()
     torch.testing.assert_close(method.penalty(state, batch), expected)

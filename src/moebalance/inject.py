@@ -21,8 +21,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, State
-from moebalance.routing import Batch, Gate, Sums, route
+from moebalance.balancers.base import Balancer, State, per_token
+from moebalance.routing import Batch, Gate, Routing, Sums, real_rows, route
+
+_SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
 
 
 class Tally(NamedTuple):
@@ -73,28 +75,38 @@ def inject(
     return carried
 
 
-def pick(
+def choose(
     logits: Float[Tensor, "T E"],
-    experts: Int[Tensor, "T K"],
+    preference: Float[Tensor, "T E"] | None,
     *,
+    top_k: int,
+    normalize: bool,
     mask: Bool[Tensor, "T"] | None,
     sequences: int,
     balancer: Balancer,
     gate: Gate,
     state: State,
     tally: Tally,
-) -> Float[Tensor, "T K"]:
-    """The chosen experts' logits, tied to a backward that counts this batch and charges it.
+) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+    """Weights of the chosen experts and the choice, counted and charged in one backward pass.
 
-    For a router that weighs by the chosen logits alone. The gradient of the logits then begins as
-    the charge, and what the task sends is added at K places of each row: no zeros are filled, no
-    second gradient (T, E) is made and added. Arguments as of `inject`.
+    For a router that is ours under a method that `only_prices`. The gradient of the affinities
+    begins as the charge instead of zeros, and what the task sends is added at K places of each row.
+    To what top-k itself costs this adds one read of the scores and one of the choice.
+
+    Args:
+        logits: (T, E), requires grad.
+        preference: (T, E), what top-k ranks; None for the affinities less `balancer.price`.
+        top_k: K.
+        normalize: whether a token's weights, its experts' affinities, are divided by their sum.
+
+    Other arguments as of `inject`.
     """
-    static = (balancer, gate, sequences)
-    picked: Tensor = _Pick.apply(  # type: ignore[no-untyped-call]
-        static, state, tally, mask, experts, logits
+    static = (balancer, gate, sequences, top_k, normalize)
+    weights, experts = _Choose.apply(  # type: ignore[no-untyped-call]
+        static, state, tally, mask, preference, logits
     )
-    return picked
+    return weights, experts
 
 
 def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -110,8 +122,8 @@ def packed_size(balancer: Balancer, num_experts: int) -> int:
 
 def pack(sums: Sums) -> Float[Tensor, "sums"]:
     """Lay the sums of one batch end to end, with a 1 that counts the batch."""
-    count = torch.stack([sums.tokens, torch.ones_like(sums.tokens)])
-    return torch.cat([sums.scores, sums.counts, count, *(e.reshape(-1) for e in sums.extra)])
+    tokens, one = sums.tokens.view(1), sums.tokens.new_ones(1)
+    return torch.cat([sums.scores, sums.counts, tokens, one, *(e.view(-1) for e in sums.extra)])
 
 
 def unpack(packed: Float[Tensor, "sums"], balancer: Balancer, num_experts: int) -> Sums:
@@ -127,22 +139,24 @@ def unpack(packed: Float[Tensor, "sums"], balancer: Balancer, num_experts: int) 
     )
 
 
-def shared_part(balancer: Balancer, num_experts: int, *, everything: bool) -> Tensor:
-    """Indices of the packed sums that ranks must add up.
+def shared_part(balancer: Balancer, num_experts: int, *, everything: bool) -> tuple[slice, ...]:
+    """Where in the packed sums that lies which ranks must add up, in order.
 
     Args:
         balancer: the method, which says what its update reads.
         num_experts: E.
         everything: whether metrics over all ranks are wanted too.
     """
-    sizes = [num_experts, num_experts, 1, 1, *_extra_sizes(balancer, num_experts)]
-    scores, counts, tokens, _, *extra = torch.split(torch.arange(sum(sizes)), sizes)
-    parts = [tokens, *extra]
-    if everything or "scores" in balancer.reads:
-        parts.append(scores)
-    if everything or "counts" in balancer.reads:
-        parts.append(counts)
-    return torch.cat(parts).sort().values
+    read = {"scores", "counts"} if everything else balancer.reads
+    tokens = 2 * num_experts
+    parts = [slice(tokens, tokens + 1)]
+    if "counts" in read:
+        parts = [slice(0 if "scores" in read else num_experts, tokens + 1)]
+    elif "scores" in read:
+        parts = [slice(0, num_experts), *parts]
+    if balancer.extra_shapes(num_experts):
+        parts.append(slice(tokens + 2, None))
+    return tuple(parts)
 
 
 class _Inject(torch.autograd.Function):
@@ -166,55 +180,98 @@ class _Inject(torch.autograd.Function):
         return carrier.clone()
 
     @staticmethod
+    @torch.no_grad()
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = gradients
         logits, experts, mask, weight = ctx.saved_tensors
-        charge = _count_and_charge(ctx, logits, experts, mask, weight)
+        balancer, gate, sequences = ctx.static
+        batch = _count(ctx, route(logits, experts, gate, mask=mask, sequences=sequences))
+        scale = ctx.tally.scale if weight is None else ctx.tally.scale * weight
+        charge = balancer.logit_gradient(ctx.state, batch, scale)
         charge = None if charge is None else charge.to(logits.dtype)
         return None, None, None, None, None, None, charge, upstream
 
 
-class _Pick(torch.autograd.Function):
+class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        static: tuple[Balancer, Gate, int],
+        static: tuple[Balancer, Gate, int, int, bool],
         state: State,
         tally: Tally,
         mask: Tensor | None,
-        experts: Tensor,
+        preference: Tensor | None,
         logits: Tensor,
-    ) -> Tensor:
-        ctx.static, ctx.state, ctx.tally = static, state, tally
-        ctx.save_for_backward(logits, experts, mask)
-        return logits.gather(-1, experts)
+    ) -> tuple[Tensor, Tensor]:
+        balancer, gate, sequences, top_k, normalize = static
+        affinities = gate.affinities(logits)
+        weights, experts = best(affinities, preference, balancer.price(state), top_k)
+        total = None
+        if normalize:
+            weights, total = shares(weights)
+        ctx.static, ctx.state, ctx.tally = (balancer, gate, sequences), state, tally
+        ctx.dtype = logits.dtype
+        ctx.mark_non_differentiable(experts)
+        ctx.set_materialize_grads(False)  # or zeros are made for the choice
+        ctx.save_for_backward(affinities, experts, mask, weights if normalize else None, total)
+        # A copy, for what is kept for backward may not change, and models scale weights in place.
+        return weights.clone() if normalize else weights, experts
 
     @staticmethod
+    @torch.no_grad()
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,) = gradients
-        logits, experts, mask = ctx.saved_tensors
-        gradient = _count_and_charge(ctx, logits, experts, mask, None)
-        if gradient is None:
-            gradient = torch.zeros_like(logits)
-        gradient = gradient.scatter_add_(-1, experts, upstream.to(gradient.dtype))
-        return None, None, None, None, None, gradient.to(logits.dtype)
+        upstream, _ = gradients
+        affinities, experts, mask, weights, total = ctx.saved_tensors
+        balancer, gate, sequences = ctx.static
+        scores = gate.scores_of(affinities)
+        batch = _count(ctx, Routing(None, scores, experts, gate, mask, sequences))
+        price = balancer.charged(ctx.state, batch)
+        if price is None:
+            gradient = torch.zeros_like(affinities)
+        else:
+            price = price * per_token(batch, ctx.tally.scale)
+            gradient = real_rows(gate.charge(price, affinities), mask)
+        if weights is not None:
+            # In the order of autograd's division, so that the task's part is the same in all bits.
+            drawn = (upstream * (weights / total)).sum(dim=-1, keepdim=True)
+            upstream = upstream / total - drawn
+        gradient.scatter_add_(-1, experts, upstream.to(gradient.dtype))
+        return None, None, None, None, None, gate.backward(gradient, affinities).to(ctx.dtype)
 
 
-@torch.no_grad()
-def _count_and_charge(
-    ctx: Any, logits: Tensor, experts: Tensor, mask: Tensor | None, weight: Tensor | None
-) -> Tensor | None:
-    """Count one batch, and return the gradient (T, E) of its penalty, scaled as the loss is."""
-    balancer, gate, sequences = ctx.static
-    state, tally = ctx.state, ctx.tally
-    routing = route(logits, experts, gate, mask=mask, sequences=sequences)
-    sums = balancer.observe(state, routing)
+def best(
+    affinities: Float[Tensor, "T E"],
+    preference: Float[Tensor, "T E"] | None,
+    price: Float[Tensor, "E"] | None,
+    top_k: int,
+) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+    """The K best by preference, else by affinity less price: their affinities and their indices."""
+    if preference is None and price is None:
+        chosen, experts = affinities.topk(top_k, dim=-1)
+        return chosen, experts
+    ranked = preference
+    if ranked is None:
+        ranked = affinities if price is None else affinities - price
+    experts = ranked.topk(top_k, dim=-1).indices
+    return affinities.gather(-1, experts), experts
+
+
+def shares(
+    chosen: Float[Tensor, "T K"],
+) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T 1"]]:
+    """Each row divided by its sum, and the sum."""
+    # clamp: a price may choose experts whose affinities all underflowed.
+    total = chosen.sum(dim=-1, keepdim=True).clamp(min=_SMALL)
+    return chosen / total, total
+
+
+def _count(ctx: Any, routing: Routing) -> Batch:
+    """Add one batch to the sums of its step."""
+    balancer, tally = ctx.static[0], ctx.tally
+    sums = balancer.observe(ctx.state, routing)
     tally.running.add_(pack(sums))
     step = unpack(tally.running, balancer, routing.num_experts)
-    batch = Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
-    factor = tally.scale if weight is None else tally.scale * weight
-    charge: Tensor | None = balancer.logit_gradient(state, batch, factor)
-    return charge
+    return Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
 
 
 class _Follow(torch.autograd.Function):
@@ -239,5 +296,6 @@ def _extra_sizes(balancer: Balancer, num_experts: int) -> list[int]:
 def _share(tokens: Tensor, last_step: Tensor) -> Tensor:
     """This batch's share of its step, judged by the last step; 1 where steps are one batch."""
     last_tokens, last_batches = last_step.unbind()
-    share = (tokens / last_tokens.clamp(min=1)).clamp(max=1)
-    return torch.where(last_batches > 1, share, 1.0)
+    expected = last_tokens * (last_batches > 1)
+    # clamp: a batch without a token has no share, not 0/0.
+    return tokens / torch.maximum(tokens, expected).clamp(min=1)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moebalance.balancers.base import Balancer, State
-from moebalance.inject import Tally, inject, pack, packed_size, pick, unpack
+from moebalance.inject import Tally, best, choose, inject, pack, packed_size, shares, unpack
 from moebalance.routing import Gate, Softmax, Sums, measure, route
 
 _SOFTMAX = Softmax()
@@ -246,46 +246,46 @@ class BalancedRouter(LayerBalance):
             )
         flat = logits.reshape(-1, self.num_experts)
         flat_mask = None if mask is None else mask.reshape(-1).bool()
-        preference = self.preference(flat, flat_mask, training=self.training)
-        # Affinities grow with logits: without a price both rank alike.
-        ranked = flat.detach() if preference is None else preference
-        experts = ranked.topk(self.top_k, dim=-1).indices
         training = self.training and torch.is_grad_enabled()
         sequences = logits.shape[0] if logits.dim() == 3 else 1
-        if self.normalize:
-            if training and flat.requires_grad:
-                chosen = self._pick(flat, experts, flat_mask, sequences)
-            else:
-                chosen = flat.gather(-1, experts)
-            # A copy, for softmax keeps its output, and models scale these weights in place.
-            weights = self.gate.weigh(chosen).clone()
-        else:
-            weights = self.gate.affinities(flat).gather(-1, experts)
-        if training and not (self.normalize and flat.requires_grad):
-            weights = self.inject(weights, flat, experts, mask=flat_mask, sequences=sequences)
-        elif not self.training:
+        weights, experts = self._choose(flat, flat_mask, sequences, training=training)
+        if not self.training:
             self.watch(flat, experts, mask=flat_mask)
         shape = (*logits.shape[:-1], self.top_k)
         return weights.to(logits.dtype).view(shape), experts.view(shape)
 
-    def _pick(
+    def _choose(
         self,
         logits: Float[Tensor, "T E"],
-        experts: Int[Tensor, "T K"],
         mask: Bool[Tensor, "T"] | None,
         sequences: int,
-    ) -> Float[Tensor, "T K"]:
-        """The chosen logits, tied to a backward that counts and charges; see `inject.pick`."""
-        return pick(
-            logits,
-            experts,
-            mask=mask,
-            sequences=sequences,
-            balancer=self.balancer,
-            gate=self.gate,
-            state=self.state,
-            tally=Tally(self.running, self.last_step, self.loss_scale),
-        )
+        *,
+        training: bool,
+    ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+        """Weights of the chosen experts, tied to counting and charging, and the choice."""
+        balancer, preference = self.balancer, None
+        if balancer.selects and not balancer.prices_selection:
+            preference = self.preference(logits, mask, training=self.training)
+        if training and logits.requires_grad and balancer.only_prices:
+            return choose(
+                logits,
+                preference,
+                top_k=self.top_k,
+                normalize=self.normalize,
+                mask=mask,
+                sequences=sequences,
+                balancer=balancer,
+                gate=self.gate,
+                state=self.state,
+                tally=Tally(self.running, self.last_step, self.loss_scale),
+            )
+        affinities = self.gate.affinities(logits)
+        weights, experts = best(affinities, preference, self.price, self.top_k)
+        if self.normalize:
+            weights, _ = shares(weights)
+        if training:
+            weights = self.inject(weights, logits, experts, mask=mask, sequences=sequences)
+        return weights, experts
 
 
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -41,12 +41,32 @@ class Gate(ABC):
         """p = softmax(a(z)): rows sum to one, float32 at least, differentiable."""
         return self.log_affinity(logits).softmax(dim=-1)
 
-    def weigh(self, chosen: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-        """Weights of the chosen experts from their logits alone, rows summing to one.
+    def scores_of(self, affinities: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """p from affinities that were computed already: each row divided by its sum."""
+        # clamp: a row of affinities that all underflowed has scores 0, not 0/0.
+        return affinities / affinities.sum(dim=-1, keepdim=True).clamp(min=_TINY)
 
-        Of the logarithms: a chosen affinity may be too small to divide by.
+    @abstractmethod
+    def backward(
+        self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """Gradient of the logits from that of the affinities, in one pass; no logits needed."""
+
+    def charge(
+        self, price: Float[Tensor, "*rows E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """Gradient of Σ_t ⟨price_t, p_t⟩ with respect to the affinities, in memory of its own.
+
+        With S_t the sum of row t it is (price_t − ⟨p_t, price_t⟩) / S_t.
         """
-        return self.log_affinity(chosen).softmax(dim=-1)
+        inverse = affinities.sum(dim=-1, keepdim=True).clamp(min=_TINY).reciprocal()
+        if price.dim() == 1:
+            # A matrix of rank two, written in one pass.
+            worth = torch.mv(affinities, price).unsqueeze(-1) * inverse
+            columns = torch.cat([inverse, -worth * inverse], dim=-1)
+            return columns @ torch.stack([price, torch.ones_like(price)])
+        worth = (affinities * price).sum(dim=-1, keepdim=True) * inverse
+        return (price - worth) * inverse
 
     def pull_back(
         self,
@@ -86,9 +106,21 @@ class Softmax(Gate):
         """softmax(z): affinity and score are the same number for this gate."""
         return self.scores(logits)
 
-    def weigh(self, chosen: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-        """softmax over the chosen, in one pass: the normaliser of the others cancels."""
-        return at_least_float32(chosen).softmax(dim=-1)
+    def scores_of(self, affinities: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """The affinities: their rows sum to one."""
+        return affinities
+
+    def backward(
+        self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """Softmax's own backward pass, a ∘ (g − ⟨a, g⟩)."""
+        return torch._softmax_backward_data(upstream, affinities, -1, affinities.dtype)
+
+    def charge(
+        self, price: Float[Tensor, "*rows E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """The price on every row; what is missing is constant in a row, which softmax ignores."""
+        return price.to(affinities.dtype).expand_as(affinities).clone()
 
     def pull_back(
         self,
@@ -117,6 +149,17 @@ class Sigmoid(Gate):
         """log σ(z)."""
         return F.logsigmoid(at_least_float32(logits))
 
+    def affinities(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """σ(z), in one pass."""
+        return torch.sigmoid(at_least_float32(logits))
+
+    def backward(
+        self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """g ∘ a ∘ (1 − a)."""
+        gradient: Tensor = torch.ops.aten.sigmoid_backward(upstream, affinities)
+        return gradient
+
     def slope(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """1 − σ(z)."""
         return torch.sigmoid(-at_least_float32(logits))
@@ -137,6 +180,14 @@ class SqrtSoftplus(Gate):
         # Both branches are finite everywhere, for a gradient of the other would be 0 · ∞.
         return torch.where(low, 0.5 * z, 0.5 * F.softplus(z.clamp(min=_UNDERFLOW)).log())
 
+    def backward(
+        self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """g ∘ (1 − exp(−a²)) / 2a, as a² = softplus(z) and σ(z) = 1 − exp(−softplus(z))."""
+        # clamp: an affinity that underflowed to 0 has slope 0, not 0/0.
+        slope = -torch.expm1(-affinities.square()) / (2 * affinities).clamp(min=_TINY)
+        return upstream * slope
+
     def slope(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """σ(z) / (2 softplus(z))."""
         z = at_least_float32(logits)
@@ -144,6 +195,7 @@ class SqrtSoftplus(Gate):
         return torch.where(z < _UNDERFLOW, 0.5, usual)
 
 
+_TINY = torch.finfo(torch.float32).tiny
 _UNDERFLOW = -15.0  # from here down softplus(z) = e^z to float32's precision
 
 
@@ -151,7 +203,8 @@ class Routing(NamedTuple):
     """What one router did with one batch.
 
     Attributes:
-        logits: z (T, E), as the router's linear map gave them.
+        logits: z (T, E), as the router's linear map gave them; None where a router charges a plain
+            price on its way (`Balancer.only_prices`) and need not keep them.
         scores: p (T, E), rows sum to one, float32 at least, differentiable.
         experts: (T, K) int64, the experts each token was sent to.
         gate: how `scores` came from `logits`.
@@ -159,7 +212,7 @@ class Routing(NamedTuple):
         sequences: number of equally long sequences the T tokens are laid out in, row by row.
     """
 
-    logits: Float[Tensor, "T E"]
+    logits: Float[Tensor, "T E"] | None
     scores: Float[Tensor, "T E"]
     experts: Int[Tensor, "T K"]
     gate: Gate
@@ -169,7 +222,7 @@ class Routing(NamedTuple):
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.logits.shape[-1]
+        return self.scores.shape[-1]
 
     @property
     def top_k(self) -> int:
@@ -180,7 +233,7 @@ class Routing(NamedTuple):
     def tokens(self) -> Float[Tensor, ""]:
         """Number of real tokens."""
         if self.mask is None:
-            return self.scores.new_tensor(float(self.scores.shape[0]))
+            return self.scores.new_full((), float(self.scores.shape[0]))
         return self.mask.sum().to(self.scores.dtype)
 
     @property
@@ -254,11 +307,9 @@ def measure(routing: Routing, extra: Sequence[Tensor] = ()) -> Sums:
     weights = routing.token_weights
     # Without a mask a constant 1 is expanded rather than allocated: (T·K,) of stride 0.
     assignments = routing.scores.new_ones(()).expand(routing.experts.numel())
-    if weights is None:
-        scores = routing.scores.sum(dim=0)
-    else:
-        scores = real_rows(routing.scores, routing.mask).sum(dim=0)
+    if weights is not None:
         assignments = weights.unsqueeze(-1).expand_as(routing.experts).reshape(-1)
+    scores = real_rows(routing.scores, routing.mask).sum(dim=0)
     counts = torch.zeros_like(scores).scatter_add(0, routing.experts.reshape(-1), assignments)
     return Sums(scores, counts, routing.tokens, tuple(extra))
 

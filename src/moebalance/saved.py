@@ -1,19 +1,30 @@
 """What a saved balancing state must be to go on from."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moebalance.balancers.base import Balancer
 from moebalance.layer import LayerBalance
 
-FORMAT = 1
-"""Version of the layout of `Balancing.state_dict`."""
+logger = logging.getLogger("moebalance")
+
+FORMAT = 2
+"""Version of the layout of `Balancing.state_dict`; 2 keeps means divided by their weight."""
+
+_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""How torch's compiler, activation checkpointing and FSDP1 call what they wrap."""
 
 
 def check_fit(
     state: Mapping[str, Any], balancer: Balancer, layers: Mapping[str, LayerBalance]
 ) -> None:
     """Refuse a saved state that does not belong to these layers under this method.
+
+    Other hyper-parameters of the same method are no reason, but worth a warning.
 
     Raises:
         ValueError: another format, method, set of layers or number of experts.
@@ -47,6 +58,30 @@ def check_fit(
             raise ValueError(
                 f"This balancing state does not fit {name}: saved {saved}, needed {own}."
             )
+    if state["balancer"] != repr(balancer):
+        logger.warning(
+            "moebalance: state saved under %s continues under %r.", state["balancer"], balancer
+        )
+
+
+def bare_name(model: nn.Module, name: str) -> str:
+    """Name of a submodule in a model without the wrappers that are around it or its parts.
+
+    What DDP or `torch.compile` has wrapped is saved under the names of the bare model. A module of
+    the user's own that is called `module` keeps its name.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> bare_name(DataParallel(model), "module.0")
+    '0'
+    """
+    words = []
+    around: Any = model
+    for word in name.split("."):
+        parallel = isinstance(around, DataParallel | DistributedDataParallel)
+        if not (word in _WRAPPED or (parallel and word == "module")):
+            words.append(word)
+        around = getattr(around, word, None)
+    return ".".join(words)
 
 
 def method_name(balancer: Balancer) -> str:

@@ -136,7 +136,7 @@ def test_phi_is_megatrons_loss_with_the_potentials_gradient_for_token_counts(pot
     model, balancing = balanced(PhiBalancing(potential, STRENGTH, peek=False), num_layers=1)
     run_step(model, micro_batches(seed=7))
     (layer,) = balancing.layers.values()
-    price = potential.grad(layer.state.read())
+    price = potential.grad(layer.state.mean)
 
     batches = micro_batches(number=1)
     weight = model.module.layers[0].router.weight.detach().clone().requires_grad_()

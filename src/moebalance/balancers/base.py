@@ -10,7 +10,7 @@ A method can pull two levers. It can *charge* a price q in the loss,
 or it can *subtract* a price from the affinities before top-k, never from the weights.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,6 +20,10 @@ from moebalance.routing import Batch, Gate, Routing, Sums, measure, real_rows, r
 
 State = Any
 """A NamedTuple of float32 tensors, or of such NamedTuples; () for a method without memory."""
+
+
+Coupling = Literal["token", "sequence", "batch", "step"]
+"""What of a step a method looks at together, from the least to the most."""
 
 
 class Balancer:
@@ -101,13 +105,19 @@ class Balancer:
         if price is None:
             return None
         routing = batch.routing
-        # clamp: a batch of padding only has no gradient, not 0/0.
-        gradient = routing.gate.pull_back(
-            price * (scale * routing.num_experts / batch.sums.tokens.clamp(min=1)),
-            routing.scores,
-            routing.logits,
-        )
+        assert routing.logits is not None
+        price = price * per_token(batch, scale)
+        gradient = routing.gate.pull_back(price, routing.scores, routing.logits)
         return real_rows(gradient, routing.mask)
+
+    @property
+    def only_prices(self) -> bool:
+        """Whether a price on the scores, or none, is all of the method's effect on the gradient.
+
+        A router that is ours then charges it on its way and keeps no logits for it.
+        """
+        own = _overrides(self, "penalty") or _overrides(self, "logit_gradient")
+        return not (own or _overrides(self, "extra"))
 
     @property
     def charges(self) -> bool:
@@ -128,12 +138,18 @@ class Balancer:
         return frozenset({"scores", "counts"} if _overrides(self, "update") else ())
 
     @property
-    def layout_invariant(self) -> bool:
-        """Whether gradient and choice are the same however the tokens of a step are split.
+    def coupling(self) -> Coupling:
+        """What another layout must leave together for gradient and choice to stay the same.
 
-        Among micro-batches and ranks, that is; the state always is.
+        - "token": nothing. Micro-batches and ranks may share a step's tokens out in any way.
+        - "sequence": whole sequences, in batches that weigh as many as they hold: one with fewer
+          real tokens counts no less.
+        - "batch": the tokens of a micro-batch. On which rank it is does not matter.
+        - "step": all micro-batches of a step, in their order and in one process.
+
+        The state is the same under every layout.
         """
-        return True
+        return "token"
 
     @property
     def selects(self) -> bool:
@@ -159,6 +175,17 @@ def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, "
     return real_rows(worth, routing.mask).sum() * (
         routing.num_experts / routing.tokens.clamp(min=1)
     )
+
+
+def more_coupled(first: Coupling, second: Coupling) -> Coupling:
+    """The one of the two that leaves layouts less freedom."""
+    return max(first, second, key=get_args(Coupling).index)
+
+
+def per_token(batch: Batch, scale: float | Tensor) -> Tensor:
+    """scale · E / tokens, (): what turns a price into the gradient of a score."""
+    # clamp: a batch of padding only has no gradient, not 0/0.
+    return scale * batch.routing.num_experts / batch.sums.tokens.clamp(min=1)
 
 
 def where_seen(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:
@@ -201,6 +228,7 @@ def _check_number(name: str, value: object) -> None:
 def _differentiated(balancer: Balancer, state: State, batch: Batch) -> Float[Tensor, "T E"] | None:
     """Gradient of a penalty that gives none itself, by autograd on a graph of its own."""
     old = batch.routing
+    assert old.logits is not None
     with torch.enable_grad():
         logits = old.logits.detach().requires_grad_()
         routing = route(logits, old.experts, old.gate, mask=old.mask, sequences=old.sequences)

@@ -1,10 +1,11 @@
 """An exponential moving average that knows how much it has seen.
 
-    m ← (1 − η) m + η x,        w ← (1 − η) w + η,        m₀ = 0, w₀ = 0,
+    w ← (1 − η) w + η,        m ← m + (η / w) (x − m),        w₀ = 0,
 
-read as m / w, the bias-corrected mean (Kingma & Ba, 2015, §3). For negative entropy the price
-∇φ(m / w) differs from the paper's ∇φ(m) by the constant log w, which no gradient sees; for the
-other potentials the correction removes a warm-up that a zero start would add.
+which is the bias-corrected mean of m ← (1 − η) m + η x with m₀ = 0, kept divided by its weight w
+(Kingma & Ba, 2015, §3). For negative entropy the price ∇φ of it differs from that of the plain
+average by the constant log w, which no gradient sees; for the other potentials the correction
+removes a warm-up that a zero start would add.
 """
 
 from typing import NamedTuple
@@ -15,34 +16,23 @@ from torch import Tensor
 
 
 class Ema(NamedTuple):
-    """Running mean over steps: `mean` (E,) and its accumulated `weight` (), float32."""
+    """Mean over the steps seen, `mean` (E,), and its accumulated `weight` (), float32."""
 
     mean: Float[Tensor, "E"]
     weight: Float[Tensor, ""]
 
     @classmethod
     def empty(cls, num_experts: int) -> "Ema":
-        """Start from nothing."""
-        return cls(
-            torch.zeros(num_experts, dtype=torch.float32), torch.zeros((), dtype=torch.float32)
-        )
+        """Nothing seen: the mean is uniform until the first step replaces it."""
+        uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float32)
+        return cls(uniform, torch.zeros((), dtype=torch.float32))
 
-    def toward(
-        self, value: Float[Tensor, "E"], rate: float | Tensor, tokens: Float[Tensor, ""]
-    ) -> "Ema":
-        """Move by `rate` toward `value`; stay where no token was seen."""
-        rate = ((tokens > 0).to(self.mean.dtype) * rate).to(self.mean.dtype)
-        return Ema(
-            torch.lerp(self.mean, value.to(self.mean.dtype), rate),
-            torch.lerp(self.weight, torch.ones_like(self.weight), rate),
-        )
+    def toward(self, value: Float[Tensor, "E"], rate: float | Tensor) -> "Ema":
+        """Move by `rate` toward `value`; a rate of 0 leaves all as it was."""
+        weight = (self.weight + rate * (1 - self.weight)).to(self.weight.dtype)
+        # clamp: nothing seen and nothing new is a gain of 0, not 0/0.
+        gain = (rate / weight.clamp(min=_TINY)).to(self.mean.dtype)
+        return Ema(torch.lerp(self.mean, value.to(self.mean.dtype), gain), weight)
 
-    def read(self) -> Float[Tensor, "E"]:
-        """The bias-corrected mean; uniform before the first step."""
-        uniform = torch.full_like(self.mean, 1 / self.mean.shape[-1])
-        # clamp: the unused branch of `where` must not divide by 0.
-        return torch.where(
-            self.weight > 0,
-            self.mean / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny),
-            uniform,
-        )
+
+_TINY = torch.finfo(torch.float32).tiny

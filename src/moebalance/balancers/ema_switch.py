@@ -8,6 +8,7 @@ potential or the memory does the work.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -40,9 +41,9 @@ class EmaSwitchLoss(Balancer):
         return frozenset({"counts"})
 
     @property
-    def layout_invariant(self) -> bool:
-        """No: each batch's load is part of its own price."""
-        return False
+    def coupling(self) -> Literal["batch"]:
+        """Each batch's load is part of its own price."""
+        return "batch"
 
     def init(self, num_experts: int) -> Ema:
         """Start with an empty average."""
@@ -50,10 +51,8 @@ class EmaSwitchLoss(Balancer):
 
     def update(self, state: Ema, sums: Sums) -> Ema:
         """m ← (1 − η) m + η f, once per optimizer step."""
-        return state.toward(sums.hard_load, self.rate, sums.tokens)
+        return state.toward(sums.hard_load, self.rate * (sums.tokens > 0).to(state.mean.dtype))
 
     def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
         """α m with m as of this batch."""
-        rate = self.rate * batch.share
-        mean = state.toward(batch.sums.hard_load, rate, batch.sums.tokens).read()
-        return self.strength * mean
+        return self.strength * state.toward(batch.sums.hard_load, self.rate * batch.share).mean

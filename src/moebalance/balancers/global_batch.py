@@ -7,6 +7,7 @@ f^step summed over the micro-batches of the step seen so far. Source: Qiu et al.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,9 +32,9 @@ class GlobalBatchLoss(Balancer):
         check_positive("strength", self.strength)
 
     @property
-    def layout_invariant(self) -> bool:
-        """No: a batch sees the step so far, within its process."""
-        return False
+    def coupling(self) -> Literal["step"]:
+        """A batch sees the step so far, within its process."""
+        return "step"
 
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of the step so far."""

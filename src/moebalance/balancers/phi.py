@@ -74,9 +74,9 @@ class PhiBalancing(Balancer):
         return frozenset({"scores" if self.statistic == "soft" else "counts"})
 
     @property
-    def layout_invariant(self) -> bool:
-        """Without the peek: each batch peeks at itself."""
-        return not self.peek
+    def coupling(self) -> Literal["token", "batch"]:
+        """With the peek, each batch is part of its own price."""
+        return "batch" if self.peek else "token"
 
     def init(self, num_experts: int) -> Ema:
         """Start with an empty average."""
@@ -84,16 +84,14 @@ class PhiBalancing(Balancer):
 
     def update(self, state: Ema, sums: Sums) -> Ema:
         """m ← (1 − η) m + η p̄, once per optimizer step."""
-        return state.toward(self._load(sums), self.rate, sums.tokens)
+        return state.toward(self._load(sums), self.rate * (sums.tokens > 0).to(state.mean.dtype))
 
     def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
         if self.peek:
-            rate = self.rate * batch.share
-            state = state.toward(self._load(batch.sums), rate, batch.sums.tokens)
-        mean = state.read()
-        price = self.potential.grad(mean)
-        return self.strength * (price - (mean * price).sum(dim=-1, keepdim=True))
+            state = state.toward(self._load(batch.sums), self.rate * batch.share)
+        price = self.potential.grad(state.mean)
+        return self.strength * (price - price @ state.mean)
 
     def _load(self, sums: Sums) -> Float[Tensor, "E"]:
         return sums.soft_load if self.statistic == "soft" else sums.hard_load

@@ -7,6 +7,7 @@ f^s and P^s taken over the tokens of sequence s, on normalised scores. Source: D
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,10 +32,15 @@ class SequenceLoss(Balancer):
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
 
+    @property
+    def coupling(self) -> Literal["sequence"]:
+        """Load and mean score of one sequence are multiplied, and each sequence counts the same."""
+        return "sequence"
+
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "T E"]:
         """α f^s per token of sequence s, weighted so that every sequence counts the same."""
         routing = batch.routing
-        tokens, experts, sequences = routing.logits.shape[0], routing.num_experts, routing.sequences
+        tokens, experts, sequences = routing.scores.shape[0], routing.num_experts, routing.sequences
         length = tokens // sequences
         weights = routing.token_weights
         if weights is None:

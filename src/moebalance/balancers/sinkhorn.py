@@ -11,6 +11,7 @@ a price, −v, but one made afresh from each batch. Weights stay the router's ow
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,9 +42,9 @@ class Sinkhorn(Balancer):
             raise ValueError(f"iterations={self.iterations!r}: must be at least 1.")
 
     @property
-    def layout_invariant(self) -> bool:
-        """No: the plan is made for one batch."""
-        return False
+    def coupling(self) -> Literal["batch"]:
+        """The plan is made for one batch."""
+        return "batch"
 
     def preference(
         self,

@@ -7,6 +7,7 @@ score. Source: Fedus et al., 2021, arXiv 2101.03961, Eq. 4–6; Zoph et al., 202
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,9 +34,9 @@ class SwitchLoss(Balancer):
         check_positive("strength", self.strength)
 
     @property
-    def layout_invariant(self) -> bool:
-        """No: load and mean score of one batch are multiplied."""
-        return False
+    def coupling(self) -> Literal["batch"]:
+        """Load and mean score of one batch are multiplied."""
+        return "batch"
 
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of this batch."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer
+from moebalance.balancers.base import Balancer, Coupling, more_coupled
 from moebalance.routing import Batch, Gate, Routing, Sums
 
 
@@ -95,6 +95,10 @@ class Together(Balancer):
         )
         return part.preference(own, gate, logits, mask=mask, training=training)
 
+    def charged(self, state: Both, batch: Batch) -> Float[Tensor, "*rows E"] | None:
+        """Sum of both charges."""
+        return _sum(*(p.charged(s, b) for p, s, b in self._parts(state, batch)))
+
     def penalty(self, state: Both, batch: Batch) -> Float[Tensor, ""] | None:
         """Sum of both penalties."""
         return _sum(*(p.penalty(s, b) for p, s, b in self._parts(state, batch)))
@@ -104,6 +108,11 @@ class Together(Balancer):
     ) -> Float[Tensor, "T E"] | None:
         """Sum of both gradients."""
         return _sum(*(p.logit_gradient(s, b, scale) for p, s, b in self._parts(state, batch)))
+
+    @property
+    def only_prices(self) -> bool:
+        """Whether both do no more than that."""
+        return self.first.only_prices and self.second.only_prices
 
     @property
     def charges(self) -> bool:
@@ -121,9 +130,9 @@ class Together(Balancer):
         return self.first.reads | self.second.reads
 
     @property
-    def layout_invariant(self) -> bool:
-        """Whether both are."""
-        return self.first.layout_invariant and self.second.layout_invariant
+    def coupling(self) -> Coupling:
+        """That of the one that couples more."""
+        return more_coupled(self.first.coupling, self.second.coupling)
 
     @property
     def selects(self) -> bool:

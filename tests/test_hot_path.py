@@ -1,0 +1,122 @@
+"""What balancing adds to a router, in kernels and bytes: hard limits, the same on every machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moebalance import BalancedRouter
+from moebalance.balancers import (
+    Balancer,
+    EmaSwitchLoss,
+    GlobalBatchLoss,
+    NoBalancing,
+    PhiBalancing,
+    SwitchLoss,
+)
+from moebalance.bench.traffic import Traffic, kept_for_backward, traffic
+from moebalance.routing import Gate, Sigmoid, Softmax
+
+TOKENS, EXPERTS, TOP_K = 4096, 256, 8
+
+PRICED: dict[str, Balancer] = {
+    "phi": PhiBalancing(),
+    "phi-no-peek": PhiBalancing(peek=False),
+    "switch": SwitchLoss(),
+    "global-batch": GlobalBatchLoss(),
+    "ema-switch": EmaSwitchLoss(),
+    "none": NoBalancing(),
+}
+
+every_priced = pytest.mark.parametrize("name", PRICED)
+every_rule = pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalised"])
+
+
+def bare(logits: torch.Tensor, *, normalize: bool, gate: Gate | None = None) -> torch.Tensor:
+    """A router without balancing, as the models in use write it."""
+    affinities = logits.sigmoid() if isinstance(gate, Sigmoid) else logits.softmax(dim=-1)
+    weights, _ = affinities.topk(TOP_K, dim=-1)
+    return weights / weights.sum(dim=-1, keepdim=True) if normalize else weights
+
+
+def leaf(experts: int = EXPERTS) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(TOKENS, experts, generator=generator).requires_grad_()
+
+
+def router(name: str, *, normalize: bool, gate: Gate | None = None) -> BalancedRouter:
+    return BalancedRouter(PRICED[name], EXPERTS, TOP_K, gate=gate or Softmax(), normalize=normalize)
+
+
+def watched(weigh, logits: torch.Tensor) -> Traffic:
+    upstream = torch.ones(TOKENS, TOP_K)
+    return traffic(lambda: torch.autograd.grad(weigh(logits), logits, upstream), rows=TOKENS)
+
+
+def pair(name: str, *, normalize: bool, gate: Gate | None = None) -> tuple[Traffic, Traffic]:
+    """Traffic of the balanced router and of the bare one."""
+    logits, balanced = leaf(), router(name, normalize=normalize, gate=gate)
+    return (
+        watched(lambda z: balanced(z)[0], logits),
+        watched(lambda z: bare(z, normalize=normalize, gate=gate), logits),
+    )
+
+
+@every_rule
+@every_priced
+def test_at_most_three_kernels_over_tokens_more_than_a_bare_router(name, normalize):
+    balanced, plain = pair(name, normalize=normalize)
+    assert len(balanced.large) <= len(plain.large) + 3, (balanced.large, plain.large)
+
+
+@every_rule
+@every_priced
+def test_a_small_and_fixed_number_of_kernels_over_experts(name, normalize):
+    balanced, _ = pair(name, normalize=normalize)
+    assert len(balanced.small) <= 30, balanced.small
+
+
+@every_rule
+@every_priced
+def test_one_read_of_the_scores_and_one_of_the_choice_more_than_a_bare_router(name, normalize):
+    balanced, plain = pair(name, normalize=normalize)
+    more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
+    assert more <= 4.3, (more, balanced.large, plain.large)
+
+
+@every_rule
+@every_priced
+def test_nothing_more_is_kept_for_backward_than_by_a_bare_router(name, normalize):
+    logits, balanced = leaf(), router(name, normalize=normalize)
+    ours = kept_for_backward(lambda: balanced(logits)[0])
+    assert ours == kept_for_backward(lambda: bare(logits, normalize=normalize))
+
+
+@pytest.mark.parametrize("gate", [Softmax(), Sigmoid()], ids=["softmax", "sigmoid"])
+@every_priced
+def test_nothing_is_read_back_to_the_host(name, gate):
+    balanced, _ = pair(name, normalize=True, gate=gate)
+    assert "aten::_local_scalar_dense" not in balanced.large + balanced.small
+    assert "aten::nonzero" not in balanced.large + balanced.small
+
+
+def test_a_sigmoid_router_adds_no_more_than_three_passes_over_the_scores():
+    balanced, plain = pair("phi", normalize=True, gate=Sigmoid())
+    more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
+    assert more <= 28, (more, balanced.large, plain.large)
+
+
+def test_the_count_sees_what_a_second_pass_would_cost():
+    """The control: a router that asks autograd for the penalty breaks every limit above."""
+
+    def through_autograd(logits):
+        scores = logits.softmax(dim=-1)
+        weights, experts = scores.topk(TOP_K, dim=-1)
+        load = torch.bincount(experts.flatten(), minlength=EXPERTS).float()
+        return weights + (scores.mean(0) * load).sum()
+
+    logits = leaf()
+    plain = watched(lambda z: bare(z, normalize=False), logits)
+    more = watched(through_autograd, logits)
+    assert len(more.large) > len(plain.large) + 3
+    assert more.bytes - plain.bytes > 4.3 * TOKENS * EXPERTS
