@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 COLLECTIVE_S = 20
 """How long a rank waits in a collective for one that does not come."""
@@ -22,6 +24,30 @@ COLLECTIVE_S = 20
 
 class Failure(str):
     """The answer of a rank that raised, died or hung: what it wrote to stderr and how it ended."""
+
+
+class Collectives(TorchDispatchMode):
+    """Names and bytes of all collectives, whichever function asked for them.
+
+    Attributes:
+        seen: name and bytes of each, in order.
+        others: names of the other operations on tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+        self.others: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if function.namespace == "c10d":
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            size = sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+            self.seen.append((name, size))
+        else:
+            self.others.add(name)
+        return function(*args, **(kwargs or {}))
 
 
 def run(work: Callable[..., Any], ranks: int, *args: Any, limit_s: float = 150) -> list[Any]:

@@ -20,7 +20,7 @@ from moebalance.balancers import LossFree, PhiBalancing, Together
 from moebalance.balancing import Balancing
 from moebalance.layer import LayerBalance
 from moebalance.routing import measure
-from processes import COLLECTIVE_S, run
+from processes import COLLECTIVE_S, Collectives, run
 
 PHI = PhiBalancing(strength=0.1, rate=0.5)
 States = dict[str, dict[str, Tensor]]
@@ -85,6 +85,20 @@ def resumed(rank: int, *, after: int = 0) -> Balancing:
     return balancing
 
 
+def loaded_alone(rank: int, *, steps: int, early: bool = False) -> Balancing:
+    """Rank 1 loads a state after the second step, and rank 0 goes on."""
+    balancing = hand()
+    for _ in range(2):
+        count(balancing)
+        balancing.step()
+    if rank == 1:
+        balancing.load_state_dict({**balancing.state_dict(), "steps": steps})
+    if early:
+        count(balancing)
+        balancing.reduce()
+    return balancing
+
+
 Mismatch = tuple[Callable[[int], Balancing], str]
 
 MISMATCHES: dict[str, Mismatch] = {
@@ -101,6 +115,18 @@ MISMATCHES: dict[str, Mismatch] = {
     "metrics": (lambda rank: hand(global_metrics=rank == 0), "differ in metrics"),
     "no layers": (lambda rank: hand(names=("ab", "")[rank]), "differ in layers"),
     "resumed apart after a step": (lambda rank: resumed(rank, after=1), "differ in steps: 0 and 7"),
+    "loaded on one rank alone": (
+        lambda rank: loaded_alone(rank, steps=7),
+        "differ in steps: 2 and 7",
+    ),
+    "loaded on one rank alone, many steps on": (
+        lambda rank: loaded_alone(rank, steps=2 + 2**40),
+        f"differ in steps: 2 and {2 + 2**40}",
+    ),
+    "loaded on one rank alone, before an early message": (
+        lambda rank: loaded_alone(rank, steps=7, early=True),
+        "differ in steps: 2 and 7",
+    ),
 }
 
 
@@ -141,10 +167,11 @@ class Moments(NamedTuple):
     late: str
     after_late: float
     after_load: list[float]
+    after_load_alone: tuple[float, list[str], list[str]]
 
 
 def moments() -> Moments:
-    """A group that rank 1 is not in; tokens after `reduce`; a load and a drop after `reduce`."""
+    """A group that rank 1 is not in; tokens after `reduce`; loads and a drop; one rank's load."""
     outside = hand(group=dist.new_group([0]))
     count(outside)
     said = refusal(outside, ValueError)
@@ -167,7 +194,16 @@ def moments() -> Moments:
         count(balancing, 3)
         balancing.step()
         after_load.append(tokens(balancing))
-    return Moments(said, late, after_late, after_load)
+
+    if dist.get_rank() == 1:
+        balancing.load_state_dict(balancing.state_dict())
+    messages = []
+    for _ in range(2):
+        count(balancing, 7)
+        with Collectives() as collectives:
+            balancing.step()
+        messages.append([name for name, _ in collectives.seen])
+    return Moments(said, late, after_late, after_load, (tokens(balancing), *messages))
 
 
 def refusal(balancing: Balancing, kind: type[Exception]) -> str:
@@ -197,6 +233,15 @@ def test_tokens_that_come_too_late_for_the_message_are_not_lost_in_silence(two):
 def test_a_message_under_way_is_forgotten_with_its_step(two):
     for rank in two:
         assert rank.moments.after_load == [6, 6]
+
+
+def test_a_load_on_one_rank_of_the_step_that_all_are_in_is_compared_once_and_goes_on(two):
+    for rank in two:
+        counted, first, second = rank.moments.after_load_alone
+        assert counted == 14
+        assert first[0] == "allreduce_"
+        assert len(first) > 1
+        assert second == ["allreduce_"]
 
 
 # --- a sick rank ------------------------------------------------------------------------------

@@ -9,10 +9,16 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cases import BALANCERS, plain_top_k, tensors
+from families import tiny
 from moebalance import metrics
+from moebalance.attachment import attach
 from moebalance.balancers import LossFree, PhiBalancing, SwitchLoss, Together
 from moebalance.balancing import Balancing
 from moebalance.layer import BalancedRouter, LayerBalance
@@ -208,6 +214,57 @@ def test_a_state_that_does_not_fit_is_refused_whole(change, words):
     assert after["steps"] == before["steps"] == 1
     for name in ("a", "b"):
         assert same(list(after["layers"][name].values()), list(before["layers"][name].values()))
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Held(nn.Module):
+    """A model that calls a part of its own `module`, as wrappers call theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = TinyMoE(PHI)
+
+
+WRAPPERS = {
+    "DDP": DistributedDataParallel,
+    "data parallel": DataParallel,
+    "compiled": torch.compile,
+    "FSDP1": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+    "recomputed": checkpoint_wrapper,
+    "compiled and DDP": lambda model: DistributedDataParallel(torch.compile(model)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("model", [TinyMoE, lambda _: Held()], ids=["", "own module"])
+def test_a_wrapped_model_has_the_layer_names_of_the_bare_one(wrapper, model, alone):
+    bare = attach(model(PHI))
+    wrapped = attach(WRAPPERS[wrapper](model(PHI)))
+    assert list(wrapped.layers) == list(bare.layers)
+    assert [layer.name for layer in wrapped.layers.values()] == list(bare.layers)
+    wrapped.load_state_dict(bare.state_dict())
+    bare.load_state_dict(wrapped.state_dict())
+
+
+def test_a_wrapped_part_of_a_model_has_the_name_it_had():
+    model = nn.ModuleDict({"module": nn.ModuleList([checkpoint_wrapper(TinyMoE(PHI))])})
+    assert list(attach(model).layers) == ["module.0.router"]
+
+
+def test_a_transformers_model_in_ddp_has_the_layer_names_of_the_bare_one(alone):
+    bare = attach(tiny("mixtral"), PHI)
+    wrapped = attach(DistributedDataParallel(tiny("mixtral")), PHI)
+    assert list(wrapped.layers) == list(bare.layers)
+    wrapped.load_state_dict(bare.state_dict())
 
 
 def test_other_hyper_parameters_of_the_same_method_are_continued_with_a_warning(caplog):

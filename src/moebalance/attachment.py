@@ -7,7 +7,8 @@ from torch import nn
 from moebalance.balancers.base import Balancer
 from moebalance.balancing import Balancing
 from moebalance.distributed import Group
-from moebalance.layer import BalancedRouter
+from moebalance.layer import BalancedRouter, LayerBalance
+from moebalance.saved import bare_name
 
 
 def attach(
@@ -47,7 +48,7 @@ def attach(
         )
     routers = {n: m for n, m in model.named_modules() if isinstance(m, BalancedRouter)}
     if routers:
-        return _own(routers, balancer, group)
+        return _own(model, routers, balancer, group)
     # Asking for Transformers would import it; a model of its kind can only exist if it is there.
     if "transformers" in sys.modules:
         from moebalance.integrations import huggingface
@@ -66,7 +67,10 @@ def attach(
 
 
 def _own(
-    routers: dict[str, BalancedRouter], balancer: Balancer | None, group: Group | None
+    model: nn.Module,
+    routers: dict[str, BalancedRouter],
+    balancer: Balancer | None,
+    group: Group | None,
 ) -> Balancing:
     methods = {router.balancer for router in routers.values()}
     if balancer is not None:
@@ -76,7 +80,9 @@ def _own(
         )
     if len(methods) > 1:
         raise ValueError(f"One handle steps one method, but the routers carry {methods}.")
-    for name, router in routers.items():
+    layers: dict[str, LayerBalance] = {}
+    for wrapped, router in routers.items():
+        name = bare_name(model, wrapped)
         router.name = name or router.name
-    layers = {name or "router": router for name, router in routers.items()}
+        layers[name or "router"] = router
     return Balancing(methods.pop(), layers, group=group)

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance import metrics
+from moebalance import distributed, metrics
 from moebalance.balancers.base import Balancer
 from moebalance.cost import contiguous, rank_violation
-from moebalance.distributed import Group, Reduction, agree, gather, sharing, start_sum
+from moebalance.distributed import Group, Reduction, sharing, start_sum
 from moebalance.inject import follow, shared_part
 from moebalance.layer import LayerBalance
 from moebalance.routing import Sums
@@ -58,9 +58,10 @@ class Balancing:
         self.balancer = balancer
         self.layers = dict(layers)
         self.group, self.global_metrics = group, global_metrics
-        self.steps, self._agreed = 0, False
+        self.steps, self._agreed, self._loaded = 0, False, False
         self._reduction: Reduction | None = None
         self._sent: list[Tensor] = []
+        self._notice = torch.zeros(1)
         self._loss_scale = 1.0
         self._on_step: list[Callable[[], None]] = []
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
@@ -104,19 +105,17 @@ class Balancing:
         if group is None or self._reduction is not None:
             return
         if not self._agreed:
-            sizes = [(name, layer.num_experts) for name, layer in self.layers.items()]
-            mine = {"method": repr(self.balancer), "layers": sizes, "steps": self.steps}
-            agree({**mine, "metrics": self.global_metrics}, group)
-            self._agreed = True
+            self._agree(group)
         if not self.layers:
             return
-        parts = [layer.running[self._shared(layer)] for layer in self.layers.values()]
-        # What stays here may be sick where the message is sound: 0 · NaN tells the others.
-        health = sum(
-            (0 * layer.running).sum().to(parts[0].device) for layer in self.layers.values()
-        )
-        self._sent = [self._batches(layer) for layer in self.layers.values()]
-        self._reduction = start_sum([*parts, torch.as_tensor(health).reshape(1)], group)
+        layers = self.layers.values()
+        parts = [layer.running[part] for layer in layers for part in self._shared(layer)]
+        # What stays here may be sick where the message is sound: 0 · NaN tells the others. A load
+        # on this rank, which need not be one on theirs, adds 1.
+        sick = sum((0 * layer.running).sum().to(parts[0].device) for layer in layers)
+        notice = torch.as_tensor(sick).reshape(1) + float(self._loaded)
+        self._sent = [self._batches(layer) for layer in layers]
+        self._reduction = start_sum([*parts, notice], group)
 
     def step(self) -> None:
         """End an optimizer step: advance every layer by what it counted.
@@ -235,17 +234,11 @@ class Balancing:
             ValueError: another format, method, set of layers or number of experts.
         """
         check_fit(state, self.balancer, self.layers)
-        if state["balancer"] != repr(self.balancer):
-            logger.warning(
-                "moebalance: state saved under %s continues under %r.",
-                state["balancer"],
-                self.balancer,
-            )
         for name, layer in self.layers.items():
             layer.load_state_dict(state["layers"][name])
             layer.last_sums = None
         self.discard()
-        self.steps, self._agreed = state["steps"], False
+        self.steps, self._loaded = state["steps"], True
         self._publish()
 
     def detach(self, *, keep_price: bool = False) -> None:
@@ -289,8 +282,15 @@ class Balancing:
         """Show the method and the number of layers."""
         return f"Balancing({self.balancer!r}, layers={len(self.layers)}, steps={self.steps})"
 
-    def _shared(self, layer: LayerBalance) -> Tensor:
-        """Indices of a layer's packed sums that ranks add up."""
+    def _agree(self, group: Group) -> None:
+        """Refuse to go on if another rank balances something else, or is in another step."""
+        sizes = [(name, layer.num_experts) for name, layer in self.layers.items()]
+        mine = {"method": repr(self.balancer), "layers": sizes, "steps": self.steps}
+        distributed.agree({**mine, "metrics": self.global_metrics}, group)
+        self._agreed, self._loaded = True, False
+
+    def _shared(self, layer: LayerBalance) -> tuple[slice, ...]:
+        """Where in a layer's packed sums that lies which ranks add up."""
         return shared_part(layer.balancer, layer.num_experts, everything=self.global_metrics)
 
     @torch.no_grad()
@@ -300,10 +300,12 @@ class Balancing:
         own = [layer.running.clone() for layer in self.layers.values()]
         if self._reduction is None:
             return own
-        (*parts, health), self._reduction = self._reduction.wait(), None
-        for total, part, layer in zip(own, parts, self.layers.values(), strict=True):
-            total[self._shared(layer)] = part.to(total.device)
-            total += health.to(total.device)
+        (*parts, self._notice), self._reduction = self._reduction.wait(), None
+        sums = iter(parts)
+        for total, layer in zip(own, self.layers.values(), strict=True):
+            for part in self._shared(layer):
+                total[part] = next(sums).to(total.device)
+            total += 0 * self._notice.to(total.device)
             # With several ranks a step is never one batch.
             total[2 * layer.num_experts + 1] += 2
         return own
@@ -319,9 +321,13 @@ class Balancing:
         now = [self._batches(layer) for layer in self.layers.values()]
         sent = [a == b for a, b in zip(now, self._sent or now, strict=True)]
         self._sent = []
+        flags = [*finite, *tokens, *sent, self._notice[0] > 0]
         # Gathered before they are looked at: one wait for the device, not one a layer.
-        verdicts = torch.stack([flag.to(finite[0].device) for flag in finite + tokens + sent])
-        verdicts = verdicts.cpu().view(3, -1)
+        verdicts = torch.stack([flag.to(finite[0].device) for flag in flags]).cpu()
+        group, loaded = sharing(self.group), bool(verdicts[-1])
+        if loaded and group is not None:
+            self._agree(group)
+        verdicts = verdicts[:-1].view(3, -1)
         if bool(verdicts.all()):
             return
         if not bool(verdicts[2].all()):
@@ -338,7 +344,8 @@ class Balancing:
                 logger.warning(_BLIND, name, self.steps + 1)
             self._known_blind |= blind
             return
-        where = self._where_sick() if sick else ""
+        running = {name: layer.running for name, layer in self.layers.items()}
+        where = distributed.where_not_finite(running, group) if sick else ""
         self.discard()
         if sick:
             raise FloatingPointError(
@@ -351,15 +358,6 @@ class Balancing:
             "counted in the backward pass of a model in training mode: call step() once after each "
             "optimizer step, attach before compiling, and give each step at least one real token."
         )
-
-    def _where_sick(self) -> str:
-        """Names of the layers whose own sums are not finite, by rank if there are several."""
-        mine = [n for n, layer in self.layers.items() if not torch.isfinite(layer.running).all()]
-        group = sharing(self.group)
-        if group is None:
-            return ", ".join(mine)
-        everyones = enumerate(gather(mine, group))
-        return "; ".join(f"{', '.join(names)} on rank {rank}" for rank, names in everyones if names)
 
     def _publish(self) -> None:
         for call in self._on_step:

@@ -6,7 +6,7 @@ exchanged, so ragged batches, ranks with more micro-batches than others and rank
 need no care: a method divides by the summed token count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,15 @@ def agree(description: dict[str, Any], group: Group) -> None:
                     f"{other[key]!r}. All ranks of a group must balance the same layers by the "
                     "same method; give pipeline stages, whose layers differ, a group each."
                 )
+
+
+def where_not_finite(sums: Mapping[str, Tensor], group: Group | None) -> str:
+    """Names of the vectors with NaN or infinities, by rank if there are several."""
+    mine = [name for name, vector in sums.items() if not torch.isfinite(vector).all()]
+    if group is None:
+        return ", ".join(mine)
+    everyones = enumerate(gather(mine, group))
+    return "; ".join(f"{', '.join(names)} on rank {rank}" for rank, names in everyones if names)
 
 
 def gather(value: Any, group: Group) -> list[Any]:

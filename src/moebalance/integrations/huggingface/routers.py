@@ -24,6 +24,7 @@ from moebalance.integrations.huggingface.conventions import (
     Convention,
 )
 from moebalance.routing import Gate
+from moebalance.saved import bare_name
 from moebalance.sites import Rule, recognise
 
 logger = logging.getLogger("moebalance")
@@ -39,7 +40,7 @@ class Site:
     """One router of a model and what was found out about it.
 
     Attributes:
-        name: of the router in the model.
+        name: of the router in the model, without DDP's and other wrappers around it.
         router: the module.
         block: the module around it, which may hold its selection bias.
         convention: how it answers.
@@ -168,7 +169,7 @@ def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
     if gate is None:
         raise _unknown(name, router, "its weights follow no gate of moebalance.Gate")
     return Site(
-        name=name,
+        name=bare_name(model, name),
         router=router,
         block=block,
         convention=convention,

@@ -16,8 +16,9 @@ from torchtitan.models.common.moe import (  # type: ignore[import-not-found]
 )
 
 from moebalance.balancers.base import Balancer
-from moebalance.integrations.torchtitan.router import STATE, BalancedTopKRouter
+from moebalance.integrations.torchtitan.router import STATE, BalancedTopKRouter, RouterBalance
 from moebalance.integrations.torchtitan.steps import drive
+from moebalance.pipelining import ignore_trial_runs
 
 logger = logging.getLogger("moebalance")
 
@@ -58,6 +59,8 @@ def balanced(config: Any, balancer: Balancer) -> Any:
     spec.post_optimizer_build_fn = partial(
         _after_optimizers, balancer=balancer, theirs=spec.post_optimizer_build_fn
     )
+    if spec.pipelining_fn is not None:
+        spec.pipelining_fn = partial(_pipelining, theirs=spec.pipelining_fn)
     if spec.state_dict_adapter is not None:
         spec.state_dict_adapter = _exporting(spec.state_dict_adapter, balancer)
     if type(config.metrics) is MetricsProcessor.Config:
@@ -111,6 +114,17 @@ def _after_optimizers(
     drive(optimizers, model_parts, parallel_dims, balancer=balancer)
     if theirs is not None and theirs is not register_moe_load_balancing_hook:
         theirs(optimizers, model_parts, parallel_dims)
+
+
+def _pipelining(*args: Any, theirs: Any, **kwargs: Any) -> Any:
+    """Split a model into pipeline stages, whose trial runs are not to be counted."""
+    schedule, parts, first, last = theirs(*args, **kwargs)
+    # One stage a rank, or several: torch has a class of schedules for each.
+    stages = schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
+    layers = [m for part in parts for m in part.modules() if isinstance(m, RouterBalance)]
+    if layers:
+        ignore_trial_runs(stages, layers)
+    return schedule, parts, first, last
 
 
 def _exporting(adapter: Any, balancer: Balancer) -> Any:

@@ -15,8 +15,7 @@ from moebalance.balancers.base import Balancer
 from moebalance.balancing import Balancing
 from moebalance.distributed import Group
 from moebalance.integrations.torchtitan.router import BalancedTopKRouter, RouterBalance, local
-
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+from moebalance.saved import bare_name
 
 
 def drive(
@@ -92,9 +91,7 @@ def _owners(model_parts: Sequence[nn.Module]) -> dict[str, Any]:
     for part in model_parts:
         for name, module in part.named_modules():
             if isinstance(getattr(module, "router", None), BalancedTopKRouter):
-                for wrapper in _WRAPPERS:
-                    name = name.replace(wrapper, "")
-                found[f"{name}.router" if name else "router"] = module
+                found[bare_name(part, f"{name}.router" if name else "router")] = module
     return found
 
 
