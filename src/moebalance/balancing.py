@@ -12,21 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance import distributed, metrics
+from moebalance import metrics
 from moebalance.balancers.base import Balancer
 from moebalance.cost import contiguous, rank_violation
-from moebalance.distributed import Group, Reduction, sharing, start_sum
-from moebalance.inject import follow, shared_part
+from moebalance.distributed import Group
+from moebalance.inject import follow
 from moebalance.layer import LayerBalance
+from moebalance.ledger import Ledger
 from moebalance.routing import Sums
 from moebalance.saved import FORMAT, check_fit, method_name
 
 logger = logging.getLogger("moebalance")
-
-_BLIND = (
-    "moebalance: %s counted no token in step %d and keeps its state. If it should take part, see "
-    "that its layer trains."
-)
 
 Loads = tuple[Float[Tensor, "E"], Float[Tensor, "E"]]
 """Hard and soft load of one layer."""
@@ -57,17 +53,13 @@ class Balancing:
     ) -> None:
         self.balancer = balancer
         self.layers = dict(layers)
-        self.group, self.global_metrics = group, global_metrics
-        self.steps, self._agreed, self._loaded = 0, False, False
-        self._reduction: Reduction | None = None
-        self._sent: list[Tensor] = []
-        self._notice = torch.zeros(1)
+        self.steps = 0
+        self._ledger = Ledger(balancer, self.layers, group, everything=global_metrics)
         self._loss_scale = 1.0
         self._on_step: list[Callable[[], None]] = []
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
         self.price_outside: set[str] = set()
         """Layers whose selection price no weight of the model holds."""
-        self._known_blind: set[str] = set()
         self._share_loss_scale()
 
     def place(self, devices: Mapping[str, torch.device]) -> None:
@@ -101,21 +93,7 @@ class Balancing:
         Raises:
             RuntimeError: at the first step, if the ranks balance different things.
         """
-        group = sharing(self.group)
-        if group is None or self._reduction is not None:
-            return
-        if not self._agreed:
-            self._agree(group)
-        if not self.layers:
-            return
-        layers = self.layers.values()
-        parts = [layer.running[part] for layer in layers for part in self._shared(layer)]
-        # What stays here may be sick where the message is sound: 0 · NaN tells the others. A load
-        # on this rank, which need not be one on theirs, adds 1.
-        sick = sum((0 * layer.running).sum().to(parts[0].device) for layer in layers)
-        notice = torch.as_tensor(sick).reshape(1) + float(self._loaded)
-        self._sent = [self._batches(layer) for layer in layers]
-        self._reduction = start_sum([*parts, notice], group)
+        self._ledger.reduce(self.steps + 1)
 
     def step(self) -> None:
         """End an optimizer step: advance every layer by what it counted.
@@ -127,12 +105,10 @@ class Balancing:
             RuntimeError: no layer counted a token since the last step, on any rank; or one did
                 between `reduce` and this.
             FloatingPointError: a layer saw NaN or infinite logits, on any rank; nothing is changed.
+                On a CUDA device each of these is raised when the next step ends, so that no step
+                waits for the device.
         """
-        totals = self._totals()
-        if totals:
-            self._check_sums(totals)
-        for layer, total in zip(self.layers.values(), totals, strict=True):
-            layer.commit(total)
+        self._ledger.close(self.steps + 1)
         self.steps += 1
         self._reset_loss_scale()
         self._publish()
@@ -141,11 +117,7 @@ class Balancing:
 
     def discard(self) -> None:
         """Forget what was counted since the last step, for example of a step that was given up."""
-        if self._reduction is not None:
-            self._reduction.wait()
-            self._reduction = None
-        for layer in self.layers.values():
-            layer.discard()
+        self._ledger.discard()
 
     def follow(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Return `loss`; from now on the balancing term is scaled exactly as this loss is.
@@ -236,9 +208,9 @@ class Balancing:
         check_fit(state, self.balancer, self.layers)
         for name, layer in self.layers.items():
             layer.load_state_dict(state["layers"][name])
-            layer.last_sums = None
+            layer.last_total = None
         self.discard()
-        self.steps, self._loaded = state["steps"], True
+        self.steps, self._ledger.loaded = state["steps"], True
         self._publish()
 
     def detach(self, *, keep_price: bool = False) -> None:
@@ -281,83 +253,6 @@ class Balancing:
     def __repr__(self) -> str:
         """Show the method and the number of layers."""
         return f"Balancing({self.balancer!r}, layers={len(self.layers)}, steps={self.steps})"
-
-    def _agree(self, group: Group) -> None:
-        """Refuse to go on if another rank balances something else, or is in another step."""
-        sizes = [(name, layer.num_experts) for name, layer in self.layers.items()]
-        mine = {"method": repr(self.balancer), "layers": sizes, "steps": self.steps}
-        distributed.agree({**mine, "metrics": self.global_metrics}, group)
-        self._agreed, self._loaded = True, False
-
-    def _shared(self, layer: LayerBalance) -> tuple[slice, ...]:
-        """Where in a layer's packed sums that lies which ranks add up."""
-        return shared_part(layer.balancer, layer.num_experts, everything=self.global_metrics)
-
-    @torch.no_grad()
-    def _totals(self) -> list[Tensor]:
-        """Each layer's packed sums over all ranks; what is not shared is this rank's own."""
-        self.reduce()
-        own = [layer.running.clone() for layer in self.layers.values()]
-        if self._reduction is None:
-            return own
-        (*parts, self._notice), self._reduction = self._reduction.wait(), None
-        sums = iter(parts)
-        for total, layer in zip(own, self.layers.values(), strict=True):
-            for part in self._shared(layer):
-                total[part] = next(sums).to(total.device)
-            total += 0 * self._notice.to(total.device)
-            # With several ranks a step is never one batch.
-            total[2 * layer.num_experts + 1] += 2
-        return own
-
-    def _batches(self, layer: LayerBalance) -> Tensor:
-        """How many batches a layer has counted since the last step, ()."""
-        return layer.running[2 * layer.num_experts + 1].clone()
-
-    def _check_sums(self, totals: list[Tensor]) -> None:
-        finite = [torch.isfinite(total).all() for total in totals]
-        places = [2 * layer.num_experts for layer in self.layers.values()]
-        tokens = [total[place] > 0 for total, place in zip(totals, places, strict=True)]
-        now = [self._batches(layer) for layer in self.layers.values()]
-        sent = [a == b for a, b in zip(now, self._sent or now, strict=True)]
-        self._sent = []
-        flags = [*finite, *tokens, *sent, self._notice[0] > 0]
-        # Gathered before they are looked at: one wait for the device, not one a layer.
-        verdicts = torch.stack([flag.to(finite[0].device) for flag in flags]).cpu()
-        group, loaded = sharing(self.group), bool(verdicts[-1])
-        if loaded and group is not None:
-            self._agree(group)
-        verdicts = verdicts[:-1].view(3, -1)
-        if bool(verdicts.all()):
-            return
-        if not bool(verdicts[2].all()):
-            self.discard()
-            raise RuntimeError(
-                f"Tokens were counted between reduce() and step() in step {self.steps + 1}, too "
-                "late for the message to the other ranks; the step's sums were dropped. Call "
-                "reduce() after the last backward of a step."
-            )
-        names, sick = list(self.layers), not bool(verdicts[0].all())
-        blind = {name for name, good in zip(names, verdicts[1].tolist(), strict=True) if not good}
-        if not sick and blind != set(names):
-            for name in sorted(blind - self._known_blind):
-                logger.warning(_BLIND, name, self.steps + 1)
-            self._known_blind |= blind
-            return
-        running = {name: layer.running for name, layer in self.layers.items()}
-        where = distributed.where_not_finite(running, group) if sick else ""
-        self.discard()
-        if sick:
-            raise FloatingPointError(
-                f"NaN or infinite router logits in {where} during step {self.steps + 1}. "
-                "The balancing state was left as it was; this step's sums were dropped. Lower the "
-                "learning rate, clip gradients, or look for the layer's input."
-            )
-        raise RuntimeError(
-            f"No token was counted in {', '.join(names)} during step {self.steps + 1}. Tokens are "
-            "counted in the backward pass of a model in training mode: call step() once after each "
-            "optimizer step, attach before compiling, and give each step at least one real token."
-        )
 
     def _publish(self) -> None:
         for call in self._on_step:

@@ -6,7 +6,7 @@ exchanged, so ragged batches, ranks with more micro-batches than others and rank
 need no care: a method divides by the summed token count.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +74,12 @@ def agree(description: dict[str, Any], group: Group) -> None:
                 )
 
 
-def where_not_finite(sums: Mapping[str, Tensor], group: Group | None) -> str:
-    """Names of the vectors with NaN or infinities, by rank if there are several."""
-    mine = [name for name, vector in sums.items() if not torch.isfinite(vector).all()]
+def by_rank(names: list[str], group: Group | None) -> str:
+    """Everyone's names in words, by rank if there are several."""
     if group is None:
-        return ", ".join(mine)
-    everyones = enumerate(gather(mine, group))
-    return "; ".join(f"{', '.join(names)} on rank {rank}" for rank, names in everyones if names)
+        return ", ".join(names)
+    everyones = enumerate(gather(names, group))
+    return "; ".join(f"{', '.join(own)} on rank {rank}" for rank, own in everyones if own)
 
 
 def gather(value: Any, group: Group) -> list[Any]:

@@ -126,16 +126,17 @@ def pack(sums: Sums) -> Float[Tensor, "sums"]:
     return torch.cat([sums.scores, sums.counts, tokens, one, *(e.view(-1) for e in sums.extra)])
 
 
-def unpack(packed: Float[Tensor, "sums"], balancer: Balancer, num_experts: int) -> Sums:
-    """Undo `pack`; the number of batches is at index 2E + 1."""
+def unpack(packed: Float[Tensor, "*rows sums"], balancer: Balancer, num_experts: int) -> Sums:
+    """Undo `pack`, of one layer or a row each; the number of batches is at index 2E + 1."""
     shapes = balancer.extra_shapes(num_experts)
     sizes = [num_experts, num_experts, 1, 1, *_extra_sizes(balancer, num_experts)]
-    scores, counts, tokens, _, *extra = torch.split(packed, sizes)
+    scores, counts, tokens, _, *extra = torch.split(packed, sizes, dim=-1)
+    rows = packed.shape[:-1]
     return Sums(
         scores,
         counts,
-        tokens.squeeze(0),
-        tuple(e.view(shape) for e, shape in zip(extra, shapes, strict=True)),
+        tokens.squeeze(-1),
+        tuple(e.reshape(*rows, *shape) for e, shape in zip(extra, shapes, strict=True)),
     )
 
 

@@ -5,7 +5,7 @@ tensors, not buffers: DistributedDataParallel broadcasts rank 0's buffers, which
 what the other ranks have counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,7 +40,7 @@ class LayerBalance(nn.Module):
             raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
         self.balancer, self.num_experts, self.gate, self.name = balancer, num_experts, gate, name
         self.last_step: Tensor
-        self.last_sums: Sums | None
+        self.last_total: Tensor | None
         self.watched: Sums | None = None
         self._reset()
 
@@ -48,6 +48,13 @@ class LayerBalance(nn.Module):
     def state(self) -> State:
         """The method's state, built over this module's buffers."""
         return _refill(self._template, iter([self.get_buffer(name) for name in self._state_names]))
+
+    @property
+    def last_sums(self) -> Sums | None:
+        """Sums of the last finished step; None before the first."""
+        if self.last_total is None:
+            return None
+        return unpack(self.last_total, self.balancer, self.num_experts)
 
     @property
     def price(self) -> Float[Tensor, "E"] | None:
@@ -128,12 +135,9 @@ class LayerBalance(nn.Module):
             total: packed sums of all ranks; None for this process's own.
         """
         total = self.running.clone() if total is None else total
-        sums = unpack(total, self.balancer, self.num_experts)
-        self._write(self.balancer.update(self.state, sums))
-        self.last_step.copy_(total[2 * self.num_experts : 2 * self.num_experts + 2])
-        self.last_sums = sums
-        self.discard()
-        return sums
+        commit_rows([self], total.unsqueeze(0))
+        assert self.last_sums is not None
+        return self.last_sums
 
     @torch.no_grad()
     def adopt(self, price: Float[Tensor, "E"]) -> None:
@@ -158,7 +162,7 @@ class LayerBalance(nn.Module):
         size = packed_size(self.balancer, self.num_experts)
         self.running = torch.zeros(size, dtype=torch.float32)
         self.loss_scale = torch.ones((), dtype=torch.float32)
-        self.last_sums = None
+        self.last_total = None
 
     def _write(self, state: State) -> None:
         for name, (_, tensor) in zip(self._state_names, _leaves(state), strict=True):
@@ -182,6 +186,38 @@ class LayerBalance(nn.Module):
             scores, counts, tokens, _ = self.watched
             self.watched = Sums(scores.to(device), counts.to(device), tokens.to(device))
         return self
+
+
+@torch.no_grad()
+def commit_rows(
+    layers: Sequence[LayerBalance],
+    totals: Float[Tensor, "L sums"],
+    *,
+    good: Bool[Tensor, ""] | None = None,
+) -> None:
+    """End the step of layers of one size under one method, in as many kernels as for one of them.
+
+    Args:
+        layers: on one device.
+        totals: their packed sums, a row each; kept by the layers.
+        good: whether to advance the states, where the host does not know it yet; None for yes.
+    """
+    first = layers[0]
+    balancer, experts = first.balancer, first.num_experts
+    held = [[layer.get_buffer(name) for layer in layers] for name in first._state_names]
+    if held:
+        old = [torch.stack(tensors) for tensors in held]
+        states = _refill(first._template, iter(old))
+        new = torch.vmap(balancer.update)(states, unpack(totals, balancer, experts))
+        for tensors, before, (_, after) in zip(held, old, _leaves(new), strict=True):
+            after = after if good is None else torch.where(good, after, before)
+            # In place: compiled graphs and CUDA graphs hold on to these very tensors.
+            torch._foreach_copy_(tensors, list(after.unbind()))
+    last_steps = totals[:, 2 * experts : 2 * experts + 2]
+    torch._foreach_copy_([layer.last_step for layer in layers], list(last_steps.unbind()))
+    torch._foreach_zero_([layer.running for layer in layers])
+    for layer, total in zip(layers, totals.unbind(), strict=True):
+        layer.last_total = total
 
 
 class BalancedRouter(LayerBalance):
