@@ -1,0 +1,79 @@
+"""Under torch.compile: one graph, however often the price moves, and memory that stays in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moebalance.balancers import LossFree, PhiBalancing, SequenceLoss, Together, ZLoss
+from moebalance.saved import method_name
+from tiny_moe import TinyMoE, close, gradients, handle, hidden
+
+# torch.compile's own: Dynamo instantiates the functions that it traces.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
+)
+
+every_router = pytest.mark.parametrize("router", ["softmax-normalised", "top-k-then-softmax"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@every_router
+@pytest.mark.parametrize(
+    "balancer",
+    [
+        PhiBalancing(strength=0.1),
+        PhiBalancing(strength=0.1, peek=False),
+        LossFree(rate=0.1),
+        SequenceLoss(strength=0.1),
+        Together(PhiBalancing(strength=0.1), LossFree(rate=0.1)),
+    ],
+    ids=method_name,
+)
+def test_a_price_that_moves_compiles_nothing_anew(balancer, router):
+    model = TinyMoE(balancer, router)
+    balancing, run = handle(model), compiled(model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(4):
+            run(hidden(16, seed=seed)).mean().backward()
+            balancing.step()
+
+
+@every_router
+@pytest.mark.parametrize("method", [PhiBalancing, ZLoss])
+def test_another_strength_in_one_process_is_charged_as_it_is(method, router):
+    for strength in (0.1, 0.2, 0.4):
+        eager = TinyMoE(method(strength=strength), router)
+        fast = TinyMoE(method(strength=strength), router)
+        run = compiled(fast)
+        found = gradients(fast, run(hidden(16)).mean())
+        close(found, gradients(eager, eager(hidden(16)).mean()))
+
+
+@every_router
+def test_what_a_graph_holds_on_to_stays_in_place(router):
+    """Captured graphs, of the compiler or of CUDA, read and write these very addresses."""
+    model = TinyMoE(Together(PhiBalancing(), LossFree()), router)
+    balancing, layer = handle(model), model.router
+
+    def addresses() -> list[int]:
+        held = [*layer.buffers(), layer.running, layer.loss_scale]
+        return [tensor.data_ptr() for tensor in held]
+
+    before = addresses()
+    for seed in range(3):
+        balancing.follow(model(hidden(16, seed=seed)).mean()).backward()
+        balancing.step()
+    balancing.load_state_dict(balancing.state_dict())
+    assert addresses() == before
