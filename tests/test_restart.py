@@ -104,7 +104,9 @@ def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit_from_its_last_checkpoin
         assert killed.endswith(f"(ended with {-signal.SIGKILL})")
         # The other rank does not go on alone, nor does it wait for ever.
         assert isinstance(survivor, Failure)
-        assert "(ended with 1)" in survivor
+        # Its error is raised; gloo may then abort the process while it winds up.
+        assert "Traceback" in survivor
+        assert survivor.endswith(("(ended with 1)", f"(ended with {-signal.SIGABRT})"))
         assert torch.load(folders[-1] / "last.pt")["balancing"]["steps"] == 4
     for whole, pieces in run(finish, 2, folders):
         assert whole["balancing"]["steps"] == 6

@@ -6,6 +6,7 @@ moebalance finetune recipe.toml    the same from a checkpoint's weights
 moebalance compare recipe.toml     methods × seeds under equal compute
 moebalance report runs/…           run logs → one offline HTML file
 moebalance doctor MODEL            what balances a model, what can, and what will leave with it
+moebalance bench                   what every method costs on this machine, side by side
 """
 
 import logging
@@ -187,6 +188,43 @@ def report(
             for run in found:
                 copy(run, archive / run.batching / run.path.parent.name)
             console.print(f"Archived {len(found)} logs in {archive}")
+
+
+@app.command()
+def bench(
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, e.g. 'phi,phi(peek=False),switch'.")
+    ] = "phi,switch,loss-free,none",
+    tokens: Annotated[str, typer.Option(help="Tokens in a batch; several with commas.")] = "8192",
+    sizes: Annotated[
+        str, typer.Option(help="Experts and experts per token, e.g. '8:2,64:8'.")
+    ] = "8:2,64:8,256:8",
+    rules: Annotated[
+        str, typer.Option(help="How scores become weights: softmax, normalised, sigmoid.")
+    ] = "softmax,sigmoid",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="Each variant runs once a round.")] = 31,
+    step: Annotated[bool, typer.Option("--step", help="Also a whole training step.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write NAME.json, NAME.md and NAME.svg.")
+    ] = None,
+) -> None:
+    """Measure what every method costs on this machine, beside a bare router and its rivals."""
+    with _plain_errors():
+        from moebalance.bench.command import run
+
+        run(
+            methods=methods,
+            tokens=tokens,
+            sizes=sizes,
+            rules=rules,
+            device=device,
+            threads=threads,
+            rounds=rounds,
+            step=step,
+            out=out,
+        )
 
 
 def main() -> None:

@@ -21,10 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, State, per_token
-from moebalance.routing import Batch, Gate, Routing, Sums, real_rows, route
-
-_SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
+from moebalance.balancers.base import Balancer, State
+from moebalance.routing import Batch, Gate, Sums, route
 
 
 class Tally(NamedTuple):
@@ -75,44 +73,20 @@ def inject(
     return carried
 
 
-def choose(
-    logits: Float[Tensor, "T E"],
-    preference: Float[Tensor, "T E"] | None,
-    *,
-    top_k: int,
-    normalize: bool,
-    mask: Bool[Tensor, "T"] | None,
-    sequences: int,
-    balancer: Balancer,
-    gate: Gate,
-    state: State,
-    tally: Tally,
-) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
-    """Weights of the chosen experts and the choice, counted and charged in one backward pass.
-
-    For a router that is ours under a method that `only_prices`. The gradient of the affinities
-    begins as the charge instead of zeros, and what the task sends is added at K places of each row.
-    To what top-k itself costs this adds one read of the scores and one of the choice.
-
-    Args:
-        logits: (T, E), requires grad.
-        preference: (T, E), what top-k ranks; None for the affinities less `balancer.price`.
-        top_k: K.
-        normalize: whether a token's weights, its experts' affinities, are divided by their sum.
-
-    Other arguments as of `inject`.
-    """
-    static = (balancer, gate, sequences, top_k, normalize)
-    weights, experts = _Choose.apply(  # type: ignore[no-untyped-call]
-        static, state, tally, mask, preference, logits
-    )
-    return weights, experts
-
-
 def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return `loss` unchanged, and write the gradient it receives into `scale`."""
     followed: Tensor = _Follow.apply(loss, scale)  # type: ignore[no-untyped-call]
     return followed
+
+
+def count(balancer: Balancer, tally: Tally, sums: Sums, routing: Any) -> Batch:
+    """Add one batch to the sums of its step, and say what its place in that step is.
+
+    `routing` is that of the batch, or None for a method that reads sums alone.
+    """
+    tally.running.add_(pack(sums))
+    step = unpack(tally.running, balancer, sums.scores.shape[-1])
+    return Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
 
 
 def packed_size(balancer: Balancer, num_experts: int) -> int:
@@ -186,93 +160,12 @@ class _Inject(torch.autograd.Function):
         (upstream,) = gradients
         logits, experts, mask, weight = ctx.saved_tensors
         balancer, gate, sequences = ctx.static
-        batch = _count(ctx, route(logits, experts, gate, mask=mask, sequences=sequences))
+        routing = route(logits, experts, gate, mask=mask, sequences=sequences)
+        batch = count(balancer, ctx.tally, balancer.observe(ctx.state, routing), routing)
         scale = ctx.tally.scale if weight is None else ctx.tally.scale * weight
         charge = balancer.logit_gradient(ctx.state, batch, scale)
         charge = None if charge is None else charge.to(logits.dtype)
         return None, None, None, None, None, None, charge, upstream
-
-
-class _Choose(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        static: tuple[Balancer, Gate, int, int, bool],
-        state: State,
-        tally: Tally,
-        mask: Tensor | None,
-        preference: Tensor | None,
-        logits: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        balancer, gate, sequences, top_k, normalize = static
-        affinities = gate.affinities(logits)
-        weights, experts = best(affinities, preference, balancer.price(state), top_k)
-        total = None
-        if normalize:
-            weights, total = shares(weights)
-        ctx.static, ctx.state, ctx.tally = (balancer, gate, sequences), state, tally
-        ctx.dtype = logits.dtype
-        ctx.mark_non_differentiable(experts)
-        ctx.set_materialize_grads(False)  # or zeros are made for the choice
-        ctx.save_for_backward(affinities, experts, mask, weights if normalize else None, total)
-        # A copy, for what is kept for backward may not change, and models scale weights in place.
-        return weights.clone() if normalize else weights, experts
-
-    @staticmethod
-    @torch.no_grad()
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        upstream, _ = gradients
-        affinities, experts, mask, weights, total = ctx.saved_tensors
-        balancer, gate, sequences = ctx.static
-        scores = gate.scores_of(affinities)
-        batch = _count(ctx, Routing(None, scores, experts, gate, mask, sequences))
-        price = balancer.charged(ctx.state, batch)
-        if price is None:
-            gradient = torch.zeros_like(affinities)
-        else:
-            price = price * per_token(batch, ctx.tally.scale)
-            gradient = real_rows(gate.charge(price, affinities), mask)
-        if weights is not None:
-            # In the order of autograd's division, so that the task's part is the same in all bits.
-            drawn = (upstream * (weights / total)).sum(dim=-1, keepdim=True)
-            upstream = upstream / total - drawn
-        gradient.scatter_add_(-1, experts, upstream.to(gradient.dtype))
-        return None, None, None, None, None, gate.backward(gradient, affinities).to(ctx.dtype)
-
-
-def best(
-    affinities: Float[Tensor, "T E"],
-    preference: Float[Tensor, "T E"] | None,
-    price: Float[Tensor, "E"] | None,
-    top_k: int,
-) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
-    """The K best by preference, else by affinity less price: their affinities and their indices."""
-    if preference is None and price is None:
-        chosen, experts = affinities.topk(top_k, dim=-1)
-        return chosen, experts
-    ranked = preference
-    if ranked is None:
-        ranked = affinities if price is None else affinities - price
-    experts = ranked.topk(top_k, dim=-1).indices
-    return affinities.gather(-1, experts), experts
-
-
-def shares(
-    chosen: Float[Tensor, "T K"],
-) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T 1"]]:
-    """Each row divided by its sum, and the sum."""
-    # clamp: a price may choose experts whose affinities all underflowed.
-    total = chosen.sum(dim=-1, keepdim=True).clamp(min=_SMALL)
-    return chosen / total, total
-
-
-def _count(ctx: Any, routing: Routing) -> Batch:
-    """Add one batch to the sums of its step."""
-    balancer, tally = ctx.static[0], ctx.tally
-    sums = balancer.observe(ctx.state, routing)
-    tally.running.add_(pack(sums))
-    step = unpack(tally.running, balancer, routing.num_experts)
-    return Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
 
 
 class _Follow(torch.autograd.Function):

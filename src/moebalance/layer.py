@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moebalance.balancers.base import Balancer, State
-from moebalance.inject import Tally, best, choose, inject, pack, packed_size, shares, unpack
+from moebalance.choose import Pass, best, choose, shares
+from moebalance.inject import Tally, inject, pack, packed_size, unpack
 from moebalance.routing import Gate, Softmax, Sums, measure, route
 
 _SOFTMAX = Softmax()
@@ -229,6 +230,7 @@ class BalancedRouter(LayerBalance):
         top_k: K, experts per token.
         gate: `Softmax()` or `Sigmoid()`.
         normalize: whether the K weights of a token are divided by their sum.
+        fused: whether to run as one kernel each way where that can be (`kernels.supported`).
         name: what errors and logs call this layer.
 
     Raises:
@@ -249,6 +251,7 @@ class BalancedRouter(LayerBalance):
         *,
         gate: Gate = _SOFTMAX,
         normalize: bool = True,
+        fused: bool = True,
         name: str = "router",
     ) -> None:
         super().__init__(balancer, num_experts, gate=gate, name=name)
@@ -256,7 +259,7 @@ class BalancedRouter(LayerBalance):
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
             )
-        self.top_k, self.normalize = top_k, normalize
+        self.top_k, self.normalize, self.fused = top_k, normalize, fused
 
     def forward(
         self, logits: Float[Tensor, "*tokens E"], mask: Bool[Tensor, "*tokens"] | None = None
@@ -302,19 +305,8 @@ class BalancedRouter(LayerBalance):
         balancer, preference = self.balancer, None
         if balancer.selects and not balancer.prices_selection:
             preference = self.preference(logits, mask, training=self.training)
-        if training and logits.requires_grad and balancer.only_prices:
-            return choose(
-                logits,
-                preference,
-                top_k=self.top_k,
-                normalize=self.normalize,
-                mask=mask,
-                sequences=sequences,
-                balancer=balancer,
-                gate=self.gate,
-                state=self.state,
-                tally=Tally(self.running, self.last_step, self.loss_scale),
-            )
+        if training and logits.requires_grad and balancer.from_sums:
+            return choose(logits, self._pass(), preference=preference, mask=mask)
         affinities = self.gate.affinities(logits)
         weights, experts = best(affinities, preference, self.price, self.top_k)
         if self.normalize:
@@ -322,6 +314,17 @@ class BalancedRouter(LayerBalance):
         if training:
             weights = self.inject(weights, logits, experts, mask=mask, sequences=sequences)
         return weights, experts
+
+    def _pass(self) -> Pass:
+        return Pass(
+            self.balancer,
+            self.gate,
+            self.top_k,
+            self.normalize,
+            self.state,
+            Tally(self.running, self.last_step, self.loss_scale),
+            self.fused,
+        )
 
 
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -203,8 +203,7 @@ class Routing(NamedTuple):
     """What one router did with one batch.
 
     Attributes:
-        logits: z (T, E), as the router's linear map gave them; None where a router charges a plain
-            price on its way (`Balancer.only_prices`) and need not keep them.
+        logits: z (T, E), as the router's linear map gave them.
         scores: p (T, E), rows sum to one, float32 at least, differentiable.
         experts: (T, K) int64, the experts each token was sent to.
         gate: how `scores` came from `logits`.
@@ -212,7 +211,7 @@ class Routing(NamedTuple):
         sequences: number of equally long sequences the T tokens are laid out in, row by row.
     """
 
-    logits: Float[Tensor, "T E"] | None
+    logits: Float[Tensor, "T E"]
     scores: Float[Tensor, "T E"]
     experts: Int[Tensor, "T K"]
     gate: Gate
@@ -273,7 +272,8 @@ class Batch(NamedTuple):
     """One batch and its place in the optimizer step it belongs to.
 
     Attributes:
-        routing: what the router did with this batch.
+        routing: what the router did with this batch. A router of ours does not keep it, and gives
+            None, to a method that says it reads the sums alone (`Balancer.from_sums`).
         sums: this batch's sums.
         step: sums of the step so far, this batch included.
         share: this batch's share of the tokens of its step, in (0, 1]; 1 if it is the whole step.
@@ -304,14 +304,24 @@ def route(
 
 def measure(routing: Routing, extra: Sequence[Tensor] = ()) -> Sums:
     """Sum what one batch did: scores, assignment counts and tokens, padding left out."""
-    weights = routing.token_weights
-    # Without a mask a constant 1 is expanded rather than allocated: (T·K,) of stride 0.
-    assignments = routing.scores.new_ones(()).expand(routing.experts.numel())
-    if weights is not None:
-        assignments = weights.unsqueeze(-1).expand_as(routing.experts).reshape(-1)
-    scores = real_rows(routing.scores, routing.mask).sum(dim=0)
-    counts = torch.zeros_like(scores).scatter_add(0, routing.experts.reshape(-1), assignments)
-    return Sums(scores, counts, routing.tokens, tuple(extra))
+    found = add_up(routing.scores, routing.experts, routing.mask)
+    return found._replace(extra=tuple(extra))
+
+
+def add_up(
+    scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"], mask: Bool[Tensor, "T"] | None
+) -> Sums:
+    """Σ_t p_t, the counts of the choice and the number of tokens, over real tokens."""
+    if mask is None:
+        tokens = scores.new_full((), float(scores.shape[0]))
+        # A constant 1 is expanded rather than allocated: (T·K,) of stride 0.
+        ones = scores.new_ones(()).expand(experts.numel())
+    else:
+        tokens = mask.sum().to(scores.dtype)
+        ones = mask.to(scores.dtype).unsqueeze(-1).expand_as(experts).reshape(-1)
+    total = real_rows(scores, mask).sum(dim=0)
+    counts = torch.zeros_like(total).scatter_add(0, experts.reshape(-1), ones)
+    return Sums(total, counts, tokens)
 
 
 def real_rows(values: Float[Tensor, "T *more"], mask: Bool[Tensor, "T"] | None) -> Tensor:

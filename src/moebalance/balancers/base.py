@@ -105,19 +105,18 @@ class Balancer:
         if price is None:
             return None
         routing = batch.routing
-        assert routing.logits is not None
         price = price * per_token(batch, scale)
         gradient = routing.gate.pull_back(price, routing.scores, routing.logits)
         return real_rows(gradient, routing.mask)
 
     @property
-    def only_prices(self) -> bool:
-        """Whether a price on the scores, or none, is all of the method's effect on the gradient.
+    def from_sums(self) -> bool:
+        """Whether `charged` (E,), read from state and sums alone, is all the gradient there is.
 
-        A router that is ours then charges it on its way and keeps no logits for it.
+        A router of ours then charges it on its way, and keeps no `batch.routing` for it. Say so
+        where it holds: it is the fast way (`choose.py`).
         """
-        own = _overrides(self, "penalty") or _overrides(self, "logit_gradient")
-        return not (own or _overrides(self, "extra"))
+        return False
 
     @property
     def charges(self) -> bool:
@@ -185,7 +184,7 @@ def more_coupled(first: Coupling, second: Coupling) -> Coupling:
 def per_token(batch: Batch, scale: float | Tensor) -> Tensor:
     """scale · E / tokens, (): what turns a price into the gradient of a score."""
     # clamp: a batch of padding only has no gradient, not 0/0.
-    return scale * batch.routing.num_experts / batch.sums.tokens.clamp(min=1)
+    return scale * batch.sums.scores.shape[-1] / batch.sums.tokens.clamp(min=1)
 
 
 def where_seen(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:
@@ -228,7 +227,6 @@ def _check_number(name: str, value: object) -> None:
 def _differentiated(balancer: Balancer, state: State, batch: Batch) -> Float[Tensor, "T E"] | None:
     """Gradient of a penalty that gives none itself, by autograd on a graph of its own."""
     old = batch.routing
-    assert old.logits is not None
     with torch.enable_grad():
         logits = old.logits.detach().requires_grad_()
         routing = route(logits, old.experts, old.gate, mask=old.mask, sequences=old.sequences)

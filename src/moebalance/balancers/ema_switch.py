@@ -36,6 +36,11 @@ class EmaSwitchLoss(Balancer):
         check_rate("rate", self.rate)
 
     @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def reads(self) -> frozenset[str]:
         """The hard load."""
         return frozenset({"counts"})

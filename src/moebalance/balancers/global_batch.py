@@ -32,6 +32,11 @@ class GlobalBatchLoss(Balancer):
         check_positive("strength", self.strength)
 
     @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def coupling(self) -> Literal["step"]:
         """A batch sees the step so far, within its process."""
         return "step"

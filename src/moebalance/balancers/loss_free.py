@@ -48,6 +48,11 @@ class LossFree(Balancer):
         return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
 
     @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def reads(self) -> frozenset[str]:
         """The hard load."""
         return frozenset({"counts"})

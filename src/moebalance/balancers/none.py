@@ -8,3 +8,8 @@ from moebalance.balancers.base import Balancer
 @dataclass(frozen=True)
 class NoBalancing(Balancer):
     """Watch the experts and change nothing."""
+
+    @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True

@@ -69,6 +69,11 @@ class PhiBalancing(Balancer):
             )
 
     @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def reads(self) -> frozenset[str]:
         """The sums of its statistic."""
         return frozenset({"scores" if self.statistic == "soft" else "counts"})

@@ -50,7 +50,6 @@ class QuantileBalancing(Balancer):
 
     def extra(self, state: SelectionPrice, routing: Routing) -> tuple[Tensor, ...]:
         """Histogram over tokens of a − α, one row an expert."""
-        assert routing.logits is not None
         affinities = routing.gate.affinities(routing.logits)
         experts, top_k = routing.num_experts, routing.top_k
         ranked = (affinities - state.price).topk(min(top_k + 1, experts), dim=-1).values

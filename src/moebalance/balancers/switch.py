@@ -34,6 +34,11 @@ class SwitchLoss(Balancer):
         check_positive("strength", self.strength)
 
     @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def coupling(self) -> Literal["batch"]:
         """Load and mean score of one batch are multiplied."""
         return "batch"

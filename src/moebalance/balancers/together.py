@@ -110,9 +110,9 @@ class Together(Balancer):
         return _sum(*(p.logit_gradient(s, b, scale) for p, s, b in self._parts(state, batch)))
 
     @property
-    def only_prices(self) -> bool:
-        """Whether both do no more than that."""
-        return self.first.only_prices and self.second.only_prices
+    def from_sums(self) -> bool:
+        """Whether both are."""
+        return self.first.from_sums and self.second.from_sums
 
     @property
     def charges(self) -> bool:

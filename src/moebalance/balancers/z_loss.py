@@ -41,11 +41,9 @@ class ZLoss(Balancer):
         routing = batch.routing
         factor = 2 * self.strength * scale / batch.sums.tokens.clamp(min=1)
         rows = factor * _log_partition(routing)
-        assert routing.logits is not None
         gradient = rows.unsqueeze(-1) * at_least_float32(routing.logits).softmax(dim=-1)
         return real_rows(gradient, routing.mask)
 
 
 def _log_partition(routing: Routing) -> Float[Tensor, "T"]:
-    assert routing.logits is not None
     return at_least_float32(routing.logits).logsumexp(dim=-1)

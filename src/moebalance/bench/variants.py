@@ -1,0 +1,178 @@
+"""Routers to be timed: a bare one, ours under any method, and the ways others add a balancing term.
+
+Each is a function of the logits (T, E) that returns the weights (T, K), its balancing term tied to
+their gradient as its authors do it: ours on the way back, theirs as a second output that the loss
+adds. Functions of other packages are imported where they are installed; where not, the formula is
+written down anew and the name says so.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebalance.balancers import Balancer
+from moebalance.layer import BalancedRouter, LayerBalance
+from moebalance.routing import Gate, Sigmoid, Softmax
+
+Rule = Literal["softmax", "softmax, normalised", "sigmoid, normalised"]
+RULES: tuple[Rule, ...] = ("softmax", "softmax, normalised", "sigmoid, normalised")
+
+Outputs = tuple[Tensor, Tensor | None]
+"""Weights (T, K), and a balancing term () to be added to the loss."""
+
+STRENGTH = 1e-2
+
+
+class BareRouter:
+    """Affinities, top-k and weights, and nothing else: what everything is measured against."""
+
+    def __init__(self, rule: Rule, top_k: int) -> None:
+        self.sigmoid, self.normalized = rule.startswith("sigmoid"), rule.endswith("normalised")
+        self.top_k = top_k
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """Weights without a term."""
+        return self.route(logits)[1], None
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Affinities (T, E), weights (T, K) and experts (T, K)."""
+        wide = logits.float()
+        affinities = wide.sigmoid() if self.sigmoid else wide.softmax(dim=-1)
+        chosen, experts = affinities.topk(self.top_k, dim=-1)
+        return affinities, self._weigh(chosen), experts
+
+    def _weigh(self, chosen: Tensor) -> Tensor:
+        return chosen / chosen.sum(dim=-1, keepdim=True) if self.normalized else chosen
+
+
+class Ours:
+    """`BalancedRouter` under a method."""
+
+    def __init__(self, balancer: Balancer, experts: int, top_k: int, rule: Rule) -> None:
+        gate: Gate = Sigmoid() if rule.startswith("sigmoid") else Softmax()
+        normalize = rule.endswith("normalised")
+        self.router = BalancedRouter(balancer, experts, top_k, gate=gate, normalize=normalize)
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """Weights, charged on the way back."""
+        return self.router(logits)[0], None
+
+
+class Attached:
+    """A bare router of somebody else's model, with a method attached to its outputs."""
+
+    def __init__(self, balancer: Balancer, experts: int, top_k: int, rule: Rule) -> None:
+        self.bare = BareRouter(rule, top_k)
+        gate: Gate = Sigmoid() if self.bare.sigmoid else Softmax()
+        self.layer = LayerBalance(balancer, experts, gate=gate)
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """Weights, charged on the way back."""
+        _, weights, experts = self.bare.route(logits)
+        return self.layer.inject(weights, logits, experts), None
+
+
+class LeanSwitch(BareRouter):
+    """The Switch loss in as few operations as autograd allows."""
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """α E ⟨f, p̄⟩."""
+        affinities, weights, experts = self.route(logits)
+        mean = affinities.mean(dim=0)
+        if self.sigmoid:
+            mean = (affinities / affinities.sum(dim=-1, keepdim=True)).mean(dim=0)
+        places = experts.reshape(-1)
+        one = mean.new_ones(()).expand(places.numel())
+        load = torch.zeros_like(mean).scatter_add(0, places, one) / places.numel()
+        return weights, STRENGTH * load.numel() * (load @ mean)
+
+
+class OneHotSwitch(BareRouter):
+    """The Switch loss with the load from a one-hot mask, as GShard's descendants write it."""
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """α E Σ_e mean(mask_e) mean(p_e)."""
+        affinities, weights, experts = self.route(logits)
+        mask = F.one_hot(experts, affinities.shape[-1]).sum(dim=1).to(affinities.dtype)
+        term = (mask.mean(dim=0) * affinities.mean(dim=0)).sum()
+        return weights, STRENGTH * affinities.shape[-1] / self.top_k * term
+
+
+class BiasRouter(BareRouter):
+    """Loss-free as usually written: selection by affinity plus bias, a histogram of the choice."""
+
+    def __init__(self, rule: Rule, top_k: int, experts: int) -> None:
+        super().__init__(rule, top_k)
+        self.bias, self.counts = torch.zeros(experts), torch.zeros(experts)
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """Weights by affinity, choice by affinity plus bias."""
+        wide = logits.float()
+        affinities = wide.sigmoid() if self.sigmoid else wide.softmax(dim=-1)
+        bias = self.bias.to(logits.device)
+        _, experts = (affinities + bias).topk(self.top_k, dim=-1)
+        places = experts.reshape(-1).float()
+        self.counts = self.counts.to(logits.device)
+        with torch.no_grad():
+            self.counts += torch.histc(places, len(bias), 0, len(bias) - 1)
+        return self._weigh(affinities.gather(1, experts)), None
+
+
+class TransformersLoss(BareRouter):
+    """`load_balancing_loss_func` of Transformers, on the logits as its models return them."""
+
+    def __init__(self, rule: Rule, top_k: int) -> None:
+        super().__init__(rule, top_k)
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        self.function = load_balancing_loss_func
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """Its own softmax, top-k and one-hot, once more."""
+        term = self.function((logits,), logits.shape[-1], self.top_k)
+        assert isinstance(term, Tensor)
+        return self.route(logits)[1], STRENGTH * term
+
+
+class MegatronLoss(BareRouter):
+    """`switch_load_balancing_loss_func` of Megatron-Core, with the statistics that it takes."""
+
+    def __init__(self, rule: Rule, top_k: int) -> None:
+        super().__init__(rule, top_k)
+        from megatron.core.transformer.moe.moe_utils import (  # type: ignore[import-not-found]
+            switch_load_balancing_loss_func,
+        )
+
+        self.function = switch_load_balancing_loss_func
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """Its loss on the scores and a routing map, as its router forms them."""
+        affinities, weights, experts = self.route(logits)
+        chosen = torch.zeros_like(logits).int().scatter(1, experts, 1).bool()
+        term = self.function(
+            probs=affinities,
+            tokens_per_expert=chosen.sum(dim=0),
+            total_num_tokens=logits.shape[0],
+            topk=self.top_k,
+            num_experts=logits.shape[-1],
+            moe_aux_loss_coeff=STRENGTH,
+        )
+        return weights, term
+
+
+def others(experts: int, top_k: int, rule: Rule) -> dict[str, Callable[[Tensor], Outputs]]:
+    """What others do under this rule, by name; imported functions only where they are installed."""
+    found: dict[str, Callable[[Tensor], Outputs]] = {
+        "Switch, leanest (restated)": LeanSwitch(rule, top_k),
+        "Switch, one-hot (restated)": OneHotSwitch(rule, top_k),
+        "loss-free (restated)": BiasRouter(rule, top_k, experts),
+    }
+    if not rule.startswith("sigmoid") and importlib.util.find_spec("transformers"):
+        found["Transformers' function"] = TransformersLoss(rule, top_k)
+    if importlib.util.find_spec("megatron"):
+        found["Megatron-Core's function"] = MegatronLoss(rule, top_k)
+    return found

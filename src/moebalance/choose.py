@@ -1,0 +1,178 @@
+"""The pass of a router that is ours: choose, weigh, count and charge in one autograd node.
+
+    forward   affinities a(z), experts = top-k of a − price, weights a_e or a_e / Σ_chosen a
+    backward  the batch is counted, its price q formed from the sums, and
+              ∂/∂a  ←  q's pull on p = a / Σa, plus the task's gradient at the K chosen places
+
+The gradient of the affinities begins as the charge instead of zeros, so that to a bare router this
+adds one read of the scores and one of the choice, and keeps nothing more for backward. On a GPU the
+same is one fused pass each way that keeps the logits alone (`kernels`).
+
+For methods whose price is formed `from_sums`; others go through `inject`, as foreign routers do.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moebalance import kernels
+from moebalance.balancers.base import Balancer, State, per_token
+from moebalance.inject import Tally, count, unpack
+from moebalance.routing import Gate, Sums, add_up, real_rows
+
+_SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
+
+
+class Pass(NamedTuple):
+    """What stays the same from batch to batch.
+
+    Attributes:
+        balancer: the method.
+        gate: affinities from logits.
+        top_k: K.
+        normalize: whether a token's weights, its experts' affinities, are divided by their sum.
+        state: the method's state, constant during a step.
+        tally: tensors that the backward pass reads and writes.
+        fused: whether to take the fused kernels where they run.
+    """
+
+    balancer: Balancer
+    gate: Gate
+    top_k: int
+    normalize: bool
+    state: State
+    tally: Tally
+    fused: bool = True
+
+
+def choose(
+    logits: Float[Tensor, "T E"],
+    how: Pass,
+    *,
+    preference: Float[Tensor, "T E"] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
+) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+    """Weights of the chosen experts, tied to counting and charging, and the choice.
+
+    Args:
+        logits: (T, E), requires grad.
+        how: the router and its method.
+        preference: (T, E), what top-k ranks; None for the affinities less the method's price.
+        mask: (T,) True for real tokens, or None.
+    """
+    fits = how.fused and preference is None and kernels.supported(logits, how.gate, how.top_k)
+    node = _Fused if fits else _Plain
+    weights, experts = node.apply(how, preference, mask, logits)  # type: ignore[no-untyped-call]
+    return weights, experts
+
+
+def best(
+    affinities: Float[Tensor, "T E"],
+    preference: Float[Tensor, "T E"] | None,
+    price: Float[Tensor, "E"] | None,
+    top_k: int,
+) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+    """The K best by preference, else by affinity less price: their affinities and their indices."""
+    if preference is None and price is None:
+        chosen, experts = affinities.topk(top_k, dim=-1)
+        return chosen, experts
+    ranked = preference
+    if ranked is None:
+        ranked = affinities if price is None else affinities - price
+    experts = ranked.topk(top_k, dim=-1).indices
+    return affinities.gather(-1, experts), experts
+
+
+def shares(
+    chosen: Float[Tensor, "T K"],
+) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T 1"]]:
+    """Each row divided by its sum, and the sum."""
+    # clamp: a price may choose experts whose affinities all underflowed.
+    total = chosen.sum(dim=-1, keepdim=True).clamp(min=_SMALL)
+    return chosen / total, total
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, how: Pass, preference: Tensor | None, mask: Tensor | None, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        affinities = how.gate.affinities(logits)
+        price = how.balancer.price(how.state)
+        weights, experts = best(affinities, preference, price, how.top_k)
+        total = None
+        if how.normalize:
+            weights, total = shares(weights)
+        # State and tally change in place after this; autograd's version check is not for them.
+        ctx.how, ctx.dtype = how, logits.dtype
+        ctx.mark_non_differentiable(experts)
+        ctx.set_materialize_grads(False)  # or zeros are made for the choice
+        ctx.save_for_backward(affinities, experts, mask, weights if how.normalize else None, total)
+        # A copy, for what is kept for backward may not change, and models scale weights in place.
+        return weights.clone() if how.normalize else weights, experts
+
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        upstream, _ = gradients
+        affinities, experts, mask, weights, total = ctx.saved_tensors
+        how = ctx.how
+        charge = _charge(how, add_up(how.gate.scores_of(affinities), experts, mask))
+        if charge is None:
+            gradient = torch.zeros_like(affinities)
+        else:
+            gradient = real_rows(how.gate.charge(charge, affinities), mask)
+        if weights is not None:
+            # In the order of autograd's division, so that the task's part is the same in all bits.
+            drawn = (upstream * (weights / total)).sum(dim=-1, keepdim=True)
+            upstream = upstream / total - drawn
+        gradient.scatter_add_(-1, experts, upstream.to(gradient.dtype))
+        return None, None, None, how.gate.backward(gradient, affinities).to(ctx.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, how: Pass, preference: None, mask: Tensor | None, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        found = kernels.choose(
+            logits,
+            how.gate,
+            how.top_k,
+            normalize=how.normalize,
+            price=how.balancer.price(how.state),
+            mask=mask,
+        )
+        # The sums are here already, but a batch is counted in backward: forward may run twice.
+        ctx.how, ctx.sums = how, unpack(found.packed, how.balancer, logits.shape[-1])
+        ctx.mark_non_differentiable(found.experts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, found.experts, found.normaliser, mask)
+        return found.weights, found.experts
+
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        upstream, _ = gradients
+        logits, experts, normaliser, mask = ctx.saved_tensors
+        how = ctx.how
+        gradient = kernels.pull_back(
+            upstream,
+            logits,
+            experts,
+            normaliser,
+            how.gate,
+            normalize=how.normalize,
+            charge=_charge(how, ctx.sums),
+            mask=mask,
+        )
+        return None, None, None, gradient
+
+
+def _charge(how: Pass, sums: Sums) -> Tensor | None:
+    """Count the batch, and say what a token's scores are charged, (E,)."""
+    batch = count(how.balancer, how.tally, sums, None)
+    price = how.balancer.charged(how.state, batch)
+    return None if price is None else price * per_token(batch, how.tally.scale)

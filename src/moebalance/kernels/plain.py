@@ -1,0 +1,112 @@
+"""The meaning of the fused router, in torch: what `router.choose` computes in one pass.
+
+    r = a(z) affinities − price,    experts = top-k of r (among the kept groups),
+    packed = [Σ_t p_t, counts, tokens, 1],    normaliser = log Σ_e exp a(z_e).
+
+The backward pass of the kernel is this function's, of `weights` and of the summed scores together:
+autograd of ⟨g, weights⟩ + ⟨q, packed[:E]⟩ is `router.pull_back` with upstream g and charge q.
+
+Group-limited choice: DeepSeek-V2 (arXiv 2405.04434, 2.1.2) scores a group by its best affinity
+(`Groups.best` = 1), DeepSeek-V3 (arXiv 2412.19437, 2.1.2) by the sum of its best two.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moebalance.routing import Gate, Sigmoid, at_least_float32, real_rows
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A choice limited to the best groups of neighbouring experts.
+
+    Args:
+        count: number of groups of equal size.
+        kept: number of groups a token may choose from.
+        best: a group's score is the sum of this many of its best ranks: 1 or 2 in practice.
+    """
+
+    count: int
+    kept: int
+    best: int = 2
+
+    @property
+    def limit(self) -> bool:
+        """Whether any expert is out of reach."""
+        return self.kept < self.count
+
+
+class Chosen(NamedTuple):
+    """What one pass over the logits finds.
+
+    Attributes:
+        weights: (T, K) in the logits' dtype, differentiable in the plain form.
+        experts: (T, K) int64, best first; of equals the lowest index first.
+        normaliser: (T,) log Σ_e exp a(z_e), kept for the backward pass.
+        packed: (2E + 2,) scores Σ_t p_t, counts, tokens and a 1 that counts the batch, laid out
+            as the body packs the sums of a method without sums of its own.
+    """
+
+    weights: Float[Tensor, "T K"]
+    experts: Int[Tensor, "T K"]
+    normaliser: Float[Tensor, "T"]
+    packed: Float[Tensor, "sums"]
+
+
+def choose(
+    logits: Float[Tensor, "T E"],
+    gate: Gate,
+    top_k: int,
+    *,
+    normalize: bool,
+    price: Float[Tensor, "E"] | None = None,
+    groups: Groups | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
+) -> Chosen:
+    """Choose experts, weigh them and sum what was done; see `router.choose`."""
+    scores = gate.scores(logits)
+    experts = ranking(logits.detach(), gate, price, groups)[:, :top_k]
+    weights = (
+        gate.log_affinity(logits.gather(-1, experts)).softmax(dim=-1)
+        if normalize
+        else gate.affinities(logits).gather(-1, experts)
+    )
+    real = logits.new_ones(logits.shape[0], dtype=torch.bool) if mask is None else mask
+    chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)
+    tokens = real.sum().to(scores.dtype)
+    sums = [real_rows(scores, real).sum(dim=0), real_rows(chosen, real).sum(dim=0)]
+    packed = torch.cat([*sums, torch.stack([tokens, torch.ones_like(tokens)])])
+    return Chosen(weights.to(logits.dtype), experts, _normaliser(logits, gate), packed)
+
+
+def ranking(
+    logits: Float[Tensor, "T E"],
+    gate: Gate,
+    price: Float[Tensor, "E"] | None,
+    groups: Groups | None,
+) -> Int[Tensor, "T E"]:
+    """All experts, best first: of equals the lowest index first, and NaN above all numbers."""
+    groups = groups if groups is not None and groups.limit else None
+    if price is None and groups is None:
+        # Affinities grow with logits, which do not underflow.
+        return logits.argsort(dim=-1, descending=True, stable=True)
+    ranks = gate.affinities(logits)
+    ranks = ranks if price is None else ranks - price
+    order = ranks.argsort(dim=-1, descending=True, stable=True)
+    if groups is None:
+        return order
+    size = ranks.shape[-1] // groups.count
+    grouped = ranks.view(len(ranks), groups.count, size).sort(dim=-1, descending=True).values
+    best = grouped[..., : groups.best].sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+    is_open = torch.zeros_like(best).scatter(-1, best[:, : groups.kept], 1)
+    is_open = is_open.repeat_interleave(size, dim=-1).gather(-1, order)
+    return order.gather(-1, is_open.argsort(dim=-1, descending=True, stable=True))
+
+
+def _normaliser(logits: Float[Tensor, "T E"], gate: Gate) -> Float[Tensor, "T"]:
+    z = at_least_float32(logits)
+    return (gate.log_affinity(z) if isinstance(gate, Sigmoid) else z).logsumexp(dim=-1)

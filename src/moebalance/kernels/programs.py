@@ -1,0 +1,338 @@
+"""The fused router's two Triton programs: `plain.py` is their meaning, `router.py` launches them.
+
+A program holds a block of rows as a tile (chunks, rows, width) of registers: expert = chunk · step
++ lane. The tile is loaded flat, as (chunks · rows, width): Triton then gives the width to the lanes
+of a warp, the rows to the warps and the chunks to each thread's own registers, so that reducing
+over chunks is free and reducing over the width stays within a warp. With group-limited choice a
+chunk is a group. Positions that no expert has are dead: never chosen and never stored.
+
+Top-k is K rounds of arg-max on integer keys that sort as the floats do. Two integer reductions a
+round (the largest key, the lowest expert that has it) are one warp instruction each since Ampere,
+where a reduction of floats or of pairs takes five shuffles or ten. A NaN sorts above all numbers.
+
+Arithmetic is float32. exp(min(z, 0)) / (1 + exp(−|z|)) is σ(z) without overflow; divided by its
+largest it does not underflow either.
+
+This module imports Triton; nothing else in the library does.
+"""
+# mypy: ignore-errors
+# Triton reads these functions as a language of its own, in which arguments carry no types.
+
+import triton
+import triton.language as tl
+
+DEAD = tl.constexpr(-2147483647)
+"""Key of a position that cannot be chosen; below the key of every float."""
+TAKEN = tl.constexpr(-2147483648)
+"""Key of what has been chosen."""
+NOBODY = tl.constexpr(2147483647)
+"""Above every index; as a key, that of NaN."""
+
+
+@triton.jit(do_not_specialize=["rows", "zero"])
+def choose(
+    logits,
+    price,
+    mask,
+    weights,
+    experts,
+    normaliser,
+    partials,
+    rows,
+    zero,
+    stride: tl.constexpr,
+    num_experts: tl.constexpr,
+    top_k: tl.constexpr,
+    chunks: tl.constexpr,
+    step: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    slots: tl.constexpr,
+    sigmoid: tl.constexpr,
+    normalize: tl.constexpr,
+    has_price: tl.constexpr,
+    has_mask: tl.constexpr,
+    kept: tl.constexpr,
+    best: tl.constexpr,
+):
+    """Choose and weigh the experts of every row; sum scores, counts and tokens per program.
+
+    `kept` groups of those that the chunks are, judged by their `best` ranks; kept = 0 for no
+    groups. Programs stride over the blocks of rows, and each writes one row of `partials`.
+    """
+    if kept > 0:
+        # A zero that the compiler does not know to be one hides that addresses are aligned: each
+        # thread then loads one logit of a group at a time, and a warp holds one row, not four.
+        logits += zero
+        price += zero
+    expert, exists = _experts(chunks, step, width, num_experts)
+    slot = tl.arange(0, slots)[None, :]
+    scores = tl.zeros((chunks, block, width), tl.float32)
+    counts = tl.zeros((chunks, block, width), tl.int32)
+    tokens = tl.zeros((block,), tl.int32)
+    first = tl.program_id(0) * block
+    for start in range(first, rows, tl.num_programs(0) * block):
+        row = start + tl.arange(0, block)
+        inside = row < rows
+        real = inside
+        if has_mask:
+            real = tl.load(mask + row, mask=inside, other=0) != 0
+        begin = row.to(tl.int64) * stride
+        at, here = _flat(start, rows, stride, chunks, step, width, block, num_experts)
+        z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
+        z = tl.reshape(z, (chunks, block, width))
+        peak = tl.max(tl.max(z, axis=0), axis=1)
+        relative = _relative(z, peak[None, :, None], sigmoid)
+        total = tl.sum(tl.sum(relative, axis=0), axis=1)
+        score = relative * (1.0 / total)[None, :, None]
+        scores += tl.where(real[None, :, None], score, 0.0)
+        tokens += real.to(tl.int32)
+        norm = tl.log(total) + (tl.minimum(peak, 0.0) if sigmoid else peak)
+        tl.store(normaliser + row, norm, mask=inside)
+
+        rank = z
+        if has_price or kept > 0:
+            rank = _sigmoid(z) if sigmoid else score
+        if has_price:
+            rank -= _on_every_row(price, chunks, step, width, block, num_experts)
+        key = tl.where(exists, _key(rank), DEAD)
+        if kept > 0:
+            key = _limit(key, exists, chunks, width, kept, best)
+        choice = tl.zeros((block, slots), tl.int32)
+        for k in range(top_k):
+            largest = tl.max(tl.max(key, axis=0), axis=1)
+            found = tl.where(key == largest[None, :, None], expert, NOBODY)
+            found = tl.min(tl.min(found, axis=0), axis=1)
+            key = tl.where(expert == found[None, :, None], TAKEN, key)
+            choice = tl.where(slot == k, found[:, None], choice)
+        counts += ((key == TAKEN) & real[None, :, None]).to(tl.int32)
+
+        wanted = (slot < top_k) & inside[:, None]
+        z_chosen = tl.load(logits + (begin[:, None] + choice), mask=wanted, other=-float("inf"))
+        z_chosen = z_chosen.to(tl.float32)
+        if normalize:
+            weight = _shares(z_chosen, sigmoid)
+        elif sigmoid:
+            weight = _sigmoid(z_chosen)
+        else:
+            weight = tl.exp(z_chosen - norm[:, None])
+        place = row.to(tl.int64)[:, None] * top_k + slot
+        tl.store(weights + place, weight, mask=wanted)
+        tl.store(experts + place, choice.to(tl.int64), mask=wanted)
+
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * num_experts + 2)
+    score_sum = tl.sum(scores, axis=1, keep_dims=True)
+    count_sum = tl.sum(counts, axis=1, keep_dims=True).to(tl.float32)
+    tl.store(own + expert, score_sum, mask=exists)
+    tl.store(own + num_experts + expert, count_sum, mask=exists)
+    tl.store(own + 2 * num_experts, tl.sum(tokens, axis=0).to(tl.float32))
+    tl.store(own + 2 * num_experts + 1, (tl.program_id(0) == 0).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def pull_back(
+    upstream,
+    logits,
+    normaliser,
+    experts,
+    charge,
+    mask,
+    gradient,
+    rows,
+    stride: tl.constexpr,
+    num_experts: tl.constexpr,
+    top_k: tl.constexpr,
+    chunks: tl.constexpr,
+    step: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    slots: tl.constexpr,
+    sigmoid: tl.constexpr,
+    normalize: tl.constexpr,
+    has_charge: tl.constexpr,
+    has_mask: tl.constexpr,
+):
+    """Write the gradient of the logits: of the weights and of the price charged on the scores.
+
+    Every row is written once as if nothing had been chosen, then again at the K chosen places.
+    """
+    slot = tl.arange(0, slots)[None, :]
+    start = tl.program_id(0) * block
+    row = start + tl.arange(0, block)
+    inside = row < rows
+    real = inside
+    if has_mask:
+        real = tl.load(mask + row, mask=inside, other=0) != 0
+    begin = row.to(tl.int64) * stride
+    # Weights that are scores themselves depend on all logits, the others on the chosen alone.
+    of_scores: tl.constexpr = not (sigmoid or normalize)
+    needs_scores: tl.constexpr = has_charge or of_scores
+    norm = tl.zeros((block,), tl.float32)
+    inner = tl.zeros((block,), tl.float32)
+    if needs_scores:
+        norm = tl.load(normaliser + row, mask=inside, other=0.0)
+
+    wanted = (slot < top_k) & inside[:, None]
+    place = row.to(tl.int64)[:, None] * top_k + slot
+    choice = tl.load(experts + place, mask=wanted, other=0)
+    sent = tl.load(upstream + place, mask=wanted, other=0.0).to(tl.float32)
+    z_chosen = tl.load(logits + (begin[:, None] + choice), mask=wanted, other=-float("inf"))
+    z_chosen = z_chosen.to(tl.float32)
+    at_chosen = tl.zeros((block, slots), tl.float32)
+    if needs_scores:
+        score_chosen = _score(z_chosen, norm[:, None], sigmoid)
+    if of_scores:
+        inner += tl.sum(tl.where(wanted, score_chosen * sent, 0.0), axis=1)
+        at_chosen = score_chosen * sent
+    else:
+        if normalize:
+            share = _shares(z_chosen, sigmoid)
+            mean = tl.sum(tl.where(wanted, share * sent, 0.0), axis=1)
+            at_chosen = share * (sent - mean[:, None])
+            if sigmoid:
+                at_chosen *= _sigmoid(-z_chosen)
+        else:
+            at_chosen = sent * _sigmoid(z_chosen) * _sigmoid(-z_chosen)
+
+    slope = tl.zeros((chunks, block, width), tl.float32)
+    if needs_scores:
+        at, here = _flat(start, rows, stride, chunks, step, width, block, num_experts)
+        z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
+        z = tl.reshape(z, (chunks, block, width))
+        score = _score(z, norm[None, :, None], sigmoid)
+        cost = tl.zeros((chunks, block, width), tl.float32)
+        cost_chosen = tl.zeros((block, slots), tl.float32)
+        if has_charge:
+            cost = _on_every_row(charge, chunks, step, width, block, num_experts)
+            cost = tl.where(real[None, :, None], cost, 0.0)
+            inner += tl.sum(tl.sum(score * cost, axis=0), axis=1)
+            cost_chosen = tl.load(charge + choice, mask=wanted, other=0.0)
+            cost_chosen = tl.where(real[:, None], cost_chosen, 0.0)
+        slope = score * (cost - inner[None, :, None])
+        slope_chosen = score_chosen * (cost_chosen - inner[:, None])
+        if sigmoid:
+            slope *= _sigmoid(-z)
+            slope_chosen *= _sigmoid(-z_chosen)
+        if not of_scores:
+            # Whatever a padded row holds: 0 · NaN would be NaN.
+            slope = tl.where(real[None, :, None], slope, 0.0)
+            slope_chosen = tl.where(real[:, None], slope_chosen, 0.0)
+        at_chosen += slope_chosen
+    out = row.to(tl.int64) * num_experts
+    at, here = _flat(start, rows, num_experts, chunks, step, width, block, num_experts)
+    tl.store(gradient + at, tl.reshape(slope, (chunks * block, width)), mask=here)
+    # Other threads wrote these places a moment ago.
+    tl.debug_barrier()
+    tl.store(gradient + (out[:, None] + choice), at_chosen, mask=wanted)
+
+
+@triton.jit
+def _experts(
+    chunks: tl.constexpr, step: tl.constexpr, width: tl.constexpr, num_experts: tl.constexpr
+):
+    """Which expert (chunks, 1, width) a position holds, and whether any."""
+    lane = tl.arange(0, width)[None, None, :]
+    expert = tl.arange(0, chunks)[:, None, None] * step + lane
+    return expert, (lane < step) & (expert < num_experts)
+
+
+@triton.jit
+def _flat(
+    start,
+    rows,
+    stride: tl.constexpr,
+    chunks: tl.constexpr,
+    step: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    num_experts: tl.constexpr,
+):
+    """Where the tile from row `start` on lies, (chunks * block, width), and what there exists."""
+    line = tl.arange(0, chunks * block)[:, None]
+    lane = tl.arange(0, width)[None, :]
+    row = start + line % block
+    expert = (line // block) * step + lane
+    at = row.to(tl.int64) * stride + expert
+    return at, (row < rows) & (lane < step) & (expert < num_experts)
+
+
+@triton.jit
+def _on_every_row(
+    values,
+    chunks: tl.constexpr,
+    step: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    num_experts: tl.constexpr,
+):
+    """A row of values by expert, loaded for each row of the tile where that row lies."""
+    at, here = _flat(0, block, 0, chunks, step, width, block, num_experts)
+    return tl.reshape(tl.load(values + at, mask=here, other=0.0), (chunks, block, width))
+
+
+@triton.jit
+def _key(x):
+    """An int32 that sorts as the float32 does, NaN last; both zeros are one."""
+    bits = x.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = tl.where(x == 0.0, 0, key)
+    return tl.where(x != x, NOBODY, key)
+
+
+@triton.jit
+def _float(key):
+    """Undo `_key`."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _limit(
+    key, exists, chunks: tl.constexpr, width: tl.constexpr, kept: tl.constexpr, best: tl.constexpr
+):
+    """Kill all experts but those of the `kept` best chunks, of equals the first."""
+    lane = tl.arange(0, width)[None, None, :]
+    rest = key
+    largest = tl.max(rest, axis=2, keep_dims=True)
+    worth = _float(largest)
+    for _ in range(best - 1):
+        found = tl.min(tl.where(rest == largest, lane, NOBODY), axis=2, keep_dims=True)
+        rest = tl.where(lane == found, TAKEN, rest)
+        largest = tl.max(rest, axis=2, keep_dims=True)
+        worth += _float(largest)
+    chunk = tl.arange(0, chunks)[:, None, None]
+    group = tl.where(tl.max(exists.to(tl.int32), axis=2, keep_dims=True) > 0, _key(worth), DEAD)
+    for _ in range(kept):
+        top = tl.max(group, axis=0, keep_dims=True)
+        first = tl.min(tl.where(group == top, chunk, NOBODY), axis=0, keep_dims=True)
+        group = tl.where(chunk == first, TAKEN, group)
+    return tl.where(group == TAKEN, key, DEAD)
+
+
+@triton.jit
+def _sigmoid(z):
+    small = tl.exp(-tl.abs(z))
+    return tl.where(z < 0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
+def _relative(z, peak, sigmoid: tl.constexpr):
+    """exp a(z), over exp(peak) or, with sigmoid, over exp(min(peak, 0)); at most 1."""
+    if sigmoid:
+        low = tl.exp(tl.minimum(z, 0.0) - tl.minimum(peak, 0.0))
+        return low / (1.0 + tl.exp(-tl.abs(z)))
+    return tl.exp(z - peak)
+
+
+@triton.jit
+def _score(z, norm, sigmoid: tl.constexpr):
+    """The score p = exp(a(z) − norm)."""
+    if sigmoid:
+        return tl.exp(tl.minimum(z, 0.0) - norm) / (1.0 + tl.exp(-tl.abs(z)))
+    return tl.exp(z - norm)
+
+
+@triton.jit
+def _shares(z, sigmoid: tl.constexpr):
+    """softmax(a(z)) over axis 1."""
+    relative = _relative(z, tl.max(z, axis=1)[:, None], sigmoid)
+    return relative / tl.sum(relative, axis=1)[:, None]

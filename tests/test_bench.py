@@ -1,0 +1,157 @@
+"""The benchmark compares what it says it compares, and reports what it measured."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moebalance.balancers import NoBalancing, PhiBalancing, SwitchLoss
+from moebalance.bench import RULES, Case, StepCase, measure_routers, measure_steps, write_page
+from moebalance.bench import timing as clock
+from moebalance.bench.timing import BARE, NULL, interleaved
+from moebalance.bench.variants import STRENGTH, Attached, BareRouter, Ours, others
+from moebalance.cli import app
+
+EXPERTS, TOP_K = 16, 4
+
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def gradient(variant, logits: torch.Tensor) -> torch.Tensor:
+    weights, term = variant(logits)
+    loss = (weights * torch.linspace(0, 1, TOP_K)).sum()
+    (found,) = torch.autograd.grad(loss if term is None else loss + term, logits)
+    return found
+
+
+def logits(tokens: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tokens, EXPERTS, generator=generator).requires_grad_()
+
+
+# --- what is compared -------------------------------------------------------------------------
+
+
+@every_rule
+def test_all_variants_route_alike(rule):
+    z = logits()
+    expected, _ = BareRouter(rule, TOP_K)(z)
+    variants = {
+        "ours": Ours(PhiBalancing(), EXPERTS, TOP_K, rule),
+        "attached": Attached(PhiBalancing(), EXPERTS, TOP_K, rule),
+        **others(EXPERTS, TOP_K, rule),
+    }
+    for name, variant in variants.items():
+        weights, _ = variant(z)
+        torch.testing.assert_close(weights, expected, msg=name)
+
+
+@every_rule
+def test_the_restated_switch_losses_have_the_gradient_of_ours(rule):
+    z = logits()
+    ours = gradient(Ours(SwitchLoss(STRENGTH), EXPERTS, TOP_K, rule), z)
+    bare = gradient(BareRouter(rule, TOP_K), z)
+    assert (ours - bare).abs().max() > 1e-6
+    theirs = others(EXPERTS, TOP_K, rule)
+    names = ["Switch, leanest (restated)"]
+    if not rule.startswith("sigmoid"):  # those write the load against the plain sigmoid
+        names.append("Switch, one-hot (restated)")
+    for name in names:
+        torch.testing.assert_close(gradient(theirs[name], z), ours, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if not r.startswith("sigmoid")])
+def test_transformers_function_is_ours_times_the_number_of_chosen_experts(rule):
+    z = logits()
+    bare = gradient(BareRouter(rule, TOP_K), z)
+    ours = gradient(Ours(SwitchLoss(STRENGTH), EXPERTS, TOP_K, rule), z) - bare
+    theirs = gradient(others(EXPERTS, TOP_K, rule)["Transformers' function"], z) - bare
+    torch.testing.assert_close(theirs, TOP_K * ours, rtol=1e-3, atol=1e-7)
+
+
+# --- how it is measured -----------------------------------------------------------------------
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch):
+    """A machine that slows down tenfold in the middle changes no ratio."""
+    times = {BARE: 1.0, "slow": 3.0}
+    rounds = dict.fromkeys(times, 0)
+
+    def scripted(call, repeats):
+        name = call()
+        rounds[name] += 1
+        return times[name] * (10 if rounds[name] > 5 else 1)
+
+    monkeypatch.setattr(clock, "_host_time_s", scripted)
+    found = interleaved({name: lambda name=name: name for name in times}, rounds=9)
+    assert (found["slow"].ratio, found["slow"].low, found["slow"].high) == (3, 3, 3)
+    assert found[BARE].ratio == 1
+    assert set(rounds.values()) == {11}  # two rounds to warm up
+
+
+def test_the_null_control_differs_from_the_bare_router_in_nothing_that_is_counted():
+    (row,) = measure_routers([Case(64, EXPERTS, TOP_K)], {"none": NoBalancing()}, rounds=2)
+    null, ours = row["variants"][NULL], row["variants"]["none"]
+    assert null["bytes"] == 0
+    assert null["kernels"] == [0, 0]
+    assert ours["bytes"] > 0
+    assert ours["kept"] == null["kept"]
+
+
+def test_a_step_of_a_model_is_timed_with_and_without_a_method():
+    case = StepCase(tokens=16, experts=4, top_k=2, layers=1, hidden=16, length=8)
+    (row,) = measure_steps([case], {"phi": PhiBalancing()}, rounds=2)
+    assert set(row["variants"]) == {BARE, NULL, "phi"}
+    assert all(v["time_ms"] > 0 for v in row["variants"].values())
+
+
+# --- what is reported -------------------------------------------------------------------------
+
+
+def test_the_command_writes_json_a_page_and_a_plot(tmp_path):
+    out = tmp_path / "deep" / "cost"
+    arguments = ["--tokens", "64", "--sizes", "16:4", "--rules", "softmax,sigmoid", "--rounds", "2"]
+    done = CliRunner().invoke(app, ["bench", *arguments, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [row["rule"] for row in results["routers"]] == ["softmax", "sigmoid, normalised"]
+    assert {"device", "torch", "commit", "threads"} <= set(results["machine"])
+    page = out.with_suffix(".md").read_text(encoding="utf-8")
+    plot = out.with_suffix(".svg").read_text(encoding="utf-8")
+    text = "".join(ElementTree.fromstring(plot).itertext())
+    for row in results["routers"]:
+        for name, found in row["variants"].items():
+            assert f"| {name} | {found['ratio']:.2f} |" in page
+            assert name in text
+    assert (
+        write_page(results, tmp_path / "again.md", plot=out.with_suffix(".svg").name).read_text(
+            encoding="utf-8"
+        )
+        == page
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--sizes", "64"], "whole numbers"),
+        (["--tokens", "many"], "whole numbers"),
+        (["--rules", "tanh"], "is no rule"),
+        (["--methods", "fhi"], "phi"),
+    ],
+)
+def test_a_word_that_means_nothing_is_refused_with_what_does(arguments, reason):
+    done = CliRunner().invoke(app, ["bench", "--rounds", "2", *arguments])
+    assert done.exit_code == 2
+    assert reason in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_refused():
+    done = CliRunner().invoke(app, ["bench", "--device", "cuda"])
+    assert done.exit_code == 2
+    assert "no CUDA device" in done.output

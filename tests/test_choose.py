@@ -1,0 +1,115 @@
+"""A router that is ours: its node's fused form against the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import BALANCERS, random_logits, tensors
+from kernel_processes import caller, process
+from moebalance.balancers import LossFree, PhiBalancing, SwitchLoss, Together
+from moebalance.inject import packed_size
+from moebalance.layer import BalancedRouter
+from moebalance.routing import Batch, Gate, Sigmoid, Softmax
+from moebalance.saved import method_name
+
+TOKENS, EXPERTS, TOP_K = 33, 12, 3
+
+FROM_SUMS = {name: b for name, b in BALANCERS.items() if b.from_sums}
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_a_method_is_from_sums_if_it_charges_one_price_that_the_sums_give(name):
+    balancer = BALANCERS[name]
+    state = balancer.init(EXPERTS)
+    scores = torch.rand(EXPERTS)
+    routing = None  # what a router of ours hands over
+    sums = balancer_sums(balancer, scores)
+    if balancer.from_sums:
+        price = balancer.charged(state, Batch(routing, sums, sums, 0.5))
+        assert price is None or price.shape == (EXPERTS,)
+    else:
+        assert name.startswith(("sequence", "quantile", "sinkhorn", "z-loss", "switch-z"))
+
+
+def balancer_sums(balancer, scores):
+    from moebalance.inject import unpack
+
+    packed = torch.ones(packed_size(balancer, EXPERTS))
+    packed[:EXPERTS] = scores
+    return unpack(packed, balancer, EXPERTS)
+
+
+def trained(
+    balancer, gate: Gate, *, normalize: bool, fused: bool, dtype: torch.dtype, padded: bool
+) -> dict[str, list[torch.Tensor]]:
+    """Two steps of two batches through one router, and all that it gave and kept."""
+    router = BalancedRouter(balancer, EXPERTS, TOP_K, gate=gate, normalize=normalize, fused=fused)
+    seen: dict[str, list[torch.Tensor]] = {"weights": [], "experts": [], "gradients": []}
+    for seed in range(4):
+        # No two alike in a row, in bfloat16 either: top-k may break a tie as it likes.
+        order = random_logits(TOKENS, EXPERTS, seed=seed).argsort(dim=-1)
+        logits = torch.linspace(-2, 2, EXPERTS)[order].to(dtype).requires_grad_()
+        mask = torch.arange(TOKENS) % 4 > 0 if padded else None
+        weights, experts = router(logits, mask)
+        upstream = torch.randn(TOKENS, TOP_K, generator=torch.Generator().manual_seed(seed))
+        weights.backward(upstream.to(dtype) / TOKENS)
+        seen["weights"].append(weights.detach())
+        seen["experts"].append(experts)
+        seen["gradients"].append(logits.grad)
+        if seed % 2:
+            router.commit()
+    seen["state"] = [*tensors(router.state), router.last_step]
+    return seen
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with process({"TRITON_INTERPRET": "1"}) as pool:
+        yield caller(pool)
+
+
+METHODS = [
+    PhiBalancing(strength=0.5),
+    PhiBalancing(strength=0.5, peek=False),
+    SwitchLoss(strength=0.5),
+    LossFree(rate=0.05),
+    Together(PhiBalancing(strength=0.5), LossFree(rate=0.05)),
+]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["all real", "padded"])
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
+@pytest.mark.parametrize("gate", [Softmax(), Sigmoid()], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("balancer", METHODS, ids=method_name)
+def test_fused_training_is_plain_training(balancer, gate, normalize, padded, interpreted):
+    how = {"normalize": normalize, "dtype": torch.float32, "padded": padded}
+    fused = interpreted(trained, balancer, gate, fused=True, **how)
+    plain = trained(balancer, gate, fused=False, **how)
+    for name, expected in plain.items():
+        for a, b in zip(fused[name], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 if name == "state" else 1e-7)
+
+
+def test_fused_training_in_bfloat16_is_plain_training(interpreted):
+    how = {"normalize": True, "dtype": torch.bfloat16, "padded": True}
+    fused = interpreted(trained, METHODS[0], Softmax(), fused=True, **how)
+    plain = trained(METHODS[0], Softmax(), fused=False, **how)
+    for a, b in zip(fused["gradients"], plain["gradients"], strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - b).abs().max() < 8e-3 * b.abs().max()  # two roundings to bfloat16
+    for a, b in zip(fused["state"], plain["state"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def node_of(fused: bool) -> str:
+    router = BalancedRouter(METHODS[0], EXPERTS, TOP_K, fused=fused)
+    weights, _ = router(torch.randn(5, EXPERTS, requires_grad=True))
+    return str(weights.grad_fn.next_functions[0][0].name()) + weights.grad_fn.name()
+
+
+def test_the_fused_form_is_taken_where_it_runs_and_off_by_one_keyword(interpreted):
+    """The control of the tests above: they compare two different nodes."""
+    assert "_Fused" in interpreted(node_of, fused=True)
+    assert "_Plain" in interpreted(node_of, fused=False)
+    assert "_Plain" in node_of(fused=True)

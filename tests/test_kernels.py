@@ -1,0 +1,342 @@
+"""The fused router: the programs, run by Triton's interpreter, against their plain form.
+
+The interpreter must be chosen before Triton is imported, so the programs run in another process.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel_processes import caller, process
+from moebalance.kernels import Groups, choose, plain, pull_back, router, supported
+from moebalance.routing import Sigmoid, Softmax, SqrtSoftplus
+
+GATES = [Softmax(), Sigmoid()]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+# --- against the plain form -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "tokens"),
+    [(2, 1, 3), (8, 2, 1), (60, 4, 19), (64, 8, 33), (96, 6, 7), (256, 8, 9), (320, 32, 3)],
+)
+def test_a_priced_batch_with_padding_is_that_of_the_plain_form(
+    gate, normalize, experts, top_k, tokens, interpreted
+):
+    compare(
+        interpreted, gate, experts, top_k, tokens, normalize=normalize, priced=True, padded=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "top_k", "dtype", "groups"),
+    [
+        (Softmax(), 32, torch.float32, None),
+        (Sigmoid(), 3, torch.bfloat16, None),
+        (Sigmoid(), 4, torch.float32, Groups(9, 3)),
+    ],
+)
+def test_the_widest_router_is_that_of_the_plain_form(gate, top_k, dtype, groups, interpreted):
+    compare(
+        interpreted, gate, router.MAX_EXPERTS, top_k, 2, dtype=dtype, groups=groups, priced=True
+    )
+
+
+@pytest.mark.parametrize("groups", [Groups(1, 1), Groups(4, 4)], ids=str)
+def test_groups_that_are_all_kept_limit_nothing(groups, interpreted):
+    logits = rows(5, 256)
+    found = interpreted(choose, logits, Softmax(), 8, normalize=True, groups=groups)
+    same_choice(found, plain.choose(logits, Softmax(), 8, normalize=True))
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_batch_is_that_of_the_plain_form(interpreted, data):
+    draw = data.draw
+    experts = draw(st.sampled_from([8, 12, 60, 64, 96, 160]))
+    groups, most = None, experts
+    if draw(st.booleans()):
+        count = draw(st.sampled_from([n for n in range(1, 9) if experts % n == 0]))
+        size = experts // count
+        kept, best = draw(st.integers(1, count)), draw(st.integers(1, min(3, size)))
+        groups, most = Groups(count, kept, best), kept * size
+    compare(
+        interpreted,
+        draw(st.sampled_from(GATES)),
+        experts,
+        draw(st.integers(1, min(10, most))),
+        draw(st.integers(0, 20)),
+        dtype=draw(st.sampled_from(list(TOLERANCE))),
+        groups=groups,
+        normalize=draw(st.booleans()),
+        priced=draw(st.booleans()),
+        charged=draw(st.booleans()),
+        padded=draw(st.booleans()),
+        beside=draw(st.integers(0, 5)),
+        seed=draw(st.integers(0, 10)),
+    )
+
+
+def test_many_blocks_fall_to_few_programs(interpreted):
+    logits = rows(33, 256)
+    found = interpreted(choose_with_two_programs, logits)
+    same_choice(found, plain.choose(logits, Softmax(), 8, normalize=True))
+
+
+def compare(
+    interpreted,
+    gate,
+    experts,
+    top_k,
+    tokens,
+    *,
+    dtype=torch.float32,
+    groups=None,
+    normalize=True,
+    priced=False,
+    charged=True,
+    padded=False,
+    beside=0,
+    seed=0,
+):
+    """Forward and backward against the plain form and its autograd, in float64."""
+    logits = rows(tokens, experts + beside, dtype, seed)[:, :experts]
+    price = 0.01 * torch.randn(experts) if priced else None
+    mask = torch.rand(tokens) < 0.7 if padded else None
+    upstream = torch.randn(tokens, top_k).to(dtype)
+    charge = torch.randn(experts) if charged else None
+    limits = {"normalize": normalize, "groups": groups, "mask": mask}
+    found, gradient = interpreted(
+        both, logits, gate, top_k, upstream, charge, price=price, **limits
+    )
+
+    exact = logits.double().requires_grad_()
+    price = None if price is None else price.double()
+    wanted = plain.choose(exact, gate, top_k, price=price, **limits)
+    same_choice(found, wanted, dtype)
+    total = (wanted.weights * upstream).sum()
+    if charge is not None:
+        total = total + (wanted.packed[:experts] * charge).sum()
+    (expected,) = torch.autograd.grad(total, exact)
+    assert gradient.dtype == dtype
+    assert gradient.is_contiguous()
+    close(gradient, expected, TOLERANCE[dtype])
+
+
+def same_choice(found, wanted, dtype=torch.float32):
+    assert torch.equal(found.experts, wanted.experts)
+    assert found.weights.dtype == dtype
+    close(found.weights, wanted.weights, TOLERANCE[dtype])
+    close(found.normaliser, wanted.normaliser, 1e-5)
+    close(found.packed, wanted.packed, 1e-5)
+    size = found.packed.numel() // 2 - 1
+    assert torch.equal(found.packed[size:], wanted.packed[size:].float())
+
+
+# --- against the peers ------------------------------------------------------------------------
+
+
+def test_two_best_of_a_group_is_deepseek_v3s_choice():
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        hidden_size=64, num_local_experts=64, n_group=8, topk_group=3, num_experts_per_tok=6,
+        norm_topk_prob=True, routed_scaling_factor=1.0,
+    )  # fmt: skip
+    peer = DeepseekV3TopkRouter(config)
+    torch.nn.init.eye_(peer.weight)
+    peer.e_score_correction_bias.normal_(std=0.1)
+    same_as_peer(peer, Sigmoid(), -peer.e_score_correction_bias, Groups(8, 3, best=2))
+
+
+def test_the_best_of_a_group_is_deepseek_v2s_choice():
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+
+    config = DeepseekV2Config(
+        hidden_size=64, num_experts=64, n_group=8, topk_group=3, num_experts_per_tok=6,
+        topk_method="group_limited_greedy", routed_scaling_factor=1.0,
+    )  # fmt: skip
+    peer = DeepseekV2TopkRouter(config)
+    torch.nn.init.eye_(peer.weight)
+    same_as_peer(peer, Softmax(), None, Groups(8, 3, best=1))
+
+
+def same_as_peer(peer, gate, price, groups):
+    logits = rows(50, 64)
+    _, weights, experts = peer(logits)
+    normalize = isinstance(gate, Sigmoid)
+    found = plain.choose(logits, gate, 6, normalize=normalize, price=price, groups=groups)
+    dense = torch.zeros(50, 64)
+    close(dense.scatter(1, found.experts, found.weights), dense.scatter(1, experts, weights), 1e-6)
+
+
+# --- laws -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize("groups", [None, Groups(4, 2)], ids=str)
+def test_of_equals_the_lowest_index_wins(gate, groups, interpreted):
+    few = torch.randint(0, 3, (40, 32), generator=torch.Generator().manual_seed(0)).float()
+    few[0] = torch.tensor([-0.0, 0.0]).repeat(16)
+    found = interpreted(choose, few, gate, 5, normalize=True, groups=groups)
+    assert found.experts[0].tolist() == [0, 1, 2, 3, 4]
+    same_choice(found, plain.choose(few, gate, 5, normalize=True, groups=groups))
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize("groups", [None, Groups(4, 2)], ids=str)
+@pytest.mark.parametrize("price", [None, torch.zeros(16)], ids=["", "price"])
+def test_what_is_not_finite_comes_through_and_breaks_nothing(gate, groups, price, interpreted):
+    logits = rows(12, 16)
+    clean = torch.ones(12, dtype=torch.bool)
+    logits[3, 5] = -torch.tensor(torch.nan)  # its sign bit is set
+    logits[4] = torch.nan
+    logits[5, 2] = torch.inf
+    logits[6] = -torch.inf
+    logits[7, :15] = -torch.inf
+    clean[3:8] = False
+    limits = {"normalize": True, "price": price, "groups": groups}
+    found = interpreted(choose, logits, gate, 4, **limits)
+    assert ((found.experts >= 0) & (found.experts < 16)).all()
+    assert (found.experts.sort(-1).values.diff(dim=-1) > 0).all()  # K different experts
+    if isinstance(gate, Sigmoid) or (price is None and groups is None):
+        assert found.experts[3, 0] == 5
+    assert found.packed[:16].isnan().all()
+    assert found.packed[16:32].sum() == 12 * 4
+    whole = interpreted(choose, logits[clean], gate, 4, **limits)
+    assert torch.equal(found.experts[clean], whole.experts)
+    masked = interpreted(choose, logits, gate, 4, mask=clean, **limits)
+    assert torch.equal(masked.packed, whole.packed)
+    gradient = interpreted(
+        pull_back, torch.ones(12, 4), logits, found.experts, found.normaliser, gate,
+        normalize=True, charge=torch.ones(16), mask=clean,
+    )  # fmt: skip
+    unchosen = torch.ones(12, 16, dtype=torch.bool).scatter(1, found.experts, False)
+    assert (gradient[~clean][unchosen[~clean]] == 0).all()
+    assert gradient[clean].isfinite().all()
+
+
+def test_extreme_logits_neither_overflow_nor_underflow(interpreted):
+    for gate in GATES:
+        for normalize in (True, False):
+            for scale in (-300.0, 300.0):
+                logits = rows(5, 16) + scale
+                found = interpreted(choose, logits, gate, 3, normalize=normalize)
+                wanted = plain.choose(logits, gate, 3, normalize=normalize)
+                # The normaliser is near `scale`, and so are its rounding errors.
+                close(found.weights, wanted.weights, 1e-4)
+                close(found.packed, wanted.packed, 1e-4)
+
+
+def test_the_same_batch_gives_the_same_bits(interpreted):
+    logits, upstream, charge = rows(37, 60), torch.randn(37, 4), torch.randn(60)
+    first, second = (
+        interpreted(both, logits, Sigmoid(), 4, upstream, charge, normalize=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert torch.equal(first[1], second[1])
+
+
+def test_the_order_of_tokens_and_of_experts_is_nothing_special(interpreted):
+    logits = rows(21, 60)
+    price = 0.1 * torch.randn(60)
+    found = interpreted(choose, logits, Softmax(), 4, normalize=True, price=price)
+    turn = torch.randperm(21)
+    turned = interpreted(choose, logits[turn], Softmax(), 4, normalize=True, price=price)
+    assert torch.equal(turned.experts, found.experts[turn])
+    assert torch.equal(turned.weights, found.weights[turn])
+    close(turned.packed, found.packed, 1e-6)
+    swap = torch.randperm(60)
+    swapped = interpreted(
+        choose, logits[:, swap].contiguous(), Softmax(), 4, normalize=True, price=price[swap]
+    )
+    assert torch.equal(swap[swapped.experts], found.experts)
+    close(swapped.packed[:60], found.packed[:60][swap], 1e-6)
+
+
+# --- what it takes and refuses ----------------------------------------------------------------
+
+
+def test_it_runs_on_an_interpreter_or_a_gpu(interpreted):
+    assert interpreted(supported, rows(2, 8), Softmax(), 2)
+    assert not supported(rows(2, 8), Softmax(), 2)
+
+
+@pytest.mark.parametrize(
+    ("logits", "gate", "top_k"),
+    [
+        (torch.zeros(4, 8, dtype=torch.float64), Softmax(), 2),
+        (torch.zeros(4, 2305), Softmax(), 2),
+        (torch.zeros(4, 64), Softmax(), 33),
+        (torch.zeros(4, 8), Softmax(), 9),
+        (torch.zeros(4, 8), SqrtSoftplus(), 2),
+        (torch.zeros(8, 4).T, Softmax(), 2),
+        (torch.zeros(2, 4, 8), Softmax(), 2),
+    ],
+)
+def test_what_it_cannot_take_is_left_to_the_plain_form(logits, gate, top_k, interpreted):
+    assert not interpreted(supported, logits, gate, top_k)
+
+
+def test_more_experts_than_there_are_cannot_be_chosen():
+    with pytest.raises(ValueError, match=r"top_k=9: must lie in 1\.\.8"):
+        choose(rows(2, 8), Softmax(), 9, normalize=True)
+
+
+@pytest.mark.parametrize(
+    "groups", [Groups(3, 1), Groups(4, 5), Groups(4, 1), Groups(4, 0), Groups(4, 2, 3)], ids=str
+)
+def test_groups_that_do_not_fit_are_refused(groups):
+    with pytest.raises(ValueError, match=re.escape(str(groups))):
+        choose(rows(2, 8), Softmax(), 3, normalize=True, groups=groups)
+
+
+# --- the other process -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Call a function where Triton interprets."""
+    with process({"TRITON_INTERPRET": "1"}) as pool:
+        yield caller(pool)
+
+
+def both(logits, gate, top_k, upstream, charge, *, normalize, mask=None, **limits):
+    """Forward and backward, in the other process."""
+    found = choose(logits, gate, top_k, normalize=normalize, mask=mask, **limits)
+    gradient = pull_back(
+        upstream, logits, found.experts, found.normaliser, gate,
+        normalize=normalize, charge=charge, mask=mask,
+    )  # fmt: skip
+    return found, gradient
+
+
+def choose_with_two_programs(logits):
+    tile = router.tile
+    router.tile = lambda *args, **kwargs: tile(*args, **kwargs)._replace(programs=2)
+    try:
+        return choose(logits, Softmax(), 8, normalize=True)
+    finally:
+        router.tile = tile
+
+
+def rows(tokens, experts, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(tokens, experts).to(dtype)
+
+
+def close(found, wanted, tolerance):
+    torch.testing.assert_close(
+        found.double(), wanted.detach().double(), rtol=tolerance, atol=tolerance
+    )

@@ -1,0 +1,78 @@
+"""The fused router, compiled for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_processes import caller, process
+from moebalance.kernels import Groups, router
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "groups"),
+    [(8, 2, None), (64, 8, None), (256, 8, None), (256, 8, Groups(8, 4)), (2304, 8, None)],
+)
+def test_registers_of_an_h100_hold_what_a_program_holds(experts, top_k, groups, dtype, compiler):
+    spilled = compiler(spills, experts, top_k, groups, dtype)
+    assert spilled == {"choose": 0, "pull_back": 0}
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    """Call a function where Triton compiles."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    with process({"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}) as pool:
+        yield caller(pool)
+
+
+def spills(experts, top_k, groups, dtype):
+    """Bytes of stack that each program takes on compute capability 9.0, by its name."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moebalance.kernels import programs
+
+    logits = torch.empty(4, experts, dtype=dtype)
+    element = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
+    types = dict.fromkeys(["logits", "weights", "upstream", "gradient"], element)
+    types |= dict.fromkeys(["price", "charge", "normaliser", "partials"], "*fp32")
+    types |= {"experts": "*i64", "mask": "*u8", "rows": "i32", "zero": "i32"}
+    flags = {"sigmoid": groups is not None, "normalize": True, "has_mask": True}
+    flags |= {"has_price": groups is not None, "has_charge": True}
+    flags |= {"kept": groups.kept if groups else 0, "best": groups.best if groups else 1}
+    found = {}
+    for program in (programs.choose, programs.pull_back):
+        ranks = program is programs.choose
+        tiling = router.tile(logits, top_k, groups if ranks else None, ranks=ranks)
+        names = program.arg_names
+        sizes = {n: v for n, v in (tiling.sizes | flags).items() if n in names}
+        signature = {n: types.get(n, "constexpr") for n in names}
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]
+        }
+        compiled = triton.compile(
+            ASTSource(program, signature, sizes, aligned),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": tiling.warps, "enable_fp_fusion": True},
+        )
+        found[program.__name__] = stack(compiled.asm["cubin"])
+    return found
+
+
+def stack(cubin: bytes) -> int:
+    from triton import knobs
+
+    file = Path(knobs.cache.dir) / "program.cubin"
+    file.write_bytes(cubin)
+    dump = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return int(re.search(r"STACK:(\d+)", dump.stdout + dump.stderr)[1])
