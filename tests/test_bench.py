@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +21,7 @@ from moebalance.bench.variants import STRENGTH, Attached, BareRouter, Ours, othe
 from moebalance.cli import app
 
 EXPERTS, TOP_K = 16, 4
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 every_rule = pytest.mark.parametrize("rule", RULES)
 
@@ -148,6 +153,22 @@ def test_a_word_that_means_nothing_is_refused_with_what_does(arguments, reason):
     done = CliRunner().invoke(app, ["bench", "--rounds", "2", *arguments])
     assert done.exit_code == 2
     assert reason in done.output
+
+
+def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
+    """On a processor, by Triton's interpreter: everything but the numbers."""
+    out = tmp_path / "gpu.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPT), str(out), "correct", "silent", "step"]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["silent"] == {"skipped": "no CUDA device"}
+    assert len(found["correct"]) == 12
+    for row in found["correct"]:
+        exact = "float32" in row["case"]
+        assert row["sums"] < 1e-5
+        assert row["gradient"] < (1e-5 if exact else 1e-2)
+    assert set(found["step"][0]["variants"]) == {BARE, NULL, "φ", "none"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -206,6 +206,9 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="Each variant runs once a round.")] = 31,
     step: Annotated[bool, typer.Option("--step", help="Also a whole training step.")] = False,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Also how it grows to 64 layers of 512 experts.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write NAME.json, NAME.md and NAME.svg.")
     ] = None,
@@ -223,6 +226,7 @@ def bench(
             threads=threads,
             rounds=rounds,
             step=step,
+            scale=scale,
             out=out,
         )
 

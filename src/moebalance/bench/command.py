@@ -11,6 +11,7 @@ from rich.table import Table
 from moebalance.balancers import Balancer
 from moebalance.bench.page import write_page
 from moebalance.bench.router import Case, measure_routers
+from moebalance.bench.scale import measure_scale
 from moebalance.bench.step import StepCase, measure_steps
 from moebalance.bench.timing import describe_machine
 from moebalance.bench.variants import Rule
@@ -34,6 +35,7 @@ def run(
     threads: int,
     rounds: int,
     step: bool,
+    scale: bool,
     out: Path | None,
 ) -> None:
     """Measure, print and write; arguments as the command takes them."""
@@ -43,6 +45,9 @@ def run(
         raise ValueError(f"device={device!r}: torch sees no CUDA device here; try cpu.")
     torch.set_num_threads(threads)
     results = measure(cases, named, device=device, rounds=rounds, step=step)
+    if scale:
+        console.print("[dim]64 layers of 512 experts …[/]")
+        results["scale"] = measure_scale(next(iter(named.values())))
     for row in [*results["routers"], *results["steps"]]:
         console.print(_table(row))
     if out is not None:

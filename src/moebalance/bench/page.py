@@ -29,6 +29,8 @@ def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Pa
     if results.get("steps"):
         parts.append("## A whole training step\n\nForward, backward and `Balancing.step()`.")
         parts += [_step(row) for row in results["steps"]]
+    if results.get("scale"):
+        parts.append(_scale(results["scale"]))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -106,6 +108,43 @@ def _step(row: Mapping[str, Any]) -> str:
     lines += [
         f"| {name} | {v['ratio']:.3f} | {v['low']:.3f}–{v['high']:.3f} | {v['time_ms']:.1f} |"
         for name, v in row["variants"].items()
+    ]
+    return "\n".join(lines)
+
+
+def _scale(found: Mapping[str, Any]) -> str:
+    message = found["message"]
+    lines = [
+        "## At scale",
+        "",
+        f"`{found['method']}`, the pieces of a step measured apart: what a batch adds to one "
+        "layer's router, what the end of a step takes for all layers, and its one message.",
+        "",
+        "| tokens a rank | experts | added to a layer, ms | bare, ms |",
+        "|---:|---:|---:|---:|",
+        *(
+            f"| {r['tokens']} | {r['experts']} | {r['added_ms']:.1f} | {r['bare_ms']:.1f} |"
+            for r in found["batch"]
+        ),
+        "",
+        "| layers | experts | end of a step, ms | memory, kB |",
+        "|---:|---:|---:|---:|",
+        *(
+            f"| {r['layers']} | {r['experts']} | {r['step_ms']:.2f} "
+            f"| {r['state_bytes'] / 1e3:.0f} |"
+            for r in found["end"]
+        ),
+        "",
+        f"The message of the largest is {message['bytes'] / 1e3:.0f} kB: "
+        f"{message['two_ms']:.2f} ms between two processes here over gloo, "
+        f"{message['latency_ms']:.2f} ms of it latency. By a tree of hops as slow as that, a plan "
+        "and no measurement:",
+        "",
+        "| ranks | message, ms |",
+        "|---:|---:|",
+        *(f"| {r['ranks']} | {r['message_ms']:.1f} |" for r in message["plan"]),
+        "",
+        "`reduce()` hides it behind the optimizer.",
     ]
     return "\n".join(lines)
 

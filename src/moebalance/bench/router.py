@@ -119,6 +119,11 @@ def _variants(
         attached = Attached(balancer, case.experts, case.top_k, case.rule)
         attached.layer.to(device)
         found[name] = own
+        if device.startswith("cuda"):
+            found[f"{name}, not fused"] = plain = Ours(
+                balancer, case.experts, case.top_k, case.rule, fused=False
+            )
+            plain.router.to(device)
         if balancer.charges and not balancer.selects:
             found[f"{name}, attached"] = attached
     return {**found, **others(case.experts, case.top_k, case.rule)}

@@ -27,12 +27,14 @@ class Timing:
         ratio: median of time / time of the bare variant in the same round.
         low: first quartile of the ratios.
         high: third quartile.
+        interval: 95 % bootstrap interval of the median ratio.
         time_ms: median time of one call, forward and backward.
     """
 
     ratio: float
     low: float
     high: float
+    interval: tuple[float, float]
     time_ms: float
 
 
@@ -94,8 +96,11 @@ def describe_machine(device: str) -> dict[str, Any]:
 def _against(times: list[float], bare: list[float]) -> Timing:
     ratios = [t / b for t, b in zip(times, bare, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    found = (middle, low, high, 1e3 * statistics.median(times))
-    return Timing(*(round(number, 4) for number in found))
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
+    interval = round(medians[25], 5), round(medians[974], 5)
+    time_ms = round(1e3 * statistics.median(times), 4)
+    return Timing(round(middle, 5), round(low, 4), round(high, 4), interval, time_ms)
 
 
 def _host_time_s(call: Callable[[], object], repeats: int) -> float:

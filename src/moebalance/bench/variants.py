@@ -52,10 +52,14 @@ class BareRouter:
 class Ours:
     """`BalancedRouter` under a method."""
 
-    def __init__(self, balancer: Balancer, experts: int, top_k: int, rule: Rule) -> None:
+    def __init__(
+        self, balancer: Balancer, experts: int, top_k: int, rule: Rule, *, fused: bool = True
+    ) -> None:
         gate: Gate = Sigmoid() if rule.startswith("sigmoid") else Softmax()
         normalize = rule.endswith("normalised")
-        self.router = BalancedRouter(balancer, experts, top_k, gate=gate, normalize=normalize)
+        self.router = BalancedRouter(
+            balancer, experts, top_k, gate=gate, normalize=normalize, fused=fused
+        )
 
     def __call__(self, logits: Tensor) -> Outputs:
         """Weights, charged on the way back."""

@@ -1,0 +1,228 @@
+"""Everything that only a GPU can tell, in one unattended run of under nine minutes.
+
+Each part runs in a process of its own with a time limit, and results are written after each, so
+that what fails takes nothing else with it:
+
+    correct   the fused router against its plain form in float64
+    silent    no wait for the device in a training step, and capture into a CUDA graph
+    router    every method beside a bare router and its rivals, at 16 and 64 thousand tokens
+    speed     bandwidth of the two fused passes
+    step      a whole training step of a Transformers model, with 95 % intervals
+
+    PYTHONPATH=src python benchmarks/gpu.py results.json [part …]
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moebalance as mb
+from moebalance import kernels
+from moebalance.bench import Case, StepCase, describe_machine, measure_routers, measure_steps
+from moebalance.routing import Gate, Sigmoid, Softmax
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = DEVICE == "cpu"  # a rehearsal, by Triton's interpreter, of everything but the numbers
+LIMIT_S = {"correct": 90, "silent": 40, "router": 200, "speed": 60, "step": 130}
+METHODS = {
+    "φ": mb.PhiBalancing(),
+    "Switch": mb.SwitchLoss(),
+    "loss-free": mb.LossFree(),
+    "none": mb.NoBalancing(),
+}
+
+
+def correct() -> list[dict[str, Any]]:
+    """Largest error of weights, sums and gradient, each over the largest value."""
+    rows = []
+    sizes = ((8, 2), (60, 4), (64, 8)) if SMALL else ((8, 2), (60, 4), (64, 8), (256, 8), (2304, 8))
+    for experts, top_k in sizes:
+        for gate in (Softmax(), Sigmoid()):
+            for dtype in (torch.float32, torch.bfloat16):
+                rows.append(_compare(experts, top_k, gate, dtype))
+    return rows
+
+
+def _compare(experts: int, top_k: int, gate: Gate, dtype: torch.dtype) -> dict[str, Any]:
+    tokens = 33 if SMALL else 4097
+    torch.manual_seed(0)
+    logits = torch.randn(tokens, experts, device=DEVICE).to(dtype)
+    mask = torch.rand(tokens, device=DEVICE) > 0.2
+    charge = torch.randn(experts, device=DEVICE) / tokens
+    upstream = torch.randn(tokens, top_k, device=DEVICE).to(dtype) / tokens
+    found = kernels.choose(logits, gate, top_k, normalize=True, mask=mask)
+    gradient = kernels.pull_back(
+        upstream,
+        logits,
+        found.experts,
+        found.normaliser,
+        gate,
+        normalize=True,
+        charge=charge,
+        mask=mask,
+    )
+    wide = logits.double().requires_grad_()
+    plain = kernels.plain.choose(wide, gate, top_k, normalize=True, mask=mask)
+    value = (plain.weights * upstream).sum() + (plain.packed[:experts] * charge).sum()
+    (expected,) = torch.autograd.grad(value, wide)
+    alike = (found.experts == plain.experts).all(dim=-1)  # bfloat16 ties may fall either way
+    return {
+        "case": f"E {experts}, K {top_k}, {type(gate).__name__}, {dtype}",
+        "weights": _error(found.weights[alike], plain.weights[alike]),
+        "sums": _error(found.packed[:experts], plain.packed[:experts]),
+        "gradient": _error(gradient[alike], expected[alike]),
+        "other_choice": (~alike).double().mean().item(),
+    }
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def silent() -> dict[str, str]:
+    """Whether a training step waits for the device, and whether a router can be captured."""
+    if SMALL:
+        return {"skipped": "no CUDA device"}
+    logits = torch.randn(4096, 64, device=DEVICE, requires_grad=True)
+    router = mb.BalancedRouter(mb.PhiBalancing(), 64, 8).to(DEVICE)
+    balancing = mb.attach(router)
+
+    def batch() -> None:
+        logits.grad = None
+        router(logits)[0].sum().backward()
+
+    for _ in range(3):
+        batch()
+        balancing.step()
+    torch.cuda.set_sync_debug_mode("error")
+    batch()
+    balancing.reduce()
+    balancing.step()
+    torch.cuda.set_sync_debug_mode("default")
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        batch()
+    torch.cuda.synchronize()
+    balancing.discard()
+    logits.grad = None
+    with torch.cuda.graph(graph):
+        router(logits)[0].sum().backward()
+    balancing.discard()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    counted = int(router.running[128].item())
+    assert counted == 3 * 4096, counted
+    return {"waits in a step": "none", "three replays of a CUDA graph count": f"{counted} tokens"}
+
+
+def router() -> list[dict[str, Any]]:
+    """The router cases of the benchmark."""
+    sizes = ((16, 4),) if SMALL else ((8, 2), (64, 8), (256, 8), (512, 8))
+    counts = (64,) if SMALL else (16384, 65536)
+    cases = [
+        Case(tokens, experts, top_k, rule, dtype)
+        for experts, top_k in sizes
+        for tokens in counts
+        for rule in ("softmax", "sigmoid, normalised")
+        for dtype in (torch.float32, torch.bfloat16)
+        if tokens == counts[-1] or dtype == torch.bfloat16
+    ]
+    return measure_routers(cases, METHODS, device=DEVICE, rounds=2 if SMALL else 21, tell=print)
+
+
+def speed() -> list[dict[str, Any]]:
+    """Time and bandwidth of the fused passes: logits read, in backward their gradient written."""
+    rows = []
+    for experts, top_k in ((64, 8), (256, 8), (512, 8), (2304, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            tokens = 16 if SMALL else 65536
+            logits = torch.randn(tokens, experts, device=DEVICE).to(dtype)
+            gate, upstream = Softmax(), torch.randn(tokens, top_k, device=DEVICE).to(dtype)
+            charge = torch.randn(experts, device=DEVICE)
+            found = kernels.choose(logits, gate, top_k, normalize=True)
+
+            def forward(z: Any = logits, k: int = top_k, g: Gate = gate) -> object:
+                return kernels.choose(z, g, k, normalize=True)
+
+            def backward(
+                z: Any = logits, f: Any = found, u: Any = upstream, q: Any = charge, g: Gate = gate
+            ) -> object:
+                return kernels.pull_back(u, z, f.experts, f.normaliser, g, normalize=True, charge=q)
+
+            size = tokens * experts * logits.element_size()
+            times = _time_s(forward), _time_s(backward)
+            rows.append(
+                {
+                    "case": f"T {tokens}, E {experts}, K {top_k}, {dtype}",
+                    "forward_us": round(1e6 * times[0], 1),
+                    "forward_tb_per_s": round(size / times[0] / 1e12, 3),
+                    "backward_us": round(1e6 * times[1], 1),
+                    "backward_tb_per_s": round(2 * size / times[1] / 1e12, 3),
+                }
+            )
+    return rows
+
+
+def _time_s(call: Callable[[], object], repeats: int = 50) -> float:
+    for _ in range(3):
+        call()
+    if SMALL:
+        start_s = time.perf_counter()
+        call()
+        return time.perf_counter() - start_s
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def step() -> list[dict[str, Any]]:
+    """Whole training steps."""
+    cases = [StepCase(tokens=64, experts=4, top_k=2, layers=1, hidden=16, length=16)]
+    if not SMALL:
+        cases = [
+            StepCase(tokens, 64, 8, layers=8, hidden=1024, length=1024, dtype=torch.bfloat16)
+            for tokens in (16384, 32768)
+        ]
+    methods = {"φ": METHODS["φ"], "none": METHODS["none"]}
+    return measure_steps(cases, methods, device=DEVICE, rounds=2 if SMALL else 41, tell=print)
+
+
+PARTS = {"correct": correct, "silent": silent, "router": router, "speed": speed, "step": step}
+
+
+def main(out: Path, parts: list[str]) -> None:
+    """Run the parts in processes of their own, and write what there is after each."""
+    results: dict[str, Any] = {"machine": describe_machine(DEVICE), "rounds": 21}
+    for part in parts:
+        print(f"{part}: at most {LIMIT_S[part]} s", flush=True)
+        file = out.with_name(f"{out.stem}.{part}.json")
+        command = [sys.executable, __file__, "--part", part, str(file)]
+        start = time.perf_counter()
+        try:
+            done = subprocess.run(command, timeout=LIMIT_S[part], check=False)
+            reason = f"ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            reason = f"stopped after {LIMIT_S[part]} s"
+        results[part] = json.loads(file.read_text()) if file.exists() else {"failed": reason}
+        file.unlink(missing_ok=True)
+        print(f"{part}: {reason}, {time.perf_counter() - start:.0f} s", flush=True)
+        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--part":
+        found = PARTS[sys.argv[2]]()
+        Path(sys.argv[3]).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:] or list(PARTS))
