@@ -13,8 +13,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, check_positive, check_rate
-from moebalance.balancers.ema import Ema
+from moebalance.balancers.base import Balancer, check_positive
+from moebalance.balancers.ema import Ema, batch_rate, settle_rate, step_rate
 from moebalance.routing import Batch, Sums
 
 
@@ -25,15 +25,17 @@ class EmaSwitchLoss(Balancer):
     Args:
         strength: α ≥ 0.
         rate: η in (0, 1], weight of the newest step; at 1, where a step is one batch, this
-            is the Switch loss.
+            is the Switch loss. 0.3 if `memory_tokens` is not given either.
+        memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M).
     """
 
     strength: float = 1e-2
-    rate: float = 0.3
+    rate: float | None = None
+    memory_tokens: float | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
-        check_rate("rate", self.rate)
+        settle_rate(self, default=0.3)
 
     @property
     def from_sums(self) -> bool:
@@ -56,8 +58,8 @@ class EmaSwitchLoss(Balancer):
 
     def update(self, state: Ema, sums: Sums) -> Ema:
         """m ← (1 − η) m + η f, once per optimizer step."""
-        return state.toward(sums.hard_load, self.rate * (sums.tokens > 0).to(state.mean.dtype))
+        return state.toward(sums.hard_load, step_rate(self, sums.tokens))
 
     def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
         """α m with m as of this batch."""
-        return self.strength * state.toward(batch.sums.hard_load, self.rate * batch.share).mean
+        return self.strength * state.toward(batch.sums.hard_load, batch_rate(self, batch)).mean

@@ -19,8 +19,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, check_positive, check_rate
-from moebalance.balancers.ema import Ema
+from moebalance.balancers.base import Balancer, check_positive
+from moebalance.balancers.ema import Ema, batch_rate, settle_rate, step_rate
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
 
@@ -35,32 +35,36 @@ class PhiBalancing(Balancer):
             than Euclidean; `potential.unit_slope()` removes that difference. The default was chosen
             at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
         rate: η in (0, 1], weight of the newest step in the average. The default was chosen at 1024
-            tokens a step; for steps of 2 million, 0.6 to 0.7 is reported.
+            tokens a step; for steps of 2 million, 0.6 to 0.7 is reported. 0.1 if `memory_tokens` is
+            not given either.
         statistic: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
             load f while the gradient still goes through the scores (straight-through).
         peek: whether the price already contains the batch it is charged on, as in Algorithm 1. With
             a batch that is only a share s of its step, the price is ∇φ(m + η·s·(p̄ − m)). Without
             peeking the price comes from finished steps alone and is the same for every batch.
+        memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M), and a
+            batch of n tokens peeks with the same.
 
     Departs from the paper: the price is centred, q − ⟨m, q⟩, which changes no gradient while
     scores sum to one; the average is bias-corrected (`ema.py`), in the peek as well.
 
     Raises:
-        ValueError: strength, rate or statistic out of range.
+        ValueError: strength, rate, memory or statistic out of range, or both rate and memory.
 
-    >>> PhiBalancing()
-    PhiBalancing(potential=NegativeEntropy(), strength=0.01, rate=0.1, statistic='soft', peek=True)
+    >>> PhiBalancing(peek=False).rate, PhiBalancing(memory_tokens=10_000).rate
+    (0.1, None)
     """
 
     potential: Potential = field(default_factory=NegativeEntropy)
     strength: float = 1e-2
-    rate: float = 0.1
+    rate: float | None = None
     statistic: Literal["soft", "hard"] = "soft"
     peek: bool = True
+    memory_tokens: float | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
-        check_rate("rate", self.rate)
+        settle_rate(self, default=0.1)
         if self.statistic not in ("soft", "hard"):
             raise ValueError(f"statistic={self.statistic!r}: must be 'soft' or 'hard'.")
         if not isinstance(self.potential, Potential):
@@ -89,12 +93,12 @@ class PhiBalancing(Balancer):
 
     def update(self, state: Ema, sums: Sums) -> Ema:
         """m ← (1 − η) m + η p̄, once per optimizer step."""
-        return state.toward(self._load(sums), self.rate * (sums.tokens > 0).to(state.mean.dtype))
+        return state.toward(self._load(sums), step_rate(self, sums.tokens))
 
     def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
         if self.peek:
-            state = state.toward(self._load(batch.sums), self.rate * batch.share)
+            state = state.toward(self._load(batch.sums), batch_rate(self, batch))
         price = self.potential.grad(state.mean)
         return self.strength * (price - price @ state.mean)
 
