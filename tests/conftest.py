@@ -11,6 +11,16 @@ hypothesis.settings.register_profile("moebalance", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("moebalance")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say plainly that the report was not looked at in a browser, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reports = [report for report in skipped if "test_report_browser" in report.nodeid]
+    if reports:
+        reason = str(reports[0].longrepr[2]).removeprefix("Skipped: ")
+        count = f"{len(reports)} browser tests of the report were SKIPPED"
+        terminalreporter.write_line(f"{count}: {reason}", yellow=True)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two domains in sub-folders and one of plain files; every file is different text."""

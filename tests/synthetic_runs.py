@@ -64,6 +64,7 @@ def write_run(
     stop: int | None = None,
     evaluate: bool = True,
     snapshots: bool = True,
+    snapshot_every: int = 20,
     end: bool = True,
     experts: int = 32,
     layers: int = 2,
@@ -81,16 +82,16 @@ def write_run(
     last = steps if stop is None else stop
     for step in range(1, last + 1):
         fade = 0.5 ** (6 * step / steps)
-        log.write(
-            "step",
-            step=step,
-            loss=loss + 4 * fade + dice.gauss(0, 0.05),
-            lr=1e-3,
-            step_time_s=time_s * (1 + 0.02 * dice.random()),
-            maxvio=max(0.05, maxvio * 1.2 + (3.0 - maxvio) * fade + dice.gauss(0, 0.1 * maxvio)),
-            soft_maxvio=maxvio / 3,
-        )
-        if snapshots and step % 20 == 0:
+        row = {
+            "loss": loss + 4 * fade + dice.gauss(0, 0.05),
+            "lr": 1e-3,
+            "step_time_s": time_s * (1 + 0.02 * dice.random()),
+            "maxvio": max(0.05, maxvio * 1.2 + (3.0 - maxvio) * fade + dice.gauss(0, 0.1 * maxvio)),
+            "soft_maxvio": maxvio / 3,
+        }
+        gini = min(0.05 + row["maxvio"] / 6, 0.9)
+        log.write("step", step=step, gini=gini, **row)
+        if snapshots and step % snapshot_every == 0:
             log.write("snapshot", step=step, load=_loads(dice, experts, layers, maxvio, dead))
     if evaluate:
         load = _loads(dice, experts, layers, maxvio, dead)

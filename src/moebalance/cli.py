@@ -4,7 +4,8 @@ moebalance demo                    compare φ-balancing with its rivals on bundl
 moebalance train recipe.toml       train one model with one method
 moebalance finetune recipe.toml    the same from a checkpoint's weights
 moebalance compare recipe.toml     methods × seeds under equal compute
-moebalance report runs/…           run logs → one offline HTML file
+moebalance report runs/…           run logs → one offline HTML file, or a live page (--follow)
+moebalance watch runs/…            the same runs in the terminal
 moebalance doctor MODEL            what balances a model, what can, and what will leave with it
 moebalance bench                   what every method costs on this machine, side by side
 """
@@ -26,7 +27,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"The command line needs {missing.name}: pip install 'moebalance[train]'.")
 
-from moebalance.console import console, errors, following, progress, show
+from moebalance.console import console, errors, following, progress, serve, show, watch_runs
 from moebalance.runlog import LOG_NAME, find_runs, read_run
 
 if TYPE_CHECKING:
@@ -167,9 +168,16 @@ def report(
     archive: Annotated[
         Path | None, typer.Option(help="Also copy the logs, without their step rows, to here.")
     ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Serve a page that follows training, write nothing.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="For --follow; 0: a free one.")] = 0,
 ) -> None:
     """Turn run logs into a table and one offline HTML file."""
     with _plain_errors():
+        if follow:
+            serve(runs, port)
+            return
         found = [run for folder in runs for run in find_runs(folder)]
         first = runs[0] if runs[0].is_dir() else runs[0].parent
         show(found, out or first / REPORT)
@@ -229,6 +237,16 @@ def bench(
             scale=scale,
             out=out,
         )
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it once and leave.")] = False,
+) -> None:
+    """Follow runs in the terminal, until they end."""
+    with _plain_errors():
+        watch_runs(runs, once=once)
 
 
 def main() -> None:

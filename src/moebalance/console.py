@@ -1,8 +1,9 @@
 """What the command line prints: tables, verdicts and progress, in a terminal of any width."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moebalance.runlog import Run
+from moebalance.runlog import LOG_NAME, Run
 
 if TYPE_CHECKING:
     from moebalance.report import BeforeAfter
@@ -88,6 +89,44 @@ def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
     if isinstance(value, str):
         return escape(value)
     return f"{value:.{digits}f}" + (f"±{sd:.{digits}f}" if sd is not None else "")
+
+
+def serve(folders: list[Path], port: int) -> None:
+    """Serve the report of runs on this machine and say where, until Ctrl-C."""
+    from moebalance.report.live import ReportServer
+
+    with ReportServer(folders, port) as server:
+        console.print(f"Live report: {server.url}", soft_wrap=True, highlight=False)
+        console.print("It follows the runs and is seen from this machine only. Ctrl-C ends it.")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def watch_runs(folders: list[Path], *, once: bool, every_s: float = 1.0) -> None:
+    """Show runs in the terminal until all have ended, or Ctrl-C.
+
+    Raises:
+        FileNotFoundError: no run log is there.
+    """
+    from rich.live import Live
+
+    from moebalance.report.live import readable_runs
+    from moebalance.report.watch import view
+
+    runs, problems = readable_runs(folders)
+    if not runs and not problems:
+        where = ", ".join(map(str, folders))
+        raise FileNotFoundError(f"no {LOG_NAME} under {where}; give a run folder, or one of them")
+    if once:
+        console.print(view(runs, problems, width=console.width))
+        return
+    with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while True:
+            live.update(view(runs, problems, width=console.width), refresh=True)
+            if runs and all(run.end is not None for run in runs):
+                return
+            time.sleep(every_s)
+            runs, problems = readable_runs(folders)
 
 
 def progress() -> Progress:

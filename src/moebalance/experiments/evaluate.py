@@ -14,14 +14,17 @@ from moebalance.experiments.batches import TokenDataset
 from moebalance.integrations.huggingface import Site, find_sites
 from moebalance.layer import LayerBalance
 
+_MOST_PAIRS = 16_000  # of experts, in one evaluation row: some hundred kB
+
 
 class _Watch:
-    """Counts of one layer: by domain and expert, scores, and MaxVio of each batch."""
+    """Counts of one layer: by domain and expert, by pair, scores, and MaxVio of each batch."""
 
     def __init__(self, layer: LayerBalance, site: Site, num_domains: int) -> None:
         self.layer, self.site = layer, site
         self.domain_counts = torch.zeros(num_domains, layer.num_experts)
         self.scores = torch.zeros(layer.num_experts)
+        self.together = torch.zeros(layer.num_experts, layer.num_experts)
         self.violations: list[Tensor] = []
         self.domains: Tensor | None = None
 
@@ -34,6 +37,9 @@ class _Watch:
         counts = counts.view_as(self.domain_counts).float()
         self.domain_counts += counts
         self.scores += self.layer.gate.scores(logits).sum(dim=0).cpu()
+        served = torch.zeros(experts.shape[0], self.layer.num_experts, device=experts.device)
+        served.scatter_(-1, experts.long(), 1.0)
+        self.together += (served.mT @ served).cpu()
         self.violations.append(metrics.max_violation(counts.sum(dim=0)))
 
 
@@ -53,7 +59,8 @@ def evaluate(
         `loss` in nats per token; the hard load's `maxvio`, `gini`, `entropy`, `dead` over the whole
         set and `maxvio_batch`; `soft_maxvio`, `soft_hard_gap`; with several domains, `mi` (nats)
         and `purity` between domain and expert; all means over layers; `dead_experts` over all
-        layers; and the loads.
+        layers; the loads; and `coactivation`, how often pairs of experts serve one token, for
+        `coactivation_layers`, as many as take little room.
     """
     was_training = model.training
     model.eval()
@@ -88,6 +95,8 @@ def evaluate(
         "load": fractions(hard),
         "soft": fractions(soft),
     }
+    if by_domain.shape[-1] > 2 and any(watch.site.top_k > 1 for watch in watches.values()):
+        found |= _coactivation([watch.together for watch in watches.values()])
     if len(dataset.domain_names) > 1:  # one domain alone tells nothing of specialisation
         found |= {
             "mi": _mean(metrics.mutual_information(by_domain)),
@@ -97,10 +106,40 @@ def evaluate(
     return found
 
 
+def pair_lift(together: Tensor) -> Tensor:
+    """How often two experts serve one token, as a multiple of what their loads alone give.
+
+    N_ij over c_i c_j · Σ_{i≠j} N_ij / Σ_{i≠j} c_i c_j, with c the tokens of each expert.
+
+    Args:
+        together: (E, E) tokens that both experts serve; those of one expert on the diagonal.
+
+    Returns:
+        (E, E) multiples, 1 where two experts ignore each other; 0 on the diagonal, and for an
+        expert that served nobody.
+    """
+    counts = together.diagonal()
+    chance = torch.outer(counts, counts).fill_diagonal_(0)
+    pairs = together.clone().fill_diagonal_(0)
+    return (pairs / (chance * pairs.sum() / chance.sum())).nan_to_num(nan=0.0)
+
+
 def fractions(load: Tensor, over: tuple[int, ...] = (-1,)) -> list[Any]:
     """A load as nested lists of shares, rounded to what a picture can show."""
     shares = (load / load.sum(dim=over, keepdim=True)).tolist()
     return [_rounded(share) for share in shares]
+
+
+def _coactivation(together: list[Tensor]) -> dict[str, Any]:
+    """For some layers, always the first and the last, the lift of the pairs above the diagonal."""
+    num_experts = len(together[0])
+    above = torch.triu_indices(num_experts, num_experts, offset=1)
+    most = max(2, _MOST_PAIRS // above.shape[1])
+    count = min(most, len(together))
+    layers = sorted({round(i * (len(together) - 1) / max(1, count - 1)) for i in range(count)})
+    lifts = [pair_lift(together[i])[above[0], above[1]].tolist() for i in layers]
+    short = [[float(f"{x:.3g}") for x in lift] for lift in lifts]
+    return {"coactivation_layers": layers, "coactivation": short}
 
 
 @contextmanager

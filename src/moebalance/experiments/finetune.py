@@ -24,8 +24,7 @@ from moebalance.experiments.inputs import check_keys
 from moebalance.experiments.methods import method_classes
 from moebalance.experiments.recipe import FINAL, LoraSpec, Recipe
 from moebalance.experiments.tokens import Tokenizer
-from moebalance.integrations.huggingface import STATE_FILE, find_sites, load, save
-from moebalance.integrations.huggingface.export import check_export
+from moebalance.integrations.huggingface import STATE_FILE, check_export, find_sites, load, save
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """From run logs to tables, figures and one offline HTML file; never imports torch."""
 
 from moebalance.report.before_after import BeforeAfter
+from moebalance.report.figure import write_figure
 from moebalance.report.markdown import write_markdown
-from moebalance.report.page import write_figure, write_report
+from moebalance.report.page import write_report
 from moebalance.report.summary import Section, summarise, summary_rows
 
 __all__ = [

@@ -69,6 +69,15 @@ class Axis:
             share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
 
+    def attributes(self, name: str) -> str:
+        """The axis as attributes of an SVG, from which the page's script reads values back.
+
+        >>> Axis(0.0, 1.0, 62, 622).attributes("x")
+        'data-x="0.0 1.0 62 622"'
+        """
+        log = " log" if self.log else ""
+        return f'data-{name}="{self.low!r} {self.high!r} {self.start:g} {self.end:g}{log}"'
+
     def ticks(self, about: int = 6) -> list[tuple[float, str]]:
         """Round values on the axis, with their labels.
 
@@ -97,7 +106,8 @@ def frame(
     """Grid, ticks and titles of a plot, as SVG."""
     left, right, bottom, top = x.start, x.end, y.start, y.end
     parts = []
-    for value, label in y.ticks():
+    # Ticks closer than their labels are high would hide each other.
+    for value, label in y.ticks(about=max(3, min(6, round((bottom - top) / 36)))):
         at = y.at(value)
         parts.append(
             f'<path class="grid" d="M{left:.1f} {at:.1f}H{right:.1f}" style="stroke:{ink.grid}"/>'

@@ -8,17 +8,18 @@ a share, ``na`` to what was not measured.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import NamedTuple
 
 from moebalance.report.axes import Ink
-from moebalance.runlog import Row, Run
+from moebalance.report.loads import domain_names, layer_names, matrix, relative, source
+from moebalance.report.pack import DEAD
+from moebalance.runlog import Run
 
 BINS = 13
 _WIDTH = 440.0
-_DEAD = 0.01
 
 
 class Cell(NamedTuple):
@@ -28,27 +29,30 @@ class Cell(NamedTuple):
     words: str
 
 
-def load_map(run: Run, ink: Ink, *, max_cells: int = 2000) -> str | None:
+def load_map(run: Run, ink: Ink, *, max_cells: int = 2000, titled: bool = True) -> str | None:
     """Layer × expert: each layer's experts from the most to the least loaded.
 
-    Where there are more than ``max_cells``, neighbours in rank are averaged.
+    Where there are more than ``max_cells``, neighbours in rank are averaged. Without ``titled``
+    the cells say nothing, and neighbours of one colour may be one: it is far smaller.
 
     Returns None if the run logged no load.
     """
     row = source(run, "load")
     if row is None:
         return None
-    layers = [layer for layer in _matrix(row["load"]) if layer]
+    layers = [layer for layer in matrix(row["load"]) if layer]
     columns = max(16, max_cells // len(layers))
-    names = _layer_names(run, len(layers))
+    names = layer_names(run, len(layers))
     grid = [
-        _binned(_ranked(_ratios(layer)), columns, name)
+        _binned(_ranked(relative(layer)), columns, name)
         for layer, name in zip(layers, names, strict=True)
     ]
-    return _grid(grid, names, ink, "Load of every expert, relative to an even share")
+    return _grid(grid, names, ink, "Load of every expert, relative to an even share", titled=titled)
 
 
-def domain_maps(run: Run, ink: Ink, *, max_cells: int = 2000) -> list[tuple[str, str]]:
+def domain_maps(
+    run: Run, ink: Ink, *, max_cells: int = 2000, titled: bool = True
+) -> list[tuple[str, str]]:
     """Domain × expert for the first and the last layer: (layer's name, SVG) pairs.
 
     Each row says how the tokens of one domain spread over the experts, and is normalised to sum
@@ -58,14 +62,14 @@ def domain_maps(run: Run, ink: Ink, *, max_cells: int = 2000) -> list[tuple[str,
     if row is None:
         return []
     layers = row["domain_load"]
-    names = _layer_names(run, len(layers))
+    names = layer_names(run, len(layers))
     maps = []
     for index in sorted({0, len(layers) - 1}):
-        domains = _matrix(layers[index])
+        domains = matrix(layers[index])
         if not domains or not domains[0] or len({len(domain) for domain in domains}) > 1:
             continue
-        ratios = [_ratios(domain) for domain in domains]
-        known = _domain_names(run, len(domains))
+        ratios = [relative(domain) for domain in domains]
+        known = domain_names(run, len(domains))
         order = sorted(range(len(domains[0])), key=lambda e, r=ratios: _served(r, e))  # type: ignore[misc]
         order = order[: max(16, max_cells // len(domains))]
         grid = [
@@ -73,18 +77,8 @@ def domain_maps(run: Run, ink: Ink, *, max_cells: int = 2000) -> list[tuple[str,
             for line, name in zip(ratios, known, strict=True)
         ]
         label = f"Share of each domain's tokens by expert, {names[index]}"
-        maps.append((names[index], _grid(grid, known, ink, label)))
+        maps.append((names[index], _grid(grid, known, ink, label, titled=titled)))
     return maps
-
-
-def source(run: Run, key: str) -> Row | None:
-    """The row to draw ``key`` from: the last evaluation in training, else the last snapshot."""
-    later = [row for row in run.evals if row["step"] > 0]
-    for row in (*reversed(later), *reversed(run.snapshots)):
-        value = row.get(key)
-        if isinstance(value, list) and value and all(isinstance(x, list) and x for x in value):
-            return row
-    return None
 
 
 def colour_class(ratio: float | None) -> str:
@@ -95,16 +89,10 @@ def colour_class(ratio: float | None) -> str:
     """
     if ratio is None:
         return "na"
-    if ratio < _DEAD:
+    if ratio < DEAD:
         return "dead"
     middle = BINS // 2
     return f"h{min(max(round(3 * math.log2(ratio)), -middle), middle) + middle}"
-
-
-def _ratios(shares: Sequence[float | None]) -> list[float | None]:
-    known = [share for share in shares if share is not None]
-    mean = math.fsum(known) / len(known) if known else 0.0
-    return [None if share is None or mean <= 0 else share / mean for share in shares]
 
 
 def _ranked(ratios: Sequence[float | None]) -> list[tuple[int, float | None]]:
@@ -134,7 +122,9 @@ def _served(ratios: Sequence[Sequence[float | None]], expert: int) -> tuple[int,
     return main, -column[main] / total if total else 0.0
 
 
-def _grid(grid: Sequence[Sequence[Cell]], names: Sequence[str], ink: Ink, label: str) -> str:
+def _grid(
+    grid: Sequence[Sequence[Cell]], names: Sequence[str], ink: Ink, label: str, *, titled: bool
+) -> str:
     height = 18.0 if len(grid) <= 8 else 12.0 if len(grid) <= 32 else 6.0
     gutter = min(6.4 * max(len(name) for name in names) + 10, 150.0)
     every = math.ceil(12 / height)
@@ -152,11 +142,14 @@ def _grid(grid: Sequence[Sequence[Cell]], names: Sequence[str], ink: Ink, label:
         parts.append(
             f'<g{tight} transform="translate({gutter:.1f},{top:g})scale({width:.4f},{height:g})">'
         )
-        parts.extend(
-            f'<rect class="{colour_class(cell.ratio)}" x="{j}">'
-            f"<title>{escape(cell.words)}</title></rect>"
-            for j, cell in enumerate(cells)
-        )
+        if titled:
+            parts.extend(
+                f'<rect class="{colour_class(cell.ratio)}" x="{j}">'
+                f"<title>{escape(cell.words)}</title></rect>"
+                for j, cell in enumerate(cells)
+            )
+        else:
+            parts.extend(_plain(cells, merged=bool(tight)))
         parts.append("</g>")
     size = f"0 0 {_WIDTH:g} {len(grid) * height:g}"
     return (
@@ -165,34 +158,17 @@ def _grid(grid: Sequence[Sequence[Cell]], names: Sequence[str], ink: Ink, label:
     )
 
 
+def _plain(cells: Sequence[Cell], *, merged: bool) -> Iterator[str]:
+    """A row's cells without words; too narrow for gaps between them, those of one colour merge."""
+    at = 0
+    for colour, group in groupby(colour_class(cell.ratio) for cell in cells):
+        count = sum(1 for _ in group)
+        if merged:
+            yield f'<rect class="{colour}" x="{at}" style="width:{count}px"/>'
+        else:
+            yield from (f'<rect class="{colour}" x="{at + k}"/>' for k in range(count))
+        at += count
+
+
 def _times(ratio: float | None) -> str:
     return "not measured" if ratio is None else f"{ratio:.2f}×"
-
-
-def _matrix(value: Any) -> list[list[float | None]]:
-    """Lists of numbers, with whatever is not a finite number as None."""
-    if not isinstance(value, list):
-        return []
-    return [
-        [float(x) if isinstance(x, int | float) and math.isfinite(x) else None for x in line]
-        for line in value
-        if isinstance(line, list)
-    ]
-
-
-def _layer_names(run: Run, count: int) -> list[str]:
-    """``layer 3`` from a module's name such as ``model.layers.3.mlp.gate``."""
-    model = run.header.get("model")
-    layers = model.get("layers") if isinstance(model, dict) else None
-    if not isinstance(layers, list) or len(layers) != count:
-        layers = [str(i) for i in range(count)]
-    found = [re.search(r"\d+", str(layer)) for layer in layers]
-    return [f"layer {match[0] if match else i}" for i, match in enumerate(found)]
-
-
-def _domain_names(run: Run, count: int) -> list[str]:
-    data = run.header.get("data")
-    domains = data.get("domains") if isinstance(data, dict) else None
-    if not isinstance(domains, list) or len(domains) != count:
-        return [f"domain {i}" for i in range(count)]
-    return [str(domain) for domain in domains]

@@ -1,9 +1,8 @@
-"""The report: one HTML file with everything inside, and the figure that goes into a README."""
+"""The report: one HTML file with everything inside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ from moebalance.report.columns import METRICS, Metric
 from moebalance.report.configuration import run_rows, settings, what_was_run
 from moebalance.report.cost import CostCell
 from moebalance.report.estimates import Estimate, MethodSummary, number
-from moebalance.report.heatmap import BINS, domain_maps, load_map, source
+from moebalance.report.heatmap import BINS
 from moebalance.report.methods import Look, display_name, looks
-from moebalance.report.plots import curves, marker, scatter, window_of
+from moebalance.report.pictures import pictures
+from moebalance.report.plots import marker
 from moebalance.report.summary import Section, summarise
 from moebalance.runlog import Run
 
-_CELLS_PER_PAGE = 6000
-_FIGURE_INK = {"text": "#1b1f24", "muted": "#5c6570", "grid": "#e7e9ec", "paper": "#ffffff"}
-_FONT = "system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif"
+# Cells that a page draws as SVG, and values that it carries for its script: what keeps it light.
+_STILL_CELLS = 12_000
+_PACKED_CELLS = 400_000
 
 
 def write_report(runs: Sequence[Run], path: Path | str, title: str | None = None) -> Path:
@@ -38,68 +38,57 @@ def write_report(runs: Sequence[Run], path: Path | str, title: str | None = None
         ValueError: there is no run.
         ModuleNotFoundError: jinja2 is missing.
     """
-    sections = summarise(runs)
-    look = looks(run.method for run in runs)
-    variables = {method: f"var(--m{i})" for i, method in enumerate(look)}
-    ink = Ink("var(--ink)", "var(--muted)", "var(--grid)", "var(--paper)", variables)
-    methods = sum(len(section.methods) for section in sections)
-    cells = max(256, _CELLS_PER_PAGE // (3 * methods))
-    names = dict.fromkeys(str(run.header.get("name") or "unnamed") for run in runs)
-    html = _render(
-        title=title or f"Load balancing: {', '.join(names)}",
-        lede=what_was_run(runs),
-        palette=list(enumerate(look.values())),
-        sections=[_section(section, ink, look, cells) for section in sections],
-        metrics=METRICS,
-        scale=range(BINS),
-        runs=run_rows(runs),
-        balancers=_balancers(sections),
-        settings=settings(runs),
-    )
+    html = render_report(runs, title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
     return path
 
 
-def write_figure(runs: Sequence[Run], path: Path | str) -> Path:
-    """Write validation loss against MaxVio as a standalone SVG on an opaque card.
+def render_report(
+    runs: Sequence[Run],
+    title: str | None = None,
+    *,
+    stamp: str | None = None,
+    problems: Sequence[str] = (),
+) -> str:
+    """The page as text.
 
-    With several batching modes, the first in the report's order is drawn.
+    Args:
+        runs: what to report.
+        title: the page's title; by default the runs' names.
+        stamp: what the server says as long as nothing has changed; None for a page that stays.
+        problems: what to say on top, such as logs that cannot be read.
 
     Raises:
-        ValueError: there is no run, or none has both numbers.
+        ValueError: there is no run.
+        ModuleNotFoundError: jinja2 is missing.
     """
-    section = summarise(runs)[0]
-    colours = {method: look.light for method, look in looks(run.method for run in runs).items()}
-    inner_width, inner_height = 720, 430
-    ink = Ink(**_FIGURE_INK, methods=colours)
-    figure = scatter(section.methods, ink, width=inner_width, height=inner_height)
-    if figure is None:
-        raise ValueError(
-            "no run has an evaluation with both a loss and a MaxVio, so there is nothing to draw; "
-            "let at least one run reach its evaluation"
-        )
-    size = f'width="{inner_width}" height="{inner_height}"'
-    inner = figure.replace("<svg ", f'<svg x="16" y="64" {size} ', 1)
-    width, height = inner_width + 32, inner_height + 76
-    count = max(len(method.used) for method in section.methods)
-    seeds = f"mean ± sd over {count} seeds" if count > 1 else "one seed"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="{_FONT}" font-size="12" '
-        'stroke-linecap="round">'
-        f'<rect x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="10" '
-        f'fill="{_FIGURE_INK["paper"]}" stroke="#d5d9de"/>'
-        f'<text x="22" y="32" font-size="15" font-weight="600" fill="{_FIGURE_INK["text"]}">'
-        "Validation loss against load imbalance</text>"
-        f'<text x="22" y="51" fill="{_FIGURE_INK["muted"]}">'
-        f"{escape(section.title)}, {seeds}; down and to the left is better</text>{inner}</svg>\n",
-        encoding="utf-8",
+    sections = summarise(runs)
+    look = looks(run.method for run in runs)
+    variables = {method: f"var(--m{i})" for i, method in enumerate(look)}
+    ink = Ink("var(--ink)", "var(--muted)", "var(--grid)", "var(--paper)", variables)
+    methods = sum(len(section.methods) for section in sections)
+    cells = {
+        "still_cells": max(256, _STILL_CELLS // (3 * methods)),
+        "packed_cells": _PACKED_CELLS // methods,
+    }
+    names = dict.fromkeys(str(run.header.get("name") or "unnamed") for run in runs)
+    return _render(
+        title=title or f"Load balancing: {', '.join(names)}",
+        lede=what_was_run(runs),
+        stamp=stamp,
+        problems=problems,
+        palette=list(enumerate(look.values())),
+        sections=[
+            _section(section, ink, look) | pictures(section, ink, **cells) for section in sections
+        ],
+        metrics=METRICS,
+        scale=range(BINS),
+        runs=run_rows(runs),
+        balancers=_balancers(sections),
+        settings=settings(runs),
     )
-    return path
 
 
 def _render(**values: Any) -> str:
@@ -119,8 +108,8 @@ def _render(**values: Any) -> str:
     return environment.get_template("page.html.j2").render(**values)
 
 
-def _section(section: Section, ink: Ink, look: dict[str, Look], cells: int) -> dict[str, Any]:
-    """What the template needs of one batching mode. SVG strings are marked safe in the template."""
+def _section(section: Section, ink: Ink, look: dict[str, Look]) -> dict[str, Any]:
+    """What the template needs of one batching mode beside its pictures."""
     present = [method for method in look if any(m.method == method for m in section.methods)]
     floor = section.floor
     return {
@@ -136,22 +125,6 @@ def _section(section: Section, ink: Ink, look: dict[str, Look], cells: int) -> d
         "floor": None if floor is None else number(floor, 2 if floor >= 0.1 else 3),
         "rows": [_row(method, section, ink) for method in section.methods],
         "legend": [(m, display_name(m), ink.methods[m], marker(m)) for m in present],
-        "scatter": scatter(section.methods, ink),
-        "scatter_narrow": scatter(section.methods, ink, width=360, height=380, named=False),
-        "curves": curves(section.methods, ink),
-        "window": window_of(section.methods),
-        "loads": [
-            {**_card(method, ink, run, "load"), "svg": svg}
-            for method in section.methods
-            if (run := _picture_run(method, "load"))
-            and (svg := load_map(run, ink, max_cells=cells))
-        ],
-        "domains": [
-            {**_card(method, ink, run, "domain_load"), "maps": maps}
-            for method in section.methods
-            if (run := _picture_run(method, "domain_load"))
-            and (maps := domain_maps(run, ink, max_cells=cells))
-        ],
     }
 
 
@@ -232,24 +205,6 @@ def _cell(estimate: Estimate | None, metric: Metric) -> dict[str, str]:
         digits = 0
     below = "" if estimate.sd is None else f"± {number(estimate.sd, digits)}"
     return {"sort": repr(estimate.mean), "mean": number(estimate.mean, digits), "below": below}
-
-
-def _picture_run(method: MethodSummary, key: str) -> Run | None:
-    """The run to draw maps from: experts have no identity across seeds, so one run, not a mean."""
-    runs = sorted(method.used or method.runs, key=lambda run: (run.seed is None, run.seed or 0))
-    return next((run for run in (*runs, *method.runs) if source(run, key)), None)
-
-
-def _card(method: MethodSummary, ink: Ink, run: Run, key: str) -> dict[str, Any]:
-    row = source(run, key)
-    seed = "" if run.seed is None else f"seed {run.seed}, "
-    return {
-        "method": method.method,
-        "label": method.label,
-        "colour": ink.methods[method.method],
-        "marker": marker(method.method),
-        "when": f"{seed}step {row['step']}" if row else "",
-    }
 
 
 def _balancers(sections: Sequence[Section]) -> list[tuple[str, str]]:

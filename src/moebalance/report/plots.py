@@ -132,7 +132,15 @@ def window_of(methods: Sequence[MethodSummary]) -> int:
     return max(1, math.ceil(last / _POINTS))
 
 
-def curves(methods: Sequence[MethodSummary], ink: Ink, key: str = "maxvio") -> str | None:
+def curves(
+    methods: Sequence[MethodSummary],
+    ink: Ink,
+    key: str = "maxvio",
+    *,
+    title: str = "MaxVio of each step",
+    width: int = CURVES_WIDTH,
+    height: int = HEIGHT,
+) -> str | None:
     """A step metric over steps, one line a method, with the range over seeds as a faint band.
 
     Returns None if no run logged the metric. The vertical axis is logarithmic if the values span
@@ -144,12 +152,12 @@ def curves(methods: Sequence[MethodSummary], ink: Ink, key: str = "maxvio") -> s
     points = [point for line in found.values() for point in line]
     if not points:
         return None
-    x = Axis.over([0.0, max(p.step for p in points)], _LEFT, CURVES_WIDTH - _RIGHT, margin=0.02)
+    x = Axis.over([0.0, max(p.step for p in points)], _LEFT, width - _RIGHT, margin=0.02)
     y = Axis.over(
-        [v for p in points for v in (p.low, p.high)], HEIGHT - _BOTTOM, _TOP, log_above=20
+        [v for p in points for v in (p.low, p.high)], height - _BOTTOM, _TOP, log_above=20
     )
     log = ", log scale" if y.log else ""
-    parts = [frame(x, y, ink, x_title="Step", y_title=f"MaxVio of each step{log}")]
+    parts = [frame(x, y, ink, x_title="Step", y_title=f"{title}{log}")]
     # The subject, first in page order, is drawn last and so lies on top.
     for m in reversed(methods):
         line = found[id(m)]
@@ -164,17 +172,22 @@ def curves(methods: Sequence[MethodSummary], ink: Ink, key: str = "maxvio") -> s
         )
         path = "".join(f"M{_join(x, y, part, 'mean')}" for part in _unbroken(line, window))
         parts.append(
-            f'<g class="series" data-method="{escape(m.method)}"><title>{escape(m.label)}</title>'
+            f'<g class="series" data-method="{escape(m.method)}" data-label="{escape(m.label)}">'
+            f"<title>{escape(m.label)}</title>"
             f'<path d="{band}" style="fill:{colour};fill-opacity:.13"/>'
             f'<path class="line" d="{path}" style="fill:none;stroke:{colour};stroke-width:1.8;'
             f'stroke-linejoin:round;stroke-linecap:round{dash}"/></g>'
         )
-    return _svg("".join(parts), "MaxVio of each training step, one line a method", CURVES_WIDTH)
+    axes = f'class="chart" tabindex="0" {x.attributes("x")} {y.attributes("y")}'
+    return _svg("".join(parts), f"{title}, one line a method", width, height, axes)
 
 
-def _svg(body: str, label: str, width: int = WIDTH, height: int = HEIGHT) -> str:
-    size = f"0 0 {width} {height}"
-    return f'<svg viewBox="{size}" role="img" aria-label="{escape(label)}">{body}</svg>'
+def _svg(
+    body: str, label: str, width: int = WIDTH, height: int = HEIGHT, attributes: str = ""
+) -> str:
+    size = f'viewBox="0 0 {width} {height}"'
+    more = f" {attributes}" if attributes else ""
+    return f'<svg {size} role="img" aria-label="{escape(label)}"{more}>{body}</svg>'
 
 
 def _mark(

@@ -1,0 +1,61 @@
+"""Loads as a run log has them: where to find them, as ratios to an even share, and their names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from moebalance.runlog import Row, Run
+
+
+def source(run: Run, key: str) -> Row | None:
+    """The row to draw ``key`` from: the last evaluation in training, else the last snapshot."""
+    later = [row for row in run.evals if row["step"] > 0]
+    for row in (*reversed(later), *reversed(run.snapshots)):
+        value = row.get(key)
+        if isinstance(value, list) and value and all(isinstance(x, list) and x for x in value):
+            return row
+    return None
+
+
+def matrix(value: Any) -> list[list[float | None]]:
+    """Lists of numbers, with whatever is not a finite number as None."""
+    if not isinstance(value, list):
+        return []
+    return [
+        [float(x) if isinstance(x, int | float) and math.isfinite(x) else None for x in line]
+        for line in value
+        if isinstance(line, list)
+    ]
+
+
+def relative(shares: Sequence[float | None]) -> list[float | None]:
+    """Each share as a multiple of their mean; None where not measured, or all of them are zero.
+
+    >>> relative([0.5, 0.25, None, 0.0])
+    [2.0, 1.0, None, 0.0]
+    """
+    known = [share for share in shares if share is not None]
+    mean = math.fsum(known) / len(known) if known else 0.0
+    return [None if share is None or mean <= 0 else share / mean for share in shares]
+
+
+def layer_names(run: Run, count: int) -> list[str]:
+    """``layer 3`` from a module's name such as ``model.layers.3.mlp.gate``."""
+    model = run.header.get("model")
+    layers = model.get("layers") if isinstance(model, dict) else None
+    if not isinstance(layers, list) or len(layers) != count:
+        layers = [str(i) for i in range(count)]
+    found = [re.search(r"\d+", str(layer)) for layer in layers]
+    return [f"layer {match[0] if match else i}" for i, match in enumerate(found)]
+
+
+def domain_names(run: Run, count: int) -> list[str]:
+    """The domains that the header names, or their numbers."""
+    data = run.header.get("data")
+    domains = data.get("domains") if isinstance(data, dict) else None
+    if not isinstance(domains, list) or len(domains) != count:
+        return [f"domain {i}" for i in range(count)]
+    return [str(domain) for domain in domains]

@@ -1,0 +1,153 @@
+"""A run in the terminal: a line of blocks for every curve, and the load of every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from moebalance.report.estimates import finite, number
+from moebalance.report.loads import layer_names, matrix, relative, source
+from moebalance.report.methods import display_name
+from moebalance.report.pack import DEAD
+from moebalance.runlog import Run
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+_CURVES = (("loss", "loss", 3), ("maxvio", "MaxVio", 2), ("gini", "Gini", 2))
+_MOST_LAYERS = 12
+# Background colours from far too little to far too much; an even share has none.
+_SHADES = ("blue", "steel_blue", "light_steel_blue", "default", "light_salmon1", "orange3", "red")
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """Values as blocks from their least to their largest, in at most `width` columns.
+
+    Neighbours are averaged where there are more; a value that is missing is a gap.
+
+    >>> sparkline([0.0, 1.0, None, 2.0, 7.0], 9)
+    '▁▂ ▃█'
+    >>> sparkline([2.0, 2.0], 9)
+    '▄▄'
+    """
+    if not values or width < 1:
+        return ""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [_mean(values[a:b]) for a, b in pairwise(edges)]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return " " * count
+    low, span = min(known), max(known) - min(known)
+    top = len(BLOCKS) - 1
+    return "".join(
+        " " if m is None else BLOCKS[round(top * (m - low) / span) if span else top // 2]
+        for m in means
+    )
+
+
+def view(runs: Sequence[Run], problems: Sequence[str] = (), *, width: int = 100) -> Group:
+    """What `moebalance watch` shows: a table of runs, and of a single run its layers as well.
+
+    Args:
+        runs: whole or still running.
+        problems: what to say about logs that cannot be read.
+        width: columns of the terminal.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    narrow = width < 90
+    curves = _CURVES[:2] if narrow else _CURVES
+    room = max(6, min(40, (width - 52 - 9 * len(curves)) // len(curves)))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("run", no_wrap=True, max_width=28)
+    table.add_column("step", justify="right", no_wrap=True)
+    for _, title, _ in curves:
+        table.add_column(title, no_wrap=True)
+    if not narrow:
+        table.add_column("left", justify="right", no_wrap=True)
+    several = len({run.batching for run in runs}) > 1
+    for run in runs:
+        cells = [Text(_name(run, batching=several))]
+        cells.append(Text(_progress(run)))
+        for key, _, digits in curves:
+            values = [finite(row, key) for row in run.steps]
+            last = next((v for v in reversed(values) if v is not None), None)
+            words = "–" if last is None else number(last, digits)
+            cells.append(Text(f"{sparkline(values, room)} {words}"))
+        if not narrow:
+            cells.append(Text(_left(run)))
+        table.add_row(*cells)
+    parts: list[Table | Text] = [table] if runs else []
+    if len(runs) == 1:
+        parts.append(_layers(runs[0], width))
+    parts += [Text(problem, style="yellow") for problem in problems]
+    return Group(*parts)
+
+
+def _name(run: Run, *, batching: bool) -> str:
+    seed = "" if run.seed is None else f" {run.seed}"
+    return f"{display_name(run.method)}{seed}{f' {run.batching}' if batching else ''}"
+
+
+def _layers(run: Run, width: int) -> Text:
+    """The last load that the run logged, experts of each layer from most to least loaded."""
+    from rich.text import Text
+
+    row = source(run, "load")
+    # The last snapshot says more of a run in training than an evaluation long ago.
+    if run.snapshots and (row is None or run.snapshots[-1]["step"] > row["step"]):
+        row = run.snapshots[-1]
+    text = Text()
+    if row is None:
+        return text
+    layers = [relative(line) for line in matrix(row.get("load"))]
+    names = layer_names(run, len(layers))
+    kept = range(0, len(layers), max(1, math.ceil(len(layers) / _MOST_LAYERS)))
+    gutter = max((len(names[i]) for i in kept), default=0) + 1
+    text.append(f"\nLoad of every expert at step {row['step']}, from the most loaded: ", "dim")
+    text.append("▃ even, █ 3.5× or more, · dead\n", "dim")
+    for i in kept:
+        ranked = sorted((r for r in layers[i] if r is not None), reverse=True)
+        columns = max(1, min(len(ranked), width - gutter - 16))
+        text.append(names[i].ljust(gutter), "dim")
+        for j in range(columns if ranked else 0):
+            ratio = ranked[j * len(ranked) // columns]
+            block = BLOCKS[min(len(BLOCKS) - 1, round(2 * ratio))]
+            text.append(block if ratio >= DEAD else "·", _shade(ratio))
+        worst = f"  MaxVio {number(ranked[0] - 1, 2)}" if ranked else "  –"
+        text.append(f"{worst}\n")
+    return text
+
+
+def _shade(ratio: float) -> str:
+    middle = len(_SHADES) // 2
+    place = round(1.5 * math.log2(ratio)) if ratio > 0 else -middle
+    return _SHADES[max(-middle, min(middle, place)) + middle]
+
+
+def _progress(run: Run) -> str:
+    planned = run.header.get("steps")
+    state = "" if run.status == "no end row" else f" {run.status}"
+    return f"{run.last_step}/{planned if isinstance(planned, int) else '?'}{state}"
+
+
+def _left(run: Run) -> str:
+    """The time to the planned end at the median step, as long as the run goes on."""
+    planned, step_s = run.header.get("steps"), run.step_time_s
+    if run.end is not None or not isinstance(planned, int) or step_s is None:
+        return ""
+    seconds = max(0, planned - run.last_step) * step_s
+    minutes = math.ceil(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
