@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import moebalance as mb
 
-HIDDEN, EXPERTS, TOP_K, VOCABULARY = 32, 8, 2, 64
+HIDDEN, EXPERTS, TOP_K, VOCABULARY = 32, 8, 2, 512
 
 
 class MoE(nn.Module):
@@ -26,17 +26,15 @@ class MoE(nn.Module):
         return x + (chosen * weights.unsqueeze(-1)).sum(dim=2)
 
 
-def train(balancer: mb.Balancer, steps: int = 200) -> dict[str, float]:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Embedding(VOCABULARY, HIDDEN),
-        MoE(balancer),
-        MoE(balancer),
-        nn.Linear(HIDDEN, VOCABULARY),
-    )
+def train(balancer: mb.Balancer, steps: int = 200, seed: int = 0) -> dict[str, float]:
+    torch.manual_seed(seed)
+    words, head = nn.Embedding(VOCABULARY, HIDDEN), nn.Linear(HIDDEN, VOCABULARY)
+    # Hidden states of real models share a direction, so a few experts would take most tokens.
+    words.weight.data += torch.randn(HIDDEN)
+    model = nn.Sequential(words, MoE(balancer), MoE(balancer), head)
     balancing = mb.attach(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    # A skewed source of words: a few are frequent, so a few experts would take most tokens.
+    balancing.watch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     frequency = 1.0 / torch.arange(1, VOCABULARY + 1)
     for _ in range(steps):
         ids = torch.multinomial(frequency, 512, replacement=True).view(4, 128)
@@ -45,10 +43,12 @@ def train(balancer: mb.Balancer, steps: int = 200) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         balancing.step()
-    return {"loss": loss.item(), **balancing.metrics()}
+    with torch.no_grad():  # judged on tokens that it was not trained on, far more than a step has
+        model.eval()(torch.multinomial(frequency, 32768, replacement=True).view(256, 128))
+    return {"loss": loss.item(), **balancing.evaluation()[0]}
 
 
 if __name__ == "__main__":
-    for balancer in (mb.NoBalancing(), mb.PhiBalancing(strength=0.01)):
+    for balancer in (mb.NoBalancing(), mb.PhiBalancing(strength=0.04)):
         end = train(balancer)
         print(f"{type(balancer).__name__:13} MaxVio {end['maxvio']:.2f}  Gini {end['gini']:.2f}")

@@ -1,27 +1,25 @@
 """Every promise of `attach` on one family: what holds is asserted, what cannot is a row's verdict.
 
-`python tests/family_checks.py` runs all families and writes the table of `docs/families.md`; the
-test run checks each row of that table anew.
+`tests/family_page.py` makes the table of `docs/families.md` of them.
 """
 
 import contextlib
-import logging
-import sys
-import warnings
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import moebalance as mb
-from families import EXPECTED, FAMILIES, loss, tiny, tokens
+from families import EXPECTED, loss, tiny, tokens
 from moebalance.integrations.huggingface import Site, find_sites
+from moebalance.integrations.huggingface.doctor.weights import check_resuming
+from moebalance.integrations.huggingface.scan import open_weights
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 PHI = mb.PhiBalancing(strength=0.5)
 
 
@@ -35,21 +33,28 @@ class Row(NamedTuple):
     selection_lever: str
     checkpointing: str
     compile: str
+    resumes: str
     verdict: str
 
     def __str__(self) -> str:
         return "| " + " | ".join(self) + " |"
 
 
-def examine(family: str) -> Row:
-    """Check one family; AssertionError where a promise is broken."""
+def examine(family: str, *, brief: bool = False) -> Row:
+    """Check one family; AssertionError where a promise is broken.
+
+    Args:
+        family: one of `families.FAMILIES`.
+        brief: leave out what depends on the release of Transformers: compiling and resuming.
+    """
+    resumes = "–" if brief else check_resuming_trainer(family)
     try:
         sites = find_sites(tiny(family))
     except ValueError as refusal:
         _, known, reason = str(refusal).partition("cannot be balanced: ")
         if not known:
             raise
-        return Row(family, *["–"] * 6, f"refused: {reason.rstrip('.')}")
+        return Row(family, *["–"] * 6, resumes, f"refused: {reason.rstrip('.')}")
     found = check_sites(family, sites)
     check_gradient(family, sites)
     check_statistics(family)
@@ -57,8 +62,8 @@ def examine(family: str) -> Row:
     check_detach(family)
     gate = type(sites[0].gate).__name__
     verdict = "full" if lever in ("native", "hook") else "loss lever only"
-    checkpointing, compiling = check_checkpointing(family), check_compile(family)
-    return Row(family, found, gate, "yes", lever, checkpointing, compiling, verdict)
+    checkpointing, compiling = check_checkpointing(family), "–" if brief else check_compile(family)
+    return Row(family, found, gate, "yes", lever, checkpointing, compiling, resumes, verdict)
 
 
 def check_sites(family: str, sites: list[Site]) -> str:
@@ -174,18 +179,42 @@ def check_detach(family: str) -> None:
 def check_checkpointing(family: str) -> str:
     """Both kinds of activation checkpointing count once and charge alike."""
     try:
-        tiny(family).activation_checkpointing_enable()
+        checkpoint_activations(tiny(family))
     except ValueError:
         return "not in the model"
     plain = trained(family, lambda model: None)
     for reentrant in (False, True):
 
         def enable(model: nn.Module, reentrant: bool = reentrant) -> None:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, {"use_reentrant": reentrant})
             model.enable_input_require_grads()
 
         same(trained(family, enable), plain)
     return "both kinds"
+
+
+def checkpoint_activations(model: nn.Module, options: dict[str, bool] | None = None) -> None:
+    """Switch activation checkpointing on, under the name that this Transformers has for it."""
+    older = getattr(model, "gradient_checkpointing_enable", None)
+    getattr(model, "activation_checkpointing_enable", older)(options)
+
+
+def check_resuming_trainer(family: str) -> str:
+    """Whether a Trainer that resumes loads all of its own checkpoint, as the doctor says.
+
+    It hands the files to `load_state_dict`, which passes over what has another name there.
+    """
+    model = tiny(family)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        warned = bool(check_resuming(model, open_weights(Path(folder))))
+        saved = load_file(Path(folder) / "model.safetensors")
+    missing = set(model.load_state_dict(saved, strict=False).missing_keys)
+    passed_over = missing - set(model.all_tied_weights_keys)
+    assert bool(passed_over) == warned
+    if not passed_over:
+        return "whole"
+    return "without experts" if any("expert" in name for name in passed_over) else "in part"
 
 
 def check_compile(family: str) -> str:
@@ -274,75 +303,3 @@ def watch(model: nn.Module) -> Iterator[dict[str, Any]]:
 def hooks(model: nn.Module) -> int:
     """Number of hooks on all modules."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def committed_rows() -> dict[str, str]:
-    """The table's lines by family."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
-
-
-_TEXT = """# Families of Transformers {version}
-
-Made by `python tests/family_checks.py`; `make test` checks every row anew, each on a tiny model
-with random weights. What the columns say was asserted, not looked up:
-
-- **found**: MoE routers found, of those that the model has, with their experts and K.
-- **loss lever**: the gradient that `attach` injects equals that of the explicit term, on every
-  parameter of every router; counts and scores equal a recomputation from the router's own output,
-  padding left out; `detach` gives bit-identical outputs.
-- **selection lever**: a price changes which experts are chosen, and the weights of those chosen are
-  what their affinities alone give. *native*: −price is written into the model's own selection
-  bias and is saved with it. *hook*: experts are chosen again after the router; the price is the
-  handle's.
-- **checkpointing**: reentrant and non-reentrant, counted once and charged alike.
-- **compile**: the whole model under Dynamo, counted once and charged alike, with no graph break but
-  the model's own.
-
-{header}
-|{rule}|
-{rows}
-
-## Older Transformers
-
-The same checks under older releases (compile left out), each in an environment of its own:
-
-| release | families it can build of the above | every promise kept | the rest |
-|---|---|---|---|
-| 5.16.1 | 65 | 55 | refused by name, or no router found |
-| 5.6.0 | 48 | 25 | refused by name, or no router found |
-| 5.0.0 | 34 | 14 | refused by name, or no router found |
-| 4.57.6 | 5 tried | 0 | refused by name, or no router found: most are plain linear maps |
-
-Two could not be judged: ERNIE 4.5 starts with a gate of zeros under 5.16, and DBRX does not run
-under 5.6 and before. Nothing is misread: before 5.6 softmax families put probabilities in the
-logits' place (a softmax of them would be the second one), which is noticed by running the router.
-
-A family that is not here works if its routers return `(logits, weights, experts)` and weigh by
-softmax, sigmoid or √softplus: that is found out by running the router, not by its name. Any other
-is refused by name.
-"""
-
-
-def write_page() -> None:
-    """Examine every family and write the page."""
-    rows = [examine(family) for family in FAMILIES]
-    header = "| " + " | ".join(field.replace("_", " ") for field in Row._fields) + " |"
-    text = _TEXT.format(
-        version=transformers.__version__,
-        header=header,
-        rule="|".join(["---"] * len(Row._fields)),
-        rows="\n".join(str(row) for row in rows),
-    )
-    PAGE.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    if len(sys.argv) > 1:
-        for name in sys.argv[1:]:
-            print(examine(name))
-    else:
-        write_page()

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 import moebalance as mb
 from families import FAMILIES, loss, tiny, tokens
-from moebalance.integrations.huggingface import find_sites
-from moebalance.integrations.huggingface.export import check_export, export, rounding
+from moebalance.integrations.huggingface import check_export, export, find_sites
+from moebalance.integrations.huggingface.exporting import rounding
 from training import Rows, arguments, light_collections
 
 NATIVE = ("deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2")

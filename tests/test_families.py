@@ -5,16 +5,19 @@ import logging
 import pytest
 
 from families import FAMILIES
-from family_checks import committed_rows, examine
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # the families' own, of every kind
-    pytest.mark.parametrize("family", FAMILIES),
-]
+from family_checks import examine
+from family_page import PAGE, committed_counts, committed_rows, page
 
 
+@pytest.mark.filterwarnings("ignore")  # the families' own, of every kind
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_keeps_every_promise_its_row_in_the_docs_makes(
     family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
     assert str(examine(family)) == committed_rows()[family]
+
+
+def test_the_page_around_the_rows_is_what_was_counted() -> None:
+    assert [count.transformers for count in committed_counts()] == ["5.16.1", "5.6.0", "5.0.0"]
+    assert PAGE.read_text(encoding="utf-8") == page(committed_rows())

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 import moebalance as mb
 from families import tiny, tokens
+from family_checks import hooks
 from moebalance.runlog import read_run
 
 
@@ -165,6 +166,39 @@ def test_a_trainer_drives_a_monitor(tmp_path: Path) -> None:
     assert [row["step"] for row in run.steps if "loss" in row] == [2, 4]
     assert run.evals[0]["tokens"] == 8 * 12
     assert run.evals[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("every", [0, -5])
+def test_snapshots_every_zero_steps_are_refused_before_anything_is_attached(every: int) -> None:
+    model = tiny("mixtral")
+    with pytest.raises(ValueError, match=f"snapshot_every={every}: give the steps between"):
+        mb.monitor(model, snapshot_every=every)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("place", ["", "mine.jsonl"])
+def test_a_log_that_holds_a_run_is_refused_before_anything_is_attached(
+    tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("other files are none of its business")
+    mb.monitor(tiny("mixtral"), tmp_path / place).close()
+    before = [(path, path.read_bytes()) for path in sorted(tmp_path.iterdir())]
+    model = tiny("mixtral")
+    with pytest.raises(ValueError, match=r"jsonl holds a run already.*give another folder"):
+        mb.monitor(model, tmp_path / place)
+    assert hooks(model) == 0
+    assert [(path, path.read_bytes()) for path in sorted(tmp_path.iterdir())] == before
+
+
+def test_ranks_that_do_not_divide_the_experts_are_refused() -> None:
+    model, ids = tiny("mixtral").eval(), tokens()
+    with mb.monitor(model) as watch:
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        watch.balancing.step()
+        for ranks in (0, 3, 16):
+            with pytest.raises(ValueError, match=rf"8 experts on {ranks} ranks.*\[1, 2, 4, 8\]"):
+                watch.balancing.metrics(ep_size=ranks)
+        assert watch.balancing.metrics(ep_size=4)["rankvio"] >= 0
 
 
 def test_evaluation_without_watching_is_refused() -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import moebalance as mb
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -30,3 +32,18 @@ def test_methods_in_the_readme_are_the_methods_there_are() -> None:
 
     table = dict(re.findall(r"^\| `(\w+)` \| `([\w-]+)` \|", README, flags=re.MULTILINE))
     assert table == {kind.__name__: word for word, kind in method_classes().items()}
+
+
+def test_the_resuming_figure_in_the_readme_is_that_of_the_families() -> None:
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    without, families = re.search(r"\*without experts\*, in (\d+) of (\d+) families", text).groups()
+    assert f"in {without} of those {families} families" in README
+
+
+def test_the_layout_figure_in_the_readme_is_the_one_measured_of_phi() -> None:
+    text = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| phi-negative-entropy |"))
+    differences = [float(cell) for cell in row.split("|")[3:-2] if cell.strip() != "="]
+    assert f"by up to {max(differences)} of its size" in README
+    assert mb.PhiBalancing().coupling == "batch"
+    assert mb.PhiBalancing(peek=False).coupling == "token"

@@ -62,7 +62,8 @@ def attach(
     raise ValueError(
         f"{type(model).__name__} is neither a Transformers model nor has it a "
         "moebalance.BalancedRouter: route its MoE layers with BalancedRouter (see the example "
-        "examples/plain_pytorch.py)."
+        "examples/plain_pytorch.py). For a Megatron-Core model, take balanced_spec and attach of "
+        "moebalance.integrations.megatron."
     )
 
 

@@ -37,7 +37,8 @@ def monitor(
         snapshot_every: steps between load snapshots in the log.
 
     Raises:
-        ValueError: no router was found, or one of a kind that cannot be read.
+        ValueError: no router was found, or one of a kind that cannot be read; the log is another
+            run's already; `snapshot_every` is below 1. Nothing is attached then.
 
     >>> import moebalance as mb
     >>> router = mb.BalancedRouter(mb.NoBalancing(), num_experts=4, top_k=2).eval()
@@ -46,12 +47,17 @@ def monitor(
     ...     watch.evaluate()["tokens"]
     4.0
     """
+    if snapshot_every < 1:
+        raise ValueError(
+            f"snapshot_every={snapshot_every}: give the steps between load snapshots, 1 or more."
+        )
+    run_log = None if log is None else _new_log(log)
     balancing = (
         attach(model)
         if _routes_itself(model)
         else attach(model, NoBalancing(), keep_native_loss=True)
     )
-    return Monitor(model, balancing, log, name=name, snapshot_every=snapshot_every)
+    return Monitor(model, balancing, run_log, name=name, snapshot_every=snapshot_every)
 
 
 class Monitor:
@@ -67,13 +73,13 @@ class Monitor:
         self,
         model: nn.Module,
         balancing: Balancing,
-        log: str | Path | None,
+        log: RunLog | None,
         *,
         name: str | None,
         snapshot_every: int,
     ) -> None:
         self.balancing, self.snapshot_every = balancing, snapshot_every
-        self._log = None if log is None else RunLog(log)
+        self._log = log
         if self._log is not None:
             self._log.write("header", **_header(model, balancing, name))
         balancing.watch()
@@ -125,6 +131,17 @@ class Monitor:
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(kind, step=self.balancing.steps, **row)
+
+
+def _new_log(path: str | Path) -> RunLog:
+    """Open a run log that nobody has written to."""
+    log = RunLog(path)
+    if log.path.exists() and log.path.stat().st_size:
+        raise ValueError(
+            f"{log.path} holds a run already, and one log holds one run: give another folder as "
+            "log=…, or move that one away."
+        )
+    return log
 
 
 def _routes_itself(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ where the family has no selection bias of its own, chooses again under the price
 Hooks on the model hand over the padding mask and follow the gradient of its loss.
 """
 
-from moebalance.integrations.huggingface.export import check_export, export
+from moebalance.integrations.huggingface.exporting import check_export, export
 from moebalance.integrations.huggingface.hooks import attach, serves
 from moebalance.integrations.huggingface.monitor_callback import MonitorCallback
 from moebalance.integrations.huggingface.routers import Site, find_sites

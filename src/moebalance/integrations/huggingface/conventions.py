@@ -70,7 +70,13 @@ class Convention:
         experts: Int[Tensor, "T K"],
     ) -> Tensor:
         """The carrier this router would give for any choice of experts, differentiable."""
-        return rule.weigh(logits, experts)
+        return self._carrier(router, rule.weigh(logits, experts), experts)
+
+    def _carrier(
+        self, router: nn.Module, weights: Float[Tensor, "T K"], experts: Int[Tensor, "T K"]
+    ) -> Tensor:
+        """Weights in the form in which this router gives them."""
+        return weights
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,10 @@ class _Scaled(Convention):
     def top_k(self, router: nn.Module, block: nn.Module) -> int:
         return cast(int, cast(Any, router).config.top_k_experts)
 
-    def weigh(
-        self,
-        rule: Rule,
-        router: nn.Module,
-        logits: Float[Tensor, "T E"],
-        experts: Int[Tensor, "T K"],
+    def _carrier(
+        self, router: nn.Module, weights: Float[Tensor, "T K"], experts: Int[Tensor, "T K"]
     ) -> Tensor:
-        return rule.weigh(logits, experts) * cast(Tensor, router.per_expert_scale)[experts]
+        return weights * cast(Tensor, router.per_expert_scale)[experts]
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,11 @@ class _Scattered(Convention):
     def write(self, output: Any, carrier: Tensor, experts: Int[Tensor, "T K"]) -> Any:
         return carrier, output[1]
 
-    def weigh(
-        self,
-        rule: Rule,
-        router: nn.Module,
-        logits: Float[Tensor, "T E"],
-        experts: Int[Tensor, "T K"],
+    def _carrier(
+        self, router: nn.Module, weights: Float[Tensor, "T K"], experts: Int[Tensor, "T K"]
     ) -> Tensor:
-        weights = rule.weigh(logits, experts)
-        return torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
+        columns = cast(int, router.num_experts)
+        return weights.new_zeros(len(weights), columns).scatter(-1, experts, weights)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 from moebalance.balancers.base import Balancer
 from moebalance.balancing import Balancing
 from moebalance.distributed import Group
-from moebalance.integrations.huggingface.export import guard_saving
+from moebalance.integrations.huggingface.exporting import guard_saving
 from moebalance.integrations.huggingface.routers import (
     Site,
     check_levers,
@@ -63,7 +63,7 @@ def attach(
         layers[site.name] = layer.to(next(site.router.parameters()).device)
     balancing = Balancing(balancer, layers, group=group)
     try:
-        _tie(balancing, model, inner, sites, keep_native_loss)
+        _tie(balancing, model, inner, sites, keep_native_loss=keep_native_loss)
     except BaseException:
         balancing.detach()
         raise
@@ -75,6 +75,7 @@ def _tie(
     model: nn.Module,
     inner: PreTrainedModel,
     sites: list[Site],
+    *,
     keep_native_loss: bool,
 ) -> None:
     """Register every hook, and how to take it away again."""
@@ -97,8 +98,13 @@ def _tie(
         elif balancer.prices_selection:
             balancing.price_outside.add(site.name)
     balancing.on_detach(guard_saving(inner, balancing, sites))
-    hooks = _ModelHooks(balancing, forward, sites, shifts_labels=_shifts_labels(inner))
-    hooks.keep_native_loss = keep_native_loss
+    hooks = _ModelHooks(
+        balancing,
+        forward,
+        sites,
+        shifts_labels=_shifts_labels(inner),
+        keep_native_loss=keep_native_loss,
+    )
     for module in {id(m): m for m in (model, inner)}.values():
         before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
         balancing.on_detach(before.remove)
@@ -216,10 +222,16 @@ class _ModelHooks:
     """Hand the padding mask and the batch's weight to the routers, and follow the model's loss."""
 
     def __init__(
-        self, balancing: Balancing, forward: _Forward, sites: list[Site], *, shifts_labels: bool
+        self,
+        balancing: Balancing,
+        forward: _Forward,
+        sites: list[Site],
+        *,
+        shifts_labels: bool,
+        keep_native_loss: bool,
     ) -> None:
         self.balancing, self.forward, self.sites = balancing, forward, sites
-        self.shifts_labels, self.keep_native_loss = shifts_labels, False
+        self.shifts_labels, self.keep_native_loss = shifts_labels, keep_native_loss
 
     def before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

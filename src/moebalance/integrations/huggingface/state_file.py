@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,6 +38,16 @@ def load(balancing: Balancing, folder: str | Path) -> None:
         FileNotFoundError: there is none.
         ValueError: it is truncated, foreign, or does not fit.
     """
+    balancing.load_state_dict(read(folder))
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """What `save` wrote into a checkpoint folder, as `Balancing.state_dict` gave it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is truncated or foreign.
+    """
     path = Path(folder) / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -53,9 +64,8 @@ def load(balancing: Balancing, folder: str | Path) -> None:
         ) from error
     if metadata is None:
         raise ValueError(f"{path} was not written by moebalance: it carries no description.")
-    state = json.loads(metadata)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, leaf = key.rpartition("/")
         layers.setdefault(name, {})[leaf] = tensor
-    balancing.load_state_dict({**state, "layers": layers})
+    return {**json.loads(metadata), "layers": layers}

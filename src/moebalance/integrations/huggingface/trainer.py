@@ -35,8 +35,8 @@ class BalanceCallback(TrainerCallback):
         balancing: what `moebalance.attach` returned; or a method, to be attached to the trainer's
             model when the trainer is made. It stays attached after training.
         prefix: put before each metric's name in the logs.
-        resume_from: folder of the checkpoint to resume from; found by itself where the checkpoint
-            lies in the trainer's own output folder.
+        resume_from: folder of the checkpoint to resume from; found by itself where the trainer's
+            arguments name it as `resume_from_checkpoint`, or in the trainer's own output folder.
         state_file: whether to save the state as a file beside each checkpoint; False where the
             checkpoint itself holds it, as those of `torch.distributed.checkpoint` can.
 
@@ -176,7 +176,10 @@ class BalanceCallback(TrainerCallback):
         self.balancing.set_loss_scale(scaler_factor(optimizer) / self._epoch.micro_batches)
 
     def _resume(self, args: Any, state: Any) -> None:
-        folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        own, named = Path(args.output_dir) / f"checkpoint-{state.global_step}", None
+        if isinstance(args.resume_from_checkpoint, str):  # from a command line it may be "True"
+            named = Path(args.resume_from_checkpoint)
+        folder = self.resume_from or (named if named and (named / STATE_FILE).is_file() else own)
         if state.global_step == self.balancing.steps and not (folder / STATE_FILE).is_file():
             return  # loaded by hand
         load(self.balancing, folder)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from moebalance.integrations.huggingface.doctor.native_loss import native_loss, trainer_uses
 from moebalance.integrations.huggingface.doctor.weights import Finding, Severity
-from moebalance.integrations.huggingface.export import USUAL_RATE, rounding
+from moebalance.integrations.huggingface.exporting import USUAL_RATE, rounding
 from moebalance.integrations.huggingface.routers import Site
 
 

@@ -29,7 +29,6 @@ from moebalance.integrations.huggingface.doctor.weights import (
 )
 from moebalance.integrations.huggingface.routers import Site, find_sites
 from moebalance.integrations.huggingface.scan import Weights, open_weights
-from moebalance.integrations.huggingface.state_file import STATE_FILE
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def _check_folder(
     if folder is None or weights is None:
         return []
     findings = []
-    state = read_state(folder / STATE_FILE)
+    state = read_state(folder)
     if adapter is not None:
         findings += _check_adapter(sites, weights)
     elif weights.files:

@@ -1,12 +1,10 @@
 """A balancing state beside a checkpoint, held against the weights that it lies beside."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moebalance.integrations.huggingface.doctor.weights import (
@@ -16,6 +14,7 @@ from moebalance.integrations.huggingface.doctor.weights import (
 )
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
+from moebalance.integrations.huggingface.state_file import STATE_FILE, read
 
 
 class State(NamedTuple):
@@ -36,26 +35,26 @@ class State(NamedTuple):
     finite: bool
 
 
-def read_state(path: Path) -> State | None:
+def read_state(folder: Path) -> State | None:
     """Read a balancing state; None if there is no file.
 
     Raises:
         ValueError: the file is damaged or was not written by moebalance.
     """
-    if not path.is_file():
+    if not (folder / STATE_FILE).is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get("moebalance", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): take another checkpoint.") from error
-    if "balancer" not in description:
-        raise ValueError(f"{path} was not written by moebalance: it carries no description.")
-    prices = {_plain(k): t for k, t in tensors.items() if k.endswith("price")}
-    routers = tuple(dict.fromkeys(_plain(key) for key in tensors))
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
-    return State(description["balancer"], description["steps"], prices, routers, finite)
+    saved = read(folder)
+    layers: dict[str, dict[str, Tensor]] = saved["layers"]
+    prices = {
+        name: tensor
+        for name, layer in layers.items()
+        for key, tensor in layer.items()
+        if key.endswith("price")
+    }
+    finite = all(
+        torch.isfinite(t).all().item() for layer in layers.values() for t in layer.values()
+    )
+    return State(saved["balancer"], saved["steps"], prices, tuple(layers), finite)
 
 
 def check_state(state: State, sites: Sequence[Site], weights: Weights) -> list[Finding]:
@@ -113,11 +112,6 @@ def _holds(site: Site, price: Tensor, weights: Weights) -> bool:
 
 def _matters(price: Tensor) -> bool:
     return bool(price.max() > price.min())
-
-
-def _plain(key: str) -> str:
-    """The router's name in a key of the balancing state."""
-    return key.rpartition("/")[0]
 
 
 def _bare(name: str) -> str:

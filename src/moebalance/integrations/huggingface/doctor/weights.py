@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moebalance.integrations.huggingface.export import USUAL_RATE, rounding
+from moebalance.integrations.huggingface.exporting import USUAL_RATE, rounding
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
 from moebalance.routing import Sigmoid, Softmax
