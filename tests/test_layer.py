@@ -10,6 +10,7 @@ import torch
 from cases import BALANCERS
 from moebalance.balancers import (
     Balancer,
+    GlobalBatchLoss,
     LossFree,
     NoBalancing,
     PhiBalancing,
@@ -252,3 +253,19 @@ def test_weights_can_be_scaled_in_place():
     weights, _ = BalancedRouter(Squares(), 4, 2)(torch.randn(6, 4, requires_grad=True))
     weights *= 2
     weights.sum().backward()
+
+
+def test_a_method_beside_one_that_sees_the_step_so_far_keeps_its_share_of_the_step():
+    """The more coupled of the two decides for both, and neither loses what it may look at."""
+    alone = TinyMoE(PHI)
+    beside = TinyMoE(Together(GlobalBatchLoss(strength=0.0), PHI))
+    found = []
+    for model in (alone, beside):
+        balancing = handle(model)
+        for seed in (0, 1):  # of two batches, so that from the second step on a share is a half
+            gradients_of = [
+                gradients(model, model(hidden(16, seed=2 * seed + i)).mean()) for i in (0, 1)
+            ]
+            balancing.step()
+        found.append(gradients_of[0])
+    close(found[1], found[0])

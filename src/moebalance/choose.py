@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moebalance import kernels
 from moebalance.balancers.base import Balancer, State, per_token
-from moebalance.inject import Tally, count, unpack
+from moebalance.inject import Tally, count, pack, unpack
 from moebalance.routing import Gate, Sums, add_up, real_rows
 
 _SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
@@ -173,6 +173,9 @@ class _Fused(torch.autograd.Function):
 
 def _charge(how: Pass, sums: Sums) -> Tensor | None:
     """Count the batch, and say what a token's scores are charged, (E,)."""
+    if not how.balancer.charges:
+        how.tally.running.add_(pack(sums))
+        return None
     batch = count(how.balancer, how.tally, sums, None)
     price = how.balancer.charged(how.state, batch)
     return None if price is None else price * per_token(batch, how.tally.scale)

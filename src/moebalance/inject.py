@@ -85,8 +85,14 @@ def count(balancer: Balancer, tally: Tally, sums: Sums, routing: Any) -> Batch:
     `routing` is that of the batch, or None for a method that reads sums alone.
     """
     tally.running.add_(pack(sums))
-    step = unpack(tally.running, balancer, sums.scores.shape[-1])
-    return Batch(routing, sums, step, _share(sums.tokens, tally.last_step))
+    # What a method couples is all of its surroundings that it may look at.
+    step, coupling = sums, balancer.coupling
+    share: float | Tensor = 1.0
+    if coupling == "step":
+        step = unpack(tally.running, balancer, sums.scores.shape[-1])
+    if coupling in ("batch", "step"):
+        share = _share(sums.tokens, tally.last_step)
+    return Batch(routing, sums, step, share)
 
 
 def packed_size(balancer: Balancer, num_experts: int) -> int:

@@ -283,15 +283,19 @@ class BalancedRouter(LayerBalance):
                 f"{self.name}: mask of shape {tuple(mask.shape)} for logits of shape "
                 f"{tuple(logits.shape)}: it must have the logits' shape without the last axis."
             )
-        flat = logits.reshape(-1, self.num_experts)
+        rows = logits.dim() == 2  # then views would only cost time
+        flat = logits if rows else logits.reshape(-1, self.num_experts)
         flat_mask = None if mask is None else mask.reshape(-1).bool()
         training = self.training and torch.is_grad_enabled()
         sequences = logits.shape[0] if logits.dim() == 3 else 1
         weights, experts = self._choose(flat, flat_mask, sequences, training=training)
         if not self.training:
             self.watch(flat, experts, mask=flat_mask)
+        weights = weights.to(logits.dtype)
+        if rows:
+            return weights, experts
         shape = (*logits.shape[:-1], self.top_k)
-        return weights.to(logits.dtype).view(shape), experts.view(shape)
+        return weights.view(shape), experts.view(shape)
 
     def _choose(
         self,

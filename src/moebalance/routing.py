@@ -275,8 +275,10 @@ class Batch(NamedTuple):
         routing: what the router did with this batch. A router of ours does not keep it, and gives
             None, to a method that says it reads the sums alone (`Balancer.from_sums`).
         sums: this batch's sums.
-        step: sums of the step so far, this batch included.
-        share: this batch's share of the tokens of its step, in (0, 1]; 1 if it is the whole step.
+        step: sums of the step so far, this batch included; for methods whose `coupling` is "step",
+            to others this batch's own.
+        share: this batch's share of the tokens of its step, in (0, 1]; for methods whose `coupling`
+            is "batch" or "step", to others 1.
     """
 
     routing: Routing

@@ -35,13 +35,13 @@ class Ema(NamedTuple):
     def empty(cls, num_experts: int) -> "Ema":
         """Nothing seen: the mean is uniform until the first step replaces it."""
         uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float32)
-        return cls(uniform, torch.zeros((), dtype=torch.float32))
+        # The least weight there is: nothing seen and nothing new is a gain of 0, not 0/0.
+        return cls(uniform, torch.full((), _TINY, dtype=torch.float32))
 
     def toward(self, value: Float[Tensor, "E"], rate: float | Tensor) -> "Ema":
         """Move by `rate` toward `value`; a rate of 0 leaves all as it was."""
         weight = (self.weight + rate * (1 - self.weight)).to(self.weight.dtype)
-        # clamp: nothing seen and nothing new is a gain of 0, not 0/0.
-        gain = (rate / weight.clamp(min=_TINY)).to(self.mean.dtype)
+        gain = (rate / weight).to(self.mean.dtype)
         return Ema(torch.lerp(self.mean, value.to(self.mean.dtype), gain), weight)
 
 
