@@ -21,7 +21,8 @@ from moebalance.bench.variants import STRENGTH, Attached, BareRouter, Ours, othe
 from moebalance.cli import app
 
 EXPERTS, TOP_K = 16, 4
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
 every_rule = pytest.mark.parametrize("rule", RULES)
 
@@ -176,3 +177,24 @@ def test_a_device_that_is_not_there_is_refused():
     done = CliRunner().invoke(app, ["bench", "--device", "cuda"])
     assert done.exit_code == 2
     assert "no CUDA device" in done.output
+
+
+def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path):
+    results = json.loads((ROOT / "benchmarks/results/cost/cost.json").read_text(encoding="utf-8"))
+    page = write_page(results, tmp_path / "cost.md", plot="cost.svg")
+    for file in (page, tmp_path / "cost.svg"):
+        committed = (ROOT / "docs" / file.name).read_text(encoding="utf-8")
+        assert committed == file.read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [row["variants"] for row in results["routers"] if row["rule"] == "softmax"]
+    names = {
+        "bare again (null control)": NULL,
+        "counting only": "none",
+        "φ-balancing, `BalancedRouter`": "phi",
+        "φ-balancing, attached to another's router": "phi, attached",
+        "leanest Switch loss": "Switch, leanest (restated)",
+        "Transformers' loss function": "Transformers' function",
+    }
+    for title, name in names.items():
+        cells = " | ".join(f"{row[name]['ratio']:.2f}" for row in rows)
+        assert f"| {title} | {cells} |" in readme
