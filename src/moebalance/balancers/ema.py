@@ -15,7 +15,7 @@ under which two steps of n tokens forget exactly as much as one of 2n. A recipe 
 when the batch, the accumulation or the number of ranks changes.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -45,6 +45,7 @@ class Ema(NamedTuple):
         return Ema(torch.lerp(self.mean, value.to(self.mean.dtype), gain), weight)
 
 
+@runtime_checkable
 class Remembers(Protocol):
     """A method with a memory: its rate, or the tokens that it remembers; the other is None."""
 
