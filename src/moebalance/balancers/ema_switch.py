@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, check_positive
-from moebalance.balancers.ema import Ema, batch_rate, settle_rate, step_rate
+from moebalance.balancers.ema import Ema, batch_rate, described, settle_rate, step_rate
 from moebalance.routing import Batch, Sums
 
 
@@ -36,6 +36,9 @@ class EmaSwitchLoss(Balancer):
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
         settle_rate(self, default=0.3)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     @property
     def from_sums(self) -> bool:

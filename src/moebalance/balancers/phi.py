@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, check_positive
-from moebalance.balancers.ema import Ema, batch_rate, settle_rate, step_rate
+from moebalance.balancers.ema import Ema, batch_rate, described, settle_rate, step_rate
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
 
@@ -71,6 +71,9 @@ class PhiBalancing(Balancer):
             raise TypeError(
                 f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
             )
+
+    def __repr__(self) -> str:
+        return described(self)
 
     @property
     def from_sums(self) -> bool:
