@@ -10,6 +10,7 @@ import scipy.special
 import torch
 
 from cases import (
+    POTENTIALS,
     add,
     one_batch,
     plain_top_k,
@@ -25,6 +26,7 @@ from moebalance.balancers import (
     LossFree,
     NoBalancing,
     PhiBalancing,
+    PlugInLoss,
     QuantileBalancing,
     SequenceLoss,
     Sinkhorn,
@@ -32,6 +34,7 @@ from moebalance.balancers import (
     Together,
     ZLoss,
 )
+from moebalance.potentials import Euclidean
 from moebalance.routing import Batch, Sigmoid, Softmax, route
 
 
@@ -118,6 +121,68 @@ def test_last_micro_batch_of_global_batch_has_the_gradient_of_switch_on_the_conc
 def test_global_batch_forgets_finished_steps():
     method = GlobalBatchLoss(strength=0.02)
     assert method.update(method.init(8), one_batch(method, (), doubled()).sums) == ()
+
+
+# --- plug-in ----------------------------------------------------------------------------------
+
+LINEAR_ON_COUNTS = {"potential": Euclidean(), "statistic": "hard", "pseudo_count": 0.0}
+
+
+def test_euclidean_plug_in_on_counts_has_the_gradient_of_switch():
+    routing = doubled(tokens=40, num_experts=6)
+    plug_in, switch = PlugInLoss(**LINEAR_ON_COUNTS, strength=0.02), SwitchLoss(strength=0.02)
+    torch.testing.assert_close(
+        plug_in.logit_gradient((), one_batch(plug_in, (), routing)),
+        switch.logit_gradient((), one_batch(switch, (), routing)),
+    )
+
+
+def test_euclidean_plug_in_on_the_step_so_far_has_the_gradient_of_global_batch():
+    parts = [doubled(tokens=size, seed=seed) for seed, size in enumerate((8, 24, 16))]
+    plug_in = PlugInLoss(**LINEAR_ON_COUNTS, strength=0.02, window="step")
+    whole = GlobalBatchLoss(strength=0.02)
+    batches = zip(micro_batches(plug_in, parts), micro_batches(whole, parts), strict=True)
+    for ours, theirs in batches:
+        torch.testing.assert_close(
+            plug_in.logit_gradient((), ours), whole.logit_gradient((), theirs)
+        )
+
+
+@pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS)
+def test_plug_in_descends_the_potential_of_the_batch_itself(potential):
+    """Its gradient is E times that of φ(p̄), through p̄ alone."""
+    routing = doubled(tokens=40, num_experts=6)
+    logits = routing.logits.requires_grad_()
+    potential.value(Softmax().scores(logits).mean(dim=0)).backward()
+    method = PlugInLoss(potential, strength=0.03)
+    found = method.logit_gradient((), one_batch(method, (), routing))
+    torch.testing.assert_close(found.detach(), 0.03 * 6 * logits.grad)
+
+
+def test_phi_without_memory_is_a_plug_in():
+    routing = doubled(tokens=40, num_experts=6)
+    phi, plug_in = PhiBalancing(strength=0.03, rate=1.0), PlugInLoss(strength=0.03)
+    state = to_double(skewed_state(phi, 6))
+    torch.testing.assert_close(
+        phi.logit_gradient(state, one_batch(phi, state, routing)),
+        plug_in.logit_gradient((), one_batch(plug_in, (), routing)),
+    )
+
+
+def test_an_empty_expert_has_a_moderate_price_with_a_pseudo_count():
+    one_expert = plain_top_k(random_logits(16, 4) + torch.tensor([50.0, 0, 0, 0]), 1)
+    for pseudo_count, spread in ((0.5, np.log(16.5 / 0.5)), (0.0, 87.3)):
+        method = PlugInLoss(strength=1.0, statistic="hard", pseudo_count=pseudo_count)
+        price = method.charged((), one_batch(method, (), one_expert))
+        assert (price.max() - price.min()).item() == pytest.approx(spread, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"statistic": "both"}, {"window": "epoch"}, {"strength": -1.0}, {"pseudo_count": -1}]
+)
+def test_plug_in_refuses(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PlugInLoss(**wrong)
 
 
 # --- sequence-wise ----------------------------------------------------------------------------

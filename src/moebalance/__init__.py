@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moebalance.balancers import LossFree as LossFree
     from moebalance.balancers import NoBalancing as NoBalancing
     from moebalance.balancers import PhiBalancing as PhiBalancing
+    from moebalance.balancers import PlugInLoss as PlugInLoss
     from moebalance.balancers import QuantileBalancing as QuantileBalancing
     from moebalance.balancers import SequenceLoss as SequenceLoss
     from moebalance.balancers import Sinkhorn as Sinkhorn
@@ -58,6 +59,7 @@ _HOME = {
         "LossFree",
         "NoBalancing",
         "PhiBalancing",
+        "PlugInLoss",
         "QuantileBalancing",
         "SequenceLoss",
         "Sinkhorn",

@@ -6,6 +6,7 @@ from moebalance.balancers.global_batch import GlobalBatchLoss
 from moebalance.balancers.loss_free import LossFree
 from moebalance.balancers.none import NoBalancing
 from moebalance.balancers.phi import PhiBalancing
+from moebalance.balancers.plug_in import PlugInLoss
 from moebalance.balancers.quantile import QuantileBalancing
 from moebalance.balancers.sequence import SequenceLoss
 from moebalance.balancers.sinkhorn import Sinkhorn
@@ -20,6 +21,7 @@ __all__ = [
     "LossFree",
     "NoBalancing",
     "PhiBalancing",
+    "PlugInLoss",
     "QuantileBalancing",
     "SequenceLoss",
     "Sinkhorn",

@@ -29,6 +29,7 @@ LOOKS = {
     "global-batch": Look("Global-batch loss", "#4586de", "#9ed9ff", "diamond"),
     "sequence": Look("Sequence loss", "#151e9d", "#7e6cf7", "up"),
     "ema-switch": Look("EMA-Switch loss", "#32a1a1", "#63cbae", "down"),
+    "plug-in": Look("Plug-in loss", "#a3520b", "#f0a870", "pentagon"),
     "loss-free": Look("Loss-free bias", "#316613", "#b4e655", "plus"),
     "quantile": Look("Quantile balancing", "#708a04", "#d4a142", "hexagon"),
     "sinkhorn": Look("Sinkhorn", "#4a1401", "#feebc8", "left"),
@@ -39,7 +40,6 @@ LOOKS = {
 UNBALANCED = frozenset({"none", "z-loss"})
 
 _SPARE = (
-    ("#a3520b", "#f0a870", "pentagon"),
     ("#0c6b57", "#8fd6c8", "square"),
     ("#a8326e", "#ef9fc6", "diamond"),
     ("#5c5c00", "#d8d873", "up"),
