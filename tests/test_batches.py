@@ -31,6 +31,20 @@ def test_mixed_batches_are_mixed():
     assert counts.var(dim=0).mean() == pytest.approx(16 * 2 / 9, rel=0.3)
 
 
+def test_shift_goes_from_half_of_the_domains_to_the_other_half_way():
+    order = ordered_indices(LABELS, batch_size=2, num_batches=13, batching="shift", seed=5)
+    assert len(order) == 26
+    assert set(LABELS[order[:14]].tolist()) == {0, 1}
+    assert set(LABELS[order[14:]].tolist()) == {2}
+    again = ordered_indices(LABELS, batch_size=2, num_batches=13, batching="shift", seed=5)
+    assert torch.equal(order, again)
+
+
+def test_shift_needs_domains_to_shift_between():
+    with pytest.raises(ValueError, match=r"1 domain\(s\) and 4 micro-batch"):
+        ordered_indices(torch.zeros(9).long(), batch_size=1, num_batches=4, batching="shift")
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_both_batchings_read_the_same_sequences(batch_size):
     """After whole rounds (8 micro-batches a domain) with equal weights."""

@@ -154,6 +154,26 @@ def test_evaluation_agrees_with_a_count_by_hand(recipe: Recipe) -> None:
     assert found["mi"] == pytest.approx(metrics.mutual_information(counts).mean().item(), rel=1e-5)
     assert found["loss"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
     assert found["tokens"] == 6 * 31
+    assert 0 < found["router_similarity"] < 1
+
+
+def test_evaluation_measures_churn_since_the_last_one(recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    model = build_model(recipe, 257)
+    balancing = mb.attach(model, mb.NoBalancing())
+    ids = torch.randint(0, 257, (4, 16))
+    held_out = TokenDataset(ids, torch.zeros(4).long(), ("a",))
+    choices: dict[str, torch.Tensor] = {}
+
+    def churn() -> float | None:
+        return evaluate(model, balancing, held_out, batch_size=2, choices=choices).get("churn")
+
+    assert churn() is None
+    assert churn() == 0.0
+    name = list(balancing.layers)[-1]
+    with torch.no_grad():
+        model.get_submodule(name).weight.neg_()  # every token goes to other experts
+    assert churn() == 0.5  # of two layers
 
 
 def test_a_comparison_keeps_what_is_complete_and_runs_what_is_not(

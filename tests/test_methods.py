@@ -84,7 +84,7 @@ def test_commas_inside_brackets_do_not_split() -> None:
         ({**MINIMAL, "train": {"warmup": 2}}, "warmup=2"),
         ({**MINIMAL, "data": {"tokenizer": "byte"}}, "bytes"),
         ({**MINIMAL, "compare": {"seeds": []}}, "seeds is empty"),
-        ({**MINIMAL, "compare": {"batching": ["x"]}}, "Possible: mixed, one-domain"),
+        ({**MINIMAL, "compare": {"batching": ["x"]}}, "Possible: mixed, one-domain, shift"),
         ({**MINIMAL, "method": {"strength": 1}}, r"\[method\] needs name"),
         ({**MINIMAL, "model": "mixtral"}, r"model must be a table"),
     ],

@@ -26,6 +26,7 @@ from moebalance.metrics import (
     normalized_entropy,
     price_spread,
     purity,
+    router_similarity,
     sampling_floor,
     served_fraction,
     soft_hard_gap,
@@ -284,6 +285,16 @@ def test_domain_metrics_treat_leading_axes_as_a_loop(metric):
     torch.testing.assert_close(metric(load), expected)
     torch.testing.assert_close(metric(load * 7.0), expected)
     assert metric(torch.zeros(2, 3)).isnan().all()
+
+
+def test_router_similarity_is_the_mean_cosine_of_pairs():
+    rows = np.random.default_rng(0).normal(size=(3, 5, 7))
+    norms = np.linalg.norm(rows, axis=-1)
+    cosines = np.abs(rows @ rows.transpose(0, 2, 1)) / (norms[..., :, None] * norms[..., None, :])
+    expected = [np.mean([c[i, j] for i in range(5) for j in range(5) if i != j]) for c in cosines]
+    np.testing.assert_allclose(router_similarity(torch.tensor(rows)).numpy(), expected, rtol=1e-12)
+    assert router_similarity(torch.eye(4)).item() == 0
+    assert math.isnan(router_similarity(torch.ones(1, 3)).item())
 
 
 @given(st.lists(st.permutations(range(5)), min_size=1, max_size=12), st.randoms())

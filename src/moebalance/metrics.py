@@ -300,6 +300,30 @@ def coactivation(experts: Int[Tensor, "T K"], num_experts: int) -> Float[Tensor,
     return together / together.diagonal()[:, None]
 
 
+def router_similarity(weight: Float[Tensor, "*batch E D"]) -> Float[Tensor, "*batch"]:
+    """Mean |cosine| between two experts' rows of the router's weight, in [0, 1].
+
+    1: all experts ask for the same tokens; random rows of width D show about √(2 / (π D)), below
+    which rows avoid one another. The quantity that SimBal (arXiv 2506.14038) drives to 0.
+
+    Args:
+        weight: (..., E, D) the router's weight, a row an expert.
+
+    Returns:
+        (...) means over pairs; nan for a single expert.
+
+    >>> router_similarity(torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0]]))
+    tensor(0.3333)
+    """
+    rows = torch.nn.functional.normalize(
+        weight.to(torch.promote_types(weight.dtype, torch.float32)), dim=-1
+    )
+    num_experts = rows.shape[-2]
+    cosines = (rows @ rows.mT).abs()
+    pairs = cosines.sum((-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return pairs / (num_experts * (num_experts - 1)) if num_experts > 1 else pairs * math.nan
+
+
 def price_spread(price: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
     """max_e − min_e of a price, in the price's own unit; adding a constant to it changes nothing.
 

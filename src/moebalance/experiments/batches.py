@@ -1,4 +1,4 @@
-"""Which sequence is read when: mixed micro-batches, or micro-batches of one domain each.
+"""Which sequence is read when: mixed micro-batches, those of one domain each, or a change of text.
 
 The order is a plain list of indices, fixed by a seed before training begins. No balancing method,
 grouping into optimizer steps or number of workers can change it, and a longer run begins with the
@@ -11,6 +11,10 @@ turns are given to the domains: to one sequence at a time (`mixed`), or to a who
 round and with every domain at its share of it, so after every whole round both batchings have shown
 the same number of tokens of every domain, and with equal weights the very same sequences. (Where a
 proportional share is not whole, a round rounds it up or down at random, without bias.)
+
+Under `shift` the run changes its text half-way: mixed micro-batches of the first half of the
+domains, then of the second half. (Here alone a longer run does not begin with the shorter one's
+order.)
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from torch.utils.data import Dataset
 
 from moebalance.experiments.corpus import did_you_mean
 
-BATCHINGS = ("mixed", "one-domain")
+BATCHINGS = ("mixed", "one-domain", "shift")
 DOMAIN_WEIGHTS = ("equal", "proportional")
 
 # Micro-batches of a domain in a round, on average. One would make every window of D micro-batches
@@ -92,7 +96,7 @@ def ordered_indices(
         domains: (N,) label of each sequence.
         batch_size: B, sequences in a micro-batch.
         num_batches: Micro-batches in all: optimizer steps times accumulation times ranks.
-        batching: `"mixed"` or `"one-domain"`.
+        batching: `"mixed"`, `"one-domain"` or `"shift"`.
         seed: Fixes the order.
         domain_weights: `"equal"` shows as many tokens of every domain, `"proportional"` as many as
             it has.
@@ -101,7 +105,8 @@ def ordered_indices(
         (num_batches · B,) indices into `domains`; micro-batch i is the slice i·B : (i+1)·B.
 
     Raises:
-        ValueError: An unknown name, a size below one, or no sequences.
+        ValueError: An unknown name, a size below one, or no sequences; one domain only, or one
+            micro-batch, to shift between.
 
     >>> domains = torch.tensor([0, 0, 0, 1, 1, 1])
     >>> order = ordered_indices(domains, batch_size=2, num_batches=4, batching="one-domain")
@@ -115,6 +120,8 @@ def ordered_indices(
             raise ValueError(f"{name} is {value}; give at least 1.")
     if domains.numel() == 0:
         raise ValueError("there are no sequences to order; load text with load_data first.")
+    if batching == "shift":
+        return _shifted(domains, batch_size, num_batches, seed, domain_weights)
     sizes = domains.bincount()
     labels = sizes.nonzero().flatten()
     sizes = sizes[labels]
@@ -132,6 +139,32 @@ def ordered_indices(
         members = (domains == label).nonzero().flatten()
         order[mine] = members[_deck(len(members), int(mine.sum()), _generator(seed, label))]
     return order
+
+
+def _shifted(
+    domains: Tensor, batch_size: int, num_batches: int, seed: int, domain_weights: str
+) -> Int[Tensor, " M"]:
+    """Mixed micro-batches of the first half of the domains, then of the others."""
+    labels = domains.bincount().nonzero().flatten()
+    if len(labels) < 2 or num_batches < 2:
+        raise ValueError(
+            f'batching "shift" with {len(labels)} domain(s) and {num_batches} micro-batch(es): it '
+            "goes from one half of the domains to the other half-way, so give at least two of both."
+        )
+    first = torch.isin(domains, labels[: (len(labels) + 1) // 2])
+    halves = ((first, num_batches - num_batches // 2), (~first, num_batches // 2))
+    orders = []
+    for members, count in halves:
+        places = members.nonzero().flatten()
+        order = ordered_indices(
+            domains[places],
+            batch_size=batch_size,
+            num_batches=count,
+            seed=seed,
+            domain_weights=domain_weights,
+        )
+        orders.append(places[order])
+    return torch.cat(orders)
 
 
 def _turns(

@@ -14,6 +14,9 @@ from moebalance.experiments.batches import TokenDataset
 from moebalance.integrations.huggingface import Site, find_sites
 from moebalance.layer import LayerBalance
 
+Choices = dict[str, Tensor]
+"""Experts (N, K) of every held-out token by layer, as an evaluation found them."""
+
 _MOST_PAIRS = 16_000  # of experts, in one evaluation row: some hundred kB
 
 
@@ -26,7 +29,15 @@ class _Watch:
         self.scores = torch.zeros(layer.num_experts)
         self.together = torch.zeros(layer.num_experts, layer.num_experts)
         self.violations: list[Tensor] = []
+        self.experts: list[Tensor] = []
         self.domains: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The router's weight (E, D), where it has one."""
+        weight = getattr(self.site.router, "weight", None)
+        fits = isinstance(weight, Tensor) and weight.shape[:-1] == (self.layer.num_experts,)
+        return weight if fits else None
 
     def see(self, router: nn.Module, args: Any, output: Any) -> None:
         logits, _, experts = self.site.read(output)
@@ -41,11 +52,17 @@ class _Watch:
         served.scatter_(-1, experts.long(), 1.0)
         self.together += (served.mT @ served).cpu()
         self.violations.append(metrics.max_violation(counts.sum(dim=0)))
+        self.experts.append(experts.short().cpu())
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, balancing: Balancing, dataset: TokenDataset, *, batch_size: int
+    model: nn.Module,
+    balancing: Balancing,
+    dataset: TokenDataset,
+    *,
+    batch_size: int,
+    choices: Choices | None = None,
 ) -> dict[str, Any]:
     """Evaluate a balanced model on held-out sequences.
 
@@ -54,13 +71,16 @@ def evaluate(
         balancing: its handle; names the layers to watch.
         dataset: sequences with their domains.
         batch_size: sequences a batch; `maxvio_batch` is the mean over these batches.
+        choices: what the last evaluation on these sequences chose, replaced by what this one does;
+            empty before the first.
 
     Returns:
         `loss` in nats per token; the hard load's `maxvio`, `gini`, `entropy`, `dead` over the whole
         set and `maxvio_batch`; `soft_maxvio`, `soft_hard_gap`; with several domains, `mi` (nats)
         and `purity` between domain and expert; all means over layers; `dead_experts` over all
-        layers; the loads; and `coactivation`, how often pairs of experts serve one token, for
-        `coactivation_layers`, as many as take little room.
+        layers; the loads; `router_similarity`; `churn` since the last evaluation; and
+        `coactivation`, how often pairs of experts serve one token, for `coactivation_layers`, as
+        many as take little room.
     """
     was_training = model.training
     model.eval()
@@ -103,6 +123,13 @@ def evaluate(
             "purity": _mean(metrics.purity(by_domain)),
             "domain_load": fractions(by_domain, over=(-2, -1)),
         }
+    rows = [watch.rows for watch in watches.values()]
+    if all(row is not None for row in rows):
+        found["router_similarity"] = _mean(
+            torch.stack([metrics.router_similarity(row) for row in rows if row is not None])
+        )
+    if choices is not None:
+        found |= _churn(choices, {name: torch.cat(w.experts) for name, w in watches.items()})
     return found
 
 
@@ -128,6 +155,14 @@ def fractions(load: Tensor, over: tuple[int, ...] = (-1,)) -> list[Any]:
     """A load as nested lists of shares, rounded to what a picture can show."""
     shares = (load / load.sum(dim=over, keepdim=True)).tolist()
     return [_rounded(share) for share in shares]
+
+
+def _churn(before: Choices, now: Choices) -> dict[str, float]:
+    """How many tokens changed their experts since the last time, which is then forgotten."""
+    changed = [metrics.churn(before[name], now[name]) for name in now if name in before]
+    before.clear()
+    before.update(now)
+    return {"churn": _mean(torch.stack(changed))} if changed else {}
 
 
 def _coactivation(together: list[Tensor]) -> dict[str, Any]:

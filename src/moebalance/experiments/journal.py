@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from moebalance import __version__
 from moebalance.balancing import Balancing
 from moebalance.experiments.batches import TokenDataset
-from moebalance.experiments.evaluate import evaluate, fractions
+from moebalance.experiments.evaluate import Choices, evaluate, fractions
 from moebalance.experiments.inputs import Texts
 from moebalance.experiments.recipe import Recipe
 from moebalance.integrations.huggingface import find_sites
@@ -67,6 +67,7 @@ class Journal(TrainerCallback):
     ) -> None:
         self.log, self.spec = log, recipe.train
         self.balancing, self.held_out, self.old = balancing, held_out, old
+        self.choices: Choices = {}
         self.fine_tunes = recipe.checkpoint is not None
         self.started = 0.0
 
@@ -110,7 +111,9 @@ class Journal(TrainerCallback):
 
     def _evaluate(self, model: PreTrainedModel, step: int) -> None:
         size = self.spec.batch_size
-        found = evaluate(model, self.balancing, self.held_out, batch_size=size)
+        found = evaluate(
+            model, self.balancing, self.held_out, batch_size=size, choices=self.choices
+        )
         if self.old is not None:
             old = evaluate(model, self.balancing, self.old, batch_size=size)
             found |= {OLD + key: value for key, value in old.items() if not isinstance(value, list)}

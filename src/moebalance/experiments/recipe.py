@@ -39,7 +39,8 @@ class TrainSpec:
         schedule: a Transformers scheduler, `"cosine"` or `"linear"` or `"constant_with_warmup"`.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped at this norm; 0 for not.
-        batching: `"mixed"` or `"one-domain"` micro-batches.
+        batching: `"mixed"` or `"one-domain"` micro-batches, or `"shift"`: mixed ones of half of the
+            domains, and from half-way on of the other half.
         eval_sequences: held-out sequences in an evaluation, the same for every run.
         eval_every: steps between evaluations; 0 for one at the end.
         snapshot_every: steps between load snapshots in the log.

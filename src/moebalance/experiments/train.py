@@ -62,7 +62,7 @@ def train_run(
         recipe: what to train on what.
         method: the method's word; its options come from the recipe.
         seed: of fresh weights and data order.
-        batching: `"mixed"` or `"one-domain"`.
+        batching: `"mixed"`, `"one-domain"` or `"shift"`.
         folder: where the log, the checkpoints and the model go.
         resume: go on from the last whole checkpoint in `folder`, if there is one.
         save_model: save the model that training ends with in `folder/final`; it is detached then.

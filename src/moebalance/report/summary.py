@@ -27,6 +27,11 @@ _BATCHINGS = {
         "One-domain micro-batches",
         "Every micro-batch comes from a single domain, so balance within it is not what matters.",
     ),
+    "shift": (
+        "A change of text half-way",
+        "The first half of the run reads half of the domains, the second half reads the others; "
+        "the evaluation holds all of them.",
+    ),
 }
 
 
