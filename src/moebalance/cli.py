@@ -7,6 +7,7 @@ moebalance compare recipe.toml     methods × seeds under equal compute
 moebalance report runs/…           run logs → one offline HTML file, or a live page (--follow)
 moebalance watch runs/…            the same runs in the terminal
 moebalance doctor MODEL            what balances a model, what can, and what will leave with it
+moebalance evidence                the claims of the paper, tested; --run trains everything again
 moebalance bench                   what every method costs on this machine, side by side
 """
 
@@ -237,6 +238,33 @@ def bench(
             scale=scale,
             out=out,
         )
+
+
+@app.command()
+def evidence(
+    recipes: Annotated[
+        list[Path] | None, typer.Argument(help="With --run: only these recipes.")
+    ] = None,
+    run: Annotated[bool, typer.Option("--run", help="Train first what is not complete.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for runs.")] = Path("runs/evidence"),
+    results: Annotated[Path, typer.Option(help="Folder of what is kept of the runs.")] = Path(
+        "benchmarks/results/evidence"
+    ),
+    page: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/evidence.md"),
+    workers: WorkersOption = None,
+) -> None:
+    """Test the paper's claims: from committed results, or by running every recipe again."""
+    with _plain_errors():
+        from moebalance.evidence import keep, write_page
+        from moebalance.experiments.recipe import Recipe
+
+        for path in (recipes or sorted(Path("recipes/evidence").glob("*.toml"))) if run else ():
+            recipe = Recipe.read(path)
+            _compare(recipe, out / recipe.name, None, None, None, workers)
+            console.print(f"Kept: {keep(recipe, out / recipe.name, results)}")
+        for number, chapter in enumerate(write_page(results, page), start=1):
+            console.print(f"{number}. {chapter.title}: [bold]{chapter.verdict.value}[/]")
+        console.print(f"Page: {escape(str(page))}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -1,0 +1,28 @@
+"""The chapters of the evidence, a file a claim, in the order of the page."""
+
+from collections.abc import Callable
+
+from moebalance.evidence.chapter import Chapter, Studies
+from moebalance.evidence.chapters import (
+    finetuning,
+    gap,
+    population,
+    potentials,
+    rate,
+    rivals,
+    scale,
+    specialisation,
+    stability,
+)
+
+CHAPTERS: tuple[Callable[[Studies], Chapter], ...] = (
+    population.chapter,
+    rivals.chapter,
+    potentials.chapter,
+    rate.chapter,
+    stability.chapter,
+    specialisation.chapter,
+    finetuning.chapter,
+    scale.chapter,
+    gap.chapter,
+)

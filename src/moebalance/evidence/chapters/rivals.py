@@ -1,0 +1,194 @@
+"""Claim 2: better balance and lower loss than the Switch loss and the loss-free bias."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from moebalance.evidence.chapter import (
+    Chapter,
+    Studies,
+    Verdict,
+    difference,
+    estimate,
+    in_words,
+    table,
+)
+from moebalance.evidence.choose import NAMES, Cell, cell, choose, family
+from moebalance.evidence.figures import legend_below, look, panels, point, titles
+from moebalance.evidence.results import Study
+from moebalance.report.methods import display_name
+from moebalance.report.verdict import Difference, paired
+
+_METRICS = (("loss", 3), ("maxvio", 2), ("soft_maxvio", 2), ("mi", 3), ("dead_experts", 1))
+_HEADS = ("Validation loss", "MaxVio", "Soft MaxVio", "Domain MI", "Dead experts")
+_RIVALS = ("switch", "loss-free")
+_SHOWN = (
+    "none",
+    "switch",
+    "global-batch",
+    "ema-switch(rate=0.1)",
+    "loss-free",
+    "phi",
+    "phi(statistic='hard')",
+    "phi+loss-free",
+)
+_TEXTS = {"rivals": "mixed", "grid": "one-domain"}
+
+
+def chapter(studies: Studies) -> Chapter:
+    """From the sweep (strengths), the grid (one-domain text) and the rivals (mixed text)."""
+    verdict, because = _judge(studies)
+    parts = [
+        "Strengths were chosen on seeds 100 and 101 in one-domain micro-batches, by the rule "
+        "of `evidence/choose.py`: of a method's settings within 0.01 nats of its lowest loss, the "
+        "one with the lowest MaxVio. What follows are seeds 0 to 4 of another run. The same "
+        "setting is used on both kinds of text. Every run has the same tokens, steps and model.",
+    ]
+    for name, batching in _TEXTS.items():
+        parts += [f"### {batching.capitalize()} micro-batches", _methods(studies[name])]
+    parts += ["### Which ingredient helps", _grid(studies["grid"])]
+    return Chapter(
+        slug="rivals",
+        title="Against the rivals",
+        claim="φ-balancing reaches better balance and lower validation loss than Switch-style "
+        "losses and the loss-free bias (paper, Fig. 2 and Table 2).",
+        verdict=verdict,
+        because=because,
+        body="\n\n".join(parts),
+        figures={
+            "pareto": (
+                _pareto(studies),
+                "Loss against MaxVio. Lines: every strength of the sweep (two seeds). Marks: the "
+                "chosen strengths on five other seeds, with ± sd.",
+            )
+        },
+    )
+
+
+def _judge(studies: Studies) -> tuple[Verdict, str]:
+    words, won, lost = [], 0, 0
+    for name, batching in _TEXTS.items():
+        study = studies[name]
+        phi = setting_of(study, "phi")
+        for rival in _RIVALS:
+            other = setting_of(study, rival)
+            loss = difference(study, phi, other, "loss")
+            balance = difference(study, phi, other, "maxvio")
+            for found in (loss, balance):
+                won += found is not None and found.sign == -1
+                lost += found is not None and found.sign == 1
+            words.append(
+                f"{batching}, φ − {display_name(rival)}: loss {in_words(loss)}, MaxVio "
+                f"{in_words(balance, 2)}"
+            )
+    total = 2 * len(_TEXTS) * len(_RIVALS)
+    verdict = Verdict.IN_PART if won else Verdict.NOT_HERE
+    if won == total:
+        verdict = Verdict.HOLDS
+    count = (
+        f"Of {total} comparisons (loss and MaxVio, two rivals, two kinds of text) φ is better in "
+        f"{won}, worse in {lost}, within seed noise in {total - won - lost}. "
+    )
+    tail = ". Paired over five seeds, 95 % intervals, uncorrected."
+    return verdict, count + "; ".join(words) + tail
+
+
+def setting_of(study: Study, name: str) -> str:
+    """The setting of a family that a study ran.
+
+    Raises:
+        KeyError: it ran none.
+    """
+    for setting in study.settings():
+        if family(setting) == name:
+            return setting
+    raise KeyError(f"{study.name} has no setting of {name!r}; it has {study.settings()}.")
+
+
+def _methods(study: Study) -> str:
+    rows = []
+    for setting in study.settings():
+        cells = [estimate(study, setting, metric, digits) for metric, digits in _METRICS]
+        rows.append([f"`{setting}`", *cells])
+    return table(["Method", *_HEADS], rows)
+
+
+def _grid(study: Study) -> str:
+    cells = {found: s for s in study.settings() if (found := cell(s)) is not None}
+    rows = []
+    for where, setting in cells.items():
+        numbers = [estimate(study, setting, metric, digits) for metric, digits in _METRICS]
+        rows.append([f"{where}" + (f" ({NAMES[where]})" if where in NAMES else ""), *numbers])
+    rows.sort()
+    effects = [
+        ["soft instead of hard", *_effect(study, cells, "statistic", "soft", "hard")],
+        ["step instead of batch", *_effect(study, cells, "memory", "step", "batch")],
+        ["EMA instead of step", *_effect(study, cells, "memory", "EMA", "step")],
+        ["log instead of linear", *_effect(study, cells, "potential", "log", "linear")],
+    ]
+    return "\n\n".join(
+        [
+            "All twelve cells of {hard, soft} × {batch, step, EMA} × {linear, log}, in one-domain "
+            "micro-batches. Linear is the Euclidean potential, log negative entropy; Switch, "
+            "global-batch, EMA-Switch and both ends of φ-balancing are corners of it.",
+            table(["Cell", *_HEADS], rows),
+            "The effect of one ingredient, averaged over all cells that differ in nothing else "
+            "(each at its own chosen strength), paired over seeds, with its 95 % interval:",
+            table(["Ingredient", "Loss", "MaxVio", "Soft MaxVio", "Domain MI"], effects),
+        ]
+    )
+
+
+def _effect(study: Study, cells: dict[Cell, str], part: str, to: str, of: str) -> list[str]:
+    found = []
+    for metric, digits in (("loss", 3), ("maxvio", 2), ("soft_maxvio", 2), ("mi", 3)):
+        found.append(in_words(effect(study, cells, part, to, of, metric), digits))
+    return found
+
+
+def effect(
+    study: Study, cells: dict[Cell, str], part: str, to: str, of: str, metric: str
+) -> Difference | None:
+    """Mean difference over all pairs of cells that differ in one part only, paired over seeds."""
+    sides: tuple[dict[int, list[float]], dict[int, list[float]]] = ({}, {})
+    for where, setting in cells.items():
+        if getattr(where, part) != to:
+            continue
+        twin = next(c for c in cells if c == Cell(**{**vars(where), part: of}))
+        for side, name in zip(sides, (setting, cells[twin]), strict=True):
+            for seed, value in study.by_seed(name, metric).items():
+                side.setdefault(seed, []).append(value)
+    means = [{seed: statistics.fmean(v) for seed, v in side.items()} for side in sides]
+    return paired(*means)
+
+
+def _pareto(studies: Studies) -> Any:
+    figure, axes = panels(2, height=3.6)
+    for ax, (name, batching) in zip(axes, _TEXTS.items(), strict=True):
+        study = studies[name]
+        for wanted in _SHOWN:
+            setting = setting_of(study, wanted)
+            style = look(study.select(setting)[0].method)
+            hard = wanted == "phi(statistic='hard')"
+            label = display_name(study.select(setting)[0].method) + (", hard" if hard else "")
+            if batching == "one-domain":
+                _front(ax, studies["sweep"], wanted, style["color"])
+            fill = {"markerfacecolor": "white"} if hard else {}
+            point(ax, study, setting, "maxvio", "loss", label=label, **style, **fill)
+        ax.set_xscale("log")
+        titles(ax, f"{batching} micro-batches", "MaxVio, log scale", "validation loss, nats/byte")
+    legend_below(figure, axes[1])
+    return figure
+
+
+def _front(ax: Any, sweep: Study, wanted: str, colour: str) -> None:
+    settings = [s for s in sweep.settings() if family(s) == wanted]
+    points = sorted((sweep.mean(s, "maxvio"), sweep.mean(s, "loss")) for s in settings)
+    if len(points) > 1:
+        ax.plot(*zip(*points, strict=True), color=colour, linewidth=1, alpha=0.6)
+
+
+def recommended(studies: Studies) -> dict[str, str]:
+    """What `grid` and `rivals` have to run: the rule's choice from the sweep."""
+    return choose(studies["sweep"])

@@ -1,0 +1,360 @@
+"""Verdicts follow their written rules, and results keep what they are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moebalance.evidence.chapter import Verdict
+from moebalance.evidence.chapters import (
+    finetuning,
+    gap,
+    population,
+    potentials,
+    rate,
+    rivals,
+    scale,
+    specialisation,
+    stability,
+)
+from moebalance.evidence.choose import Cell, cell, choose, family
+from moebalance.evidence.oscillation import swing
+from moebalance.evidence.population import plug_in_bias, simulated_scores
+from moebalance.evidence.results import gather, read
+from synthetic_runs import write_run
+from synthetic_studies import GRID, STEPS, jitter, result, study, swinging
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/evidence"
+SEEDS = range(5)
+
+
+def rows(simulated: float, trained: float, averaged: float = 0.01):
+    def source(alone: float):
+        return [
+            {"sampling": s, "size": n, "rate": r, "excess": alone if r is None else averaged}
+            for s in ("mixed", "one-domain")
+            for n in (1, 8, 128)
+            for r in (None, 0.1)
+        ]
+
+    return {"simulated": source(simulated), "trained": source(trained)}
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def loads(values: np.ndarray, tokens: int = 4096, seed: int = 0) -> list[list[float]]:
+    """Loads that batches of so many assignments show of the shares 1 + values."""
+    random = np.random.default_rng(seed)
+    shares = (1 + values) / (1 + values).sum(axis=1, keepdims=True)
+    return [(random.multinomial(tokens, share) / tokens).tolist() for share in shares]
+
+
+@pytest.mark.parametrize("period", [10, 26, 50, 80])
+def test_an_oscillation_is_found_with_its_period_and_size(period):
+    phases = np.random.default_rng(1).uniform(0, 2 * math.pi, 32)
+    found = swing(loads(0.3 * np.sin(2 * math.pi * np.arange(200)[:, None] / period + phases)))
+    assert found.oscillates
+    assert found.period == pytest.approx(period, rel=0.1)
+    assert found.amplitude == pytest.approx(0.3 / math.sqrt(2), rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["noise", "drift", "bend", "walk"])
+def test_noise_and_drift_are_no_oscillation(kind):
+    random = np.random.default_rng(2)
+    time, signs = np.linspace(-1, 1, 200)[:, None], random.choice([-1, 1], 32)
+    values = {
+        "noise": np.zeros((200, 32)),
+        "drift": 0.4 * time * signs,
+        "bend": 0.4 * time**2 * signs,
+        "walk": np.clip(0.03 * random.normal(size=(200, 32)).cumsum(axis=0), -0.9, None),
+    }[kind]
+    assert not swing(loads(values)).oscillates
+
+
+def test_constant_loads_do_not_swing():
+    assert swing([[0.5, 0.5]] * 20) == (0.0, 0.0, 0.0, 0)
+
+
+def test_phi_of_a_batch_is_biased_as_the_variance_says():
+    """To second order ½ Σ var(l̂_e) / m_e, which falls as 1/n for independent sequences."""
+    scores, domains = simulated_scores(num_experts=4, favour=0.4, per_domain=400)
+    found = {
+        (r["sampling"], r["size"], r["rate"]): r["excess"]
+        for r in plug_in_bias(scores, domains, sizes=(1, 16, 64))
+    }
+    expected = 0.5 * (scores.var(axis=0) / scores.mean(axis=0)).sum()
+    assert found["mixed", 1, None] == pytest.approx(expected, rel=0.15)
+    assert found["mixed", 16, None] == pytest.approx(found["mixed", 1, None] / 16, rel=0.15)
+    assert found["one-domain", 64, None] > 30 * found["mixed", 64, None]
+    # A moving average of independent batches has η / (2 − η) of a batch's variance.
+    assert found["one-domain", 64, 0.1] == pytest.approx(
+        found["one-domain", 64, None] * 0.1 / 1.9, rel=0.25
+    )
+
+
+# --- what is kept -------------------------------------------------------------------------------
+
+
+def test_a_study_is_kept_and_read_back(tmp_path):
+    recipe = {"model": {}, "data": {}, "train": {"steps": 60}}
+    for seed in (0, 1):
+        path = tmp_path / "runs/mixed" / f"phi-seed{seed}"
+        write_run(path, "phi", seed=seed, steps=60, header={"recipe": recipe})
+    made = gather("s", tmp_path / "runs", ["phi"], tmp_path / "s.jsonl")
+    again = read(tmp_path / "s.jsonl")
+    assert [r.seed for r in again.results] == [0, 1]
+    assert again.name == "s"
+    assert again.mean("phi", "maxvio") == pytest.approx(made.mean("phi", "maxvio"), rel=1e-4)
+    curve = again.results[0].curve
+    assert len(curve["step"]) == len(curve["maxvio"]) <= 60
+    assert curve["step"][-1] == 60
+
+
+def test_a_study_with_an_unfinished_run_is_refused(tmp_path):
+    write_run(tmp_path / "mixed/phi-seed0", "phi", seed=0, steps=60)
+    log = tmp_path / "mixed/phi-seed0/log.jsonl"
+    kept = [line for line in log.read_text().splitlines(True) if '"eval"' not in line]
+    log.write_text("".join(kept))
+    with pytest.raises(ValueError, match="not whole"):
+        gather("s", tmp_path, ["phi"], tmp_path / "s.jsonl")
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"kind": "header"}\n')
+    with pytest.raises(ValueError, match="must name the study"):
+        read(tmp_path / "x.jsonl")
+
+
+# --- how settings are chosen --------------------------------------------------------------------
+
+
+def test_the_rule_takes_the_best_balance_among_the_lowest_losses():
+    planted = {
+        "phi(strength=0.001)": (2.000, 2.0),
+        "phi(strength=0.003)": (2.009, 1.0),
+        "phi(strength=0.01)": (2.020, 0.1),
+        "none": (2.1, 4.0),
+    }
+    sweep = study(
+        "sweep",
+        tuple(planted),
+        lambda s, seed, _: {"loss": planted[s][0] + jitter(seed), "maxvio": planted[s][1]},
+    )
+    assert choose(sweep) == {"phi": "phi(strength=0.003)", "none": "none"}
+
+
+def test_the_grid_has_all_twelve_cells():
+    cells = {found for setting in GRID if (found := cell(setting))}
+    assert len(cells) == 12
+    assert cells == {
+        Cell(s, m, p)
+        for s in ("hard", "soft")
+        for m in ("batch", "step", "EMA")
+        for p in ("linear", "log")
+    }
+
+
+def test_a_family_is_a_method_without_its_strength():
+    assert len({family(s) for s in GRID}) == len(GRID)
+    assert family("loss-free(rate=0.003)") == "loss-free"
+
+
+# --- verdicts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("trained", "verdict"), [(0.5, Verdict.HOLDS), (0.02, Verdict.NOT_HERE)])
+def test_population(trained, verdict):
+    found = population.chapter(
+        {"population": study("population", (), lambda *_: {}, about=rows(0.7, trained))}
+    )
+    assert found.verdict is verdict
+    assert f"{trained:.3f} nats" in found.because
+
+
+def against(phi_loss: float, phi_maxvio: float, phi_mi: float = 0.3):
+    """Studies in which φ has these numbers and every rival 2.0, 1.0 and 0.3."""
+
+    def plant(setting: str, seed: int, batching: str):
+        ours = family(setting) == "phi"
+        noise = 0.001 * ((seed * 7 + len(setting)) % 3 - 1)  # what pairing does not cancel
+        return {
+            "loss": (phi_loss if ours else 2.0) + jitter(seed) + noise,
+            "maxvio": (phi_maxvio if ours else 1.0) + noise,
+            "mi": (phi_mi if ours else 0.3) + noise,
+            "soft_maxvio": 0.2,
+        }
+
+    return {
+        "sweep": study("sweep", GRID, plant, seeds=2, batchings=("one-domain",)),
+        "grid": study("grid", GRID, plant, batchings=("one-domain",)),
+        "rivals": study("rivals", GRID, plant),
+    }
+
+
+@pytest.mark.parametrize(
+    ("loss", "maxvio", "verdict", "better"),
+    [
+        (1.9, 0.5, Verdict.HOLDS, 8),
+        (2.0, 0.5, Verdict.IN_PART, 4),
+        (2.1, 1.5, Verdict.NOT_HERE, 0),
+    ],
+)
+def test_rivals(loss, maxvio, verdict, better):
+    found = rivals.chapter(against(loss, maxvio))
+    assert found.verdict is verdict
+    assert f"φ is better in {better}," in found.because
+
+
+def test_the_effect_of_an_ingredient_is_the_difference_of_its_twins():
+    def plant(setting: str, seed: int, batching: str):
+        where = cell(setting)
+        gain = (
+            0.0
+            if where is None
+            else 0.5 * (where.statistic == "soft") + 0.25 * (where.memory == "EMA")
+        )
+        return {"loss": 2.0 - gain + jitter(seed)}
+
+    grid = study("grid", GRID, plant)
+    cells = {found: s for s in grid.settings() if (found := cell(s))}
+    for part, to, of, expected in (
+        ("statistic", "soft", "hard", -0.5),
+        ("memory", "EMA", "step", -0.25),
+        ("memory", "step", "batch", 0.0),
+        ("potential", "log", "linear", 0.0),
+    ):
+        assert rivals.effect(grid, cells, part, to, of, "loss").mean == pytest.approx(expected)
+
+
+POTENTIALS = ("Euclidean", "LpNorm", "NegativeEntropy")
+
+
+@pytest.mark.parametrize(
+    ("equal", "sloped", "verdict"),
+    [
+        ((1, 2, 0.1), (1, 2, 0.1), Verdict.HOLDS),
+        ((1, 2, 0.1), (0.3, 0.2, 0.25), Verdict.IN_PART),
+        ((0.1, 2, 1), (1, 2, 0.1), Verdict.NOT_HERE),
+    ],
+)
+def test_potentials(equal, sloped, verdict):
+    plain = {
+        f"phi(potential='{p}', strength=0.01)": v for p, v in zip(POTENTIALS, equal, strict=True)
+    }
+    unit = {
+        f"phi(potential={{'name': '{p}', 'unit_slope': True}}, strength=0.32)": v
+        for p, v in zip(POTENTIALS, sloped, strict=True)
+    }
+    planted = {**plain, **unit}
+    found = potentials.chapter(
+        {"potentials": study("p", tuple(planted), lambda s, *_: {"maxvio": planted[s]}, seeds=3)}
+    )
+    assert found.verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("best", "verdict"), [(0.1, Verdict.NOT_HERE), (1.0, Verdict.HOLDS), (None, Verdict.IN_PART)]
+)
+def test_rate(best, verdict):
+    settings = tuple(f"phi(strength={a}, rate={r})" for a in (0.01, 0.03) for r in (0.03, 0.1, 1.0))
+
+    def plant(setting: str, seed: int, batching: str):
+        here = best if best is not None else (0.1 if batching == "mixed" else 1.0)
+        return {"maxvio": 0.5 if f"rate={here})" in setting else 2.0}
+
+    both = ("mixed", "one-domain")
+    large = study("rate", settings, plant, seeds=2, batchings=both)
+    large = replace(large, results=(swinging(large.results[0], 24), *large.results[1:]))
+    small = study("small", settings[:3], plant, seeds=2, batchings=both)
+    found = rate.chapter({"rate": large, "rate_small_steps": small})
+    assert found.verdict is verdict
+    assert "| 0.01 | 0.03 | mixed | 24 | 0.50 |" in found.body
+    if best == 0.1:  # 1024 tokens / −ln(0.9)
+        assert "| 1024 | mixed | 0.1 | 9,719 | 0.50 |" in found.body
+
+
+def test_recovery_is_read_off_the_curve():
+    values = [1.0] * 20 + [4.0, 3.0, 1.2] + [1.0] * 17
+    run = result("phi", 0, "shift", {}, curve={"maxvio": values})
+    assert len(values) == len(STEPS)
+    assert stability.recovery(run) == {"before": 1.0, "peak": 4.0, "after": 1.0, "recovery": 60.0}
+    never = result("phi", 0, "shift", {}, curve={"maxvio": [1.0] * 20 + [4.0] * 20})
+    assert stability.recovery(never)["recovery"] is None
+
+
+@pytest.mark.parametrize(
+    ("phi", "verdict"), [(0.05, Verdict.HOLDS), (0.2, Verdict.IN_PART), (0.9, Verdict.NOT_HERE)]
+)
+def test_stability(phi, verdict):
+    ginis = {"none": 0.6, "switch": 0.1, "loss-free": 0.1, "phi": phi, "phi+loss-free": 0.01}
+
+    def plant(setting: str, seed: int, batching: str):
+        return {"gini": ginis.get(family(setting), 0.3)}
+
+    studies = {
+        "rivals": study("rivals", GRID, plant),
+        "shift": study("shift", GRID, plant, seeds=3),
+    }
+    assert stability.chapter(studies).verdict is verdict
+
+
+@pytest.mark.parametrize(("mi", "verdict"), [(0.6, Verdict.HOLDS), (0.3, Verdict.NOT_HERE)])
+def test_specialisation(mi, verdict):
+    assert specialisation.chapter(against(2.0, 1.0, mi)).verdict is verdict
+
+
+FINETUNE = ("none", "switch(strength=0.01)", "loss-free", "phi(strength=0.003)")
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict"),
+    [(1.5, Verdict.HOLDS), (1.95, Verdict.IN_PART), (2.5, Verdict.NOT_HERE)],
+)
+def test_finetuning(loss, verdict):
+    rival = {"none": 2.0, "switch(strength=0.01)": 1.95, "loss-free": 2.1}
+
+    def plant(setting: str, seed: int, batching: str):
+        noise = 0.0005 * ((seed + len(setting)) % 3 - 1)
+        return {"loss": rival.get(setting, loss) + jitter(seed) + noise}
+
+    found = finetuning.chapter({"finetune": study("finetune", FINETUNE, plant, seeds=3)})
+    assert found.verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [((0.0, -0.1, -0.2), Verdict.IN_PART), ((-0.2, -0.1, 0.0), Verdict.UNTESTED)],
+)
+def test_scale(gaps, verdict):
+    ladder = {}
+    for i, (name, ahead) in enumerate(zip(scale.SIZES, gaps, strict=True)):
+
+        def plant(setting: str, seed: int, batching: str, ahead: float = ahead):
+            noise = 0.001 * ((seed + len(setting)) % 3 - 1)
+            return {"loss": 2.0 + jitter(seed) + noise + ahead * (family(setting) == "phi")}
+
+        size = {"model": {"active_parameters": 1000 * 4**i}}
+        ladder[name] = study(name, GRID, plant, seeds=3, about=size)
+    found = scale.chapter(ladder)
+    assert found.verdict is verdict
+    assert "no result of it is committed yet" in found.because
+
+
+def test_gap_recommends_what_balances_at_no_loss():
+    def plant(setting: str, seed: int, batching: str):
+        noise = 0.001 * ((seed + len(setting)) % 3 - 1)
+        hard = {"phi": 1.0, "phi+loss-free": 0.2, "phi(statistic='hard')": 0.1}
+        costs = 0.1 if family(setting) == "phi(statistic='hard')" else 0.0
+        return {"maxvio": hard.get(family(setting), 0.5) + noise, "loss": 2.0 + costs + noise}
+
+    found = gap.chapter(
+        {"rivals": study("rivals", GRID, plant), "grid": study("grid", GRID, plant)}
+    )
+    assert found.verdict is Verdict.HOLDS
+    assert "The recommendation is `phi(strength=0.001)+loss-free`: MaxVio 0.20" in found.because
