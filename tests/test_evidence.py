@@ -229,7 +229,17 @@ def test_the_effect_of_an_ingredient_is_the_difference_of_its_twins():
         ("memory", "step", "batch", 0.0),
         ("potential", "log", "linear", 0.0),
     ):
-        assert rivals.effect(grid, cells, part, to, of, "loss").mean == pytest.approx(expected)
+        assert rivals.effect(grid, [cells], part, to, of, "loss").mean == pytest.approx(expected)
+
+
+def test_settings_of_equal_push_are_matched_by_their_place():
+    settings = ("phi(strength=0.001)", "phi(strength=0.003)", "none", "switch(strength=0.03)")
+    sweep = study("sweep", (*settings, "switch(strength=0.1)"), lambda *_: {}, seeds=1)
+    log, linear = Cell("soft", "EMA", "log"), Cell("hard", "batch", "linear")
+    assert rivals.matched(sweep) == [
+        {log: "phi(strength=0.001)", linear: "switch(strength=0.03)"},
+        {log: "phi(strength=0.003)", linear: "switch(strength=0.1)"},
+    ]
 
 
 POTENTIALS = ("Euclidean", "LpNorm", "NegativeEntropy")

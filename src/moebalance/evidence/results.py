@@ -1,7 +1,7 @@
 """What is kept of a study: one file, a line about all of its runs and then a line a run.
 
 A run log holds hundreds of kB, most of it a row for each step. Kept of it are the scalars of every
-evaluation, the loads of the last one, and the training curves as means over windows of steps.
+evaluation, and the training curves as means over windows of steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from moebalance.runlog import Row, Run, find_runs
 
 CURVES = ("loss", "maxvio", "gini", "soft_maxvio")
 _POINTS = 40
-_DIGITS = 5
+_DIGITS = 6
 _TOP_PAIRS = 0.05
 
 
@@ -35,7 +35,6 @@ class Result:
         evals: the scalars of every evaluation, `step` among them.
         curve: training curves by name, as means over windows; `step` is where a window ends.
         swing: how the loads moved from step to step, by layer; None unless every step was logged.
-        loads: `load`, `soft` and `domain_load` of the last evaluation.
     """
 
     method: str
@@ -45,7 +44,6 @@ class Result:
     evals: tuple[Row, ...]
     curve: Mapping[str, Sequence[float]]
     swing: tuple[Swing, ...] | None = None
-    loads: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def final(self) -> Row:
@@ -133,7 +131,6 @@ def thin(run: Run, setting: str) -> Result:
         evals=tuple(evals),
         curve=_windows(run.steps),
         swing=_swings(run),
-        loads={key: last[key] for key in ("load", "soft", "domain_load") if key in last},
     )
 
 
@@ -199,7 +196,8 @@ def _windows(steps: Sequence[Row]) -> dict[str, list[float]]:
     for name in CURVES:
         values = [[v for row in part if (v := finite(row, name)) is not None] for part in parts]
         if all(values):
-            curve[name] = [statistics.fmean(part) for part in values]
+            # Four digits are what a picture can show.
+            curve[name] = [float(f"{statistics.fmean(part):.4g}") for part in values]
     return curve
 
 
