@@ -15,6 +15,7 @@ from moebalance.balancers import (
     EmaSwitchLoss,
     GlobalBatchLoss,
     LossFree,
+    MaxVio,
     NoBalancing,
     PhiBalancing,
     PlugInLoss,
@@ -22,6 +23,7 @@ from moebalance.balancers import (
     SequenceLoss,
     Sinkhorn,
     SwitchLoss,
+    Targeted,
     Together,
     ZLoss,
 )
@@ -76,6 +78,8 @@ BALANCERS: dict[str, Balancer] = {
     "sinkhorn": Sinkhorn(),
     "sinkhorn-sharp": Sinkhorn(iterations=3, temperature=0.5),
     "z-loss": ZLoss(strength=0.02),
+    "phi-targeted": Targeted(PhiBalancing(strength=0.05, statistic="hard"), MaxVio(0.3), gain=0.5),
+    "sequence-targeted": Targeted(SequenceLoss(strength=0.04), MaxVio(0.2, load="soft"), gain=0.5),
     "none": NoBalancing(),
     "phi-and-loss-free": Together(PhiBalancing(strength=0.05), LossFree(rate=0.01)),
     "switch-z-and-quantile": Together(

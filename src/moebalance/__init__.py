@@ -11,15 +11,21 @@ if TYPE_CHECKING:
     from moebalance.attachment import attach as attach
     from moebalance.balancers import Balancer as Balancer
     from moebalance.balancers import EmaSwitchLoss as EmaSwitchLoss
+    from moebalance.balancers import EntropyDeficit as EntropyDeficit
+    from moebalance.balancers import Gini as Gini
     from moebalance.balancers import GlobalBatchLoss as GlobalBatchLoss
+    from moebalance.balancers import Goal as Goal
     from moebalance.balancers import LossFree as LossFree
+    from moebalance.balancers import MaxVio as MaxVio
     from moebalance.balancers import NoBalancing as NoBalancing
     from moebalance.balancers import PhiBalancing as PhiBalancing
     from moebalance.balancers import PlugInLoss as PlugInLoss
     from moebalance.balancers import QuantileBalancing as QuantileBalancing
+    from moebalance.balancers import RankVio as RankVio
     from moebalance.balancers import SequenceLoss as SequenceLoss
     from moebalance.balancers import Sinkhorn as Sinkhorn
     from moebalance.balancers import SwitchLoss as SwitchLoss
+    from moebalance.balancers import Targeted as Targeted
     from moebalance.balancers import Together as Together
     from moebalance.balancers import ZLoss as ZLoss
     from moebalance.balancers import charge as charge
@@ -55,15 +61,21 @@ _HOME = {
     "moebalance.balancers": [
         "Balancer",
         "EmaSwitchLoss",
+        "EntropyDeficit",
+        "Gini",
         "GlobalBatchLoss",
+        "Goal",
         "LossFree",
+        "MaxVio",
         "NoBalancing",
         "PhiBalancing",
         "PlugInLoss",
         "QuantileBalancing",
+        "RankVio",
         "SequenceLoss",
         "Sinkhorn",
         "SwitchLoss",
+        "Targeted",
         "Together",
         "ZLoss",
         "charge",

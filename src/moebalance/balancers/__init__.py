@@ -3,6 +3,7 @@
 from moebalance.balancers.base import Balancer, charge
 from moebalance.balancers.ema_switch import EmaSwitchLoss
 from moebalance.balancers.global_batch import GlobalBatchLoss
+from moebalance.balancers.goals import EntropyDeficit, Gini, Goal, MaxVio, RankVio
 from moebalance.balancers.loss_free import LossFree
 from moebalance.balancers.none import NoBalancing
 from moebalance.balancers.phi import PhiBalancing
@@ -11,21 +12,28 @@ from moebalance.balancers.quantile import QuantileBalancing
 from moebalance.balancers.sequence import SequenceLoss
 from moebalance.balancers.sinkhorn import Sinkhorn
 from moebalance.balancers.switch import SwitchLoss
+from moebalance.balancers.targeted import Targeted
 from moebalance.balancers.together import Together
 from moebalance.balancers.z_loss import ZLoss
 
 __all__ = [
     "Balancer",
     "EmaSwitchLoss",
+    "EntropyDeficit",
+    "Gini",
     "GlobalBatchLoss",
+    "Goal",
     "LossFree",
+    "MaxVio",
     "NoBalancing",
     "PhiBalancing",
     "PlugInLoss",
     "QuantileBalancing",
+    "RankVio",
     "SequenceLoss",
     "Sinkhorn",
     "SwitchLoss",
+    "Targeted",
     "Together",
     "ZLoss",
     "charge",

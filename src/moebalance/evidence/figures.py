@@ -8,7 +8,9 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from moebalance.evidence.results import Study
 from moebalance.report.estimates import Estimate
@@ -58,6 +60,21 @@ def look(method: str) -> dict[str, Any]:
     """Colour and mark of a method, as the report has them."""
     found = looks([method])[method]
     return {"color": found.light, "marker": _MARKS[found.marker]}
+
+
+def logarithmic(axes: Axes, *, x: bool = False, y: bool = False) -> None:
+    """Log scales with plain numbers at 1, 2 and 5."""
+    scaled: list[Axis] = []
+    if x:
+        axes.set_xscale("log")
+        scaled.append(axes.xaxis)
+    if y:
+        axes.set_yscale("log")
+        scaled.append(axes.yaxis)
+    for axis in scaled:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def titles(axes: Axes, title: str, x: str, y: str) -> None:

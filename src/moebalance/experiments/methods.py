@@ -1,8 +1,8 @@
 """Words people type become methods: `phi`, `loss-free`, `phi+loss-free` and their options.
 
 A method's word derives from its class (`GlobalBatchLoss` → `global-batch`), its options are the
-class's own fields, and `a+b` composes. Nothing is registered: a new class is found because it is
-exported.
+class's own fields, and `a+b` composes. `target=` steers any method that charges to a goal.
+Nothing is registered: a new class is found because it is exported.
 """
 
 import ast
@@ -13,10 +13,14 @@ from functools import reduce
 from typing import Any
 
 from moebalance import balancers, potentials
-from moebalance.balancers import Balancer, Together
+from moebalance.balancers import Balancer, MaxVio, Targeted, Together
+from moebalance.balancers.goals import GOALS, Goal
 from moebalance.experiments.corpus import did_you_mean
 from moebalance.experiments.recipe import LoraSpec
 from moebalance.potentials import POTENTIALS, Potential
+
+TARGET = "target"
+"""The option that any method with a strength has besides its own."""
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -40,7 +44,7 @@ def method_classes() -> dict[str, type[Balancer]]:
         kind
         for kind in exported
         if isinstance(kind, type) and issubclass(kind, Balancer)
-        if kind not in (Balancer, Together)
+        if kind not in (Balancer, Targeted, Together)
     ]
     return {word(kind): kind for kind in kinds}
 
@@ -135,7 +139,7 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Balancer:
     kind = kinds[name]
     possible = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for key in options:
-        if key not in possible:
+        if key not in (*possible, TARGET):
             raise ValueError(
                 f"Method {name!r} has no option {key!r}.{did_you_mean(key, possible)} "
                 f"Possible: {', '.join(possible) or 'none'}."
@@ -143,8 +147,36 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Balancer:
     values = {
         key: _build_potential(value) if key == "potential" else value
         for key, value in options.items()
+        if key != TARGET
     }
-    return kind(**values)
+    method = kind(**values)
+    return Targeted(method, _build_goal(options[TARGET])) if TARGET in options else method
+
+
+def _build_goal(value: Any) -> Goal:
+    """`0.3` is a MaxVio; else a table such as `{name = "Gini", at_most = 0.1, load = "soft"}`."""
+    if not isinstance(value, Mapping):
+        return MaxVio(value)
+    table = dict(value)
+    name = table.pop("name", "MaxVio")
+    kinds = {kind.__name__: kind for kind in GOALS}
+    if name not in kinds:
+        raise ValueError(
+            f"Unknown goal {name!r}.{did_you_mean(str(name), kinds)} Possible: {', '.join(kinds)}."
+        )
+    possible = [field.name for field in fields(kinds[name])]
+    for key in table:
+        if key not in possible:
+            raise ValueError(
+                f"Goal {name} has no option {key!r}.{did_you_mean(key, possible)} "
+                f"Possible: {', '.join(possible)}."
+            )
+    if "at_most" not in table:
+        raise ValueError(
+            f'Goal {name} needs at_most, for example {{name = "{name}", at_most = 0.3}}.'
+        )
+    goal: Goal = kinds[name](**table)
+    return goal
 
 
 def _build_potential(value: Any) -> Potential:

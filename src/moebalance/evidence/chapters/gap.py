@@ -14,7 +14,7 @@ from moebalance.evidence.chapter import (
     table,
 )
 from moebalance.evidence.chapters.rivals import setting_of
-from moebalance.evidence.figures import look, panels, titles
+from moebalance.evidence.figures import logarithmic, look, panels, titles
 from moebalance.evidence.results import Study
 
 _RECIPES = ("phi(statistic='hard')", "phi+loss-free", "loss-free", "ema-switch(rate=0.1)", "switch")
@@ -75,8 +75,9 @@ def _figure(study: Study) -> Any:
     ax = axes[0]
     for setting in study.settings():
         x, y = study.mean(setting, "soft_maxvio"), study.mean(setting, "maxvio")
-        ax.loglog(x, y, linestyle="", markersize=7, **look(study.select(setting)[0].method))
+        ax.plot(x, y, linestyle="", markersize=7, **look(study.select(setting)[0].method))
         ax.annotate(setting, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=6)
+    logarithmic(ax, x=True, y=True)
     low, high = 0.05, 5
     ax.plot([low, high], [low, high], color="#5c6570", linewidth=1)
     titles(ax, "Soft and hard load, mixed text", "soft MaxVio", "hard MaxVio")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moebalance.evidence.chapter import Chapter, Studies, Verdict, table
-from moebalance.evidence.figures import CYCLE, legend_below, panels, titles
+from moebalance.evidence.figures import CYCLE, legend_below, logarithmic, panels, titles
 
 _RATE = 0.1
 
@@ -80,13 +80,15 @@ def _figure(sources: Mapping[str, list[dict[str, Any]]]) -> Any:
         for sampling, rate, colour, style in lines:
             points = [r for r in rows if r["sampling"] == sampling and r["rate"] == rate]
             what = "batch alone" if rate is None else f"average, rate {rate}"
-            ax.loglog(
+            ax.plot(
                 [r["size"] for r in points],
                 [r["excess"] for r in points],
                 style,
                 color=colour,
                 label=f"{sampling}, {what}",
             )
+        logarithmic(ax, y=True)
+        ax.set_xscale("log", base=2)
         titles(ax, f"{source} router".capitalize(), "sequences in a batch", "excess φ, nats")
     legend_below(figure, axes[0], columns=2)
     return figure

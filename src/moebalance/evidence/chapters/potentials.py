@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from moebalance.evidence.chapter import Chapter, Studies, Verdict, estimate, table
-from moebalance.evidence.figures import CYCLE, LINES, legend_below, panels, titles
+from moebalance.evidence.figures import CYCLE, LINES, legend_below, logarithmic, panels, titles
 from moebalance.evidence.results import Study
 
 BEST = "NegativeEntropy"
@@ -83,7 +83,7 @@ def _figure(study: Study, equal: dict[str, str], sloped: dict[str, str]) -> Any:
             step, values = mean_curve(study, setting, "maxvio")
             style = LINES[i // len(CYCLE)]
             ax.plot(step, values, style, color=CYCLE[i % len(CYCLE)], label=name)
-        ax.set_yscale("log")
+        logarithmic(ax, y=True)
         titles(ax, title, "step", "MaxVio of a training batch")
     legend_below(figure, axes[0], columns=5)
     return figure

@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 from moebalance.evidence.chapter import Chapter, Studies, Verdict, estimate, table
-from moebalance.evidence.figures import CYCLE, panels, titles
+from moebalance.evidence.figures import CYCLE, logarithmic, panels, titles
 from moebalance.evidence.oscillation import Swing
 from moebalance.evidence.results import Study
 
@@ -162,7 +162,7 @@ def _figure(study: Study, strengths: list[float], rates: list[float]) -> Any:
     for ax, batching in zip(axes, ("mixed", "one-domain"), strict=True):
         for i, a in enumerate(strengths):
             values = [_maxvio(study, a, r, batching) for r in rates]
-            ax.loglog(rates, values, "o-", color=CYCLE[i], markersize=4, label=f"α = {a}")
+            ax.plot(rates, values, "o-", color=CYCLE[i], markersize=4, label=f"α = {a}")
             rings = [
                 (r, v)
                 for r, v in zip(rates, values, strict=True)
@@ -171,6 +171,7 @@ def _figure(study: Study, strengths: list[float], rates: list[float]) -> Any:
             if rings:
                 x, y = zip(*rings, strict=True)
                 ax.plot(x, y, "o", markersize=11, fillstyle="none", color=CYCLE[i])
+        logarithmic(ax, x=True, y=True)
         titles(ax, f"{batching} micro-batches", "rate η", "MaxVio")
     axes[0].legend()
     return figure

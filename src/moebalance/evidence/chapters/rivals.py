@@ -16,7 +16,7 @@ from moebalance.evidence.chapter import (
     table,
 )
 from moebalance.evidence.choose import NAMES, Cell, cell, family
-from moebalance.evidence.figures import legend_below, look, panels, point, titles
+from moebalance.evidence.figures import legend_below, logarithmic, look, panels, point, titles
 from moebalance.evidence.results import Study
 from moebalance.report.methods import display_name
 from moebalance.report.verdict import Difference, paired
@@ -196,7 +196,7 @@ def _pareto(studies: Studies) -> Any:
                 _front(ax, studies["sweep"], wanted, style["color"])
             fill = {"markerfacecolor": "white"} if hard else {}
             point(ax, study, setting, "maxvio", "loss", label=label, **style, **fill)
-        ax.set_xscale("log")
+        logarithmic(ax, x=True)
         titles(ax, f"{batching} micro-batches", "MaxVio, log scale", "validation loss, nats/byte")
     legend_below(figure, axes[1])
     return figure

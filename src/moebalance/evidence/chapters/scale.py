@@ -15,7 +15,7 @@ from moebalance.evidence.chapter import (
     table,
 )
 from moebalance.evidence.chapters.rivals import setting_of
-from moebalance.evidence.figures import legend_below, look, panels, titles
+from moebalance.evidence.figures import legend_below, logarithmic, look, panels, titles
 from moebalance.evidence.results import Study
 from moebalance.report.methods import display_name
 
@@ -91,6 +91,6 @@ def _figure(ladder: list[Study]) -> Any:
     titles(axes[0], "Loss", "active parameters", "loss − loss without balancing")
     titles(axes[1], "Balance", "active parameters", "MaxVio")
     for ax in axes:
-        ax.set_xscale("log")
+        logarithmic(ax, x=True)
     legend_below(figure, axes[0])
     return figure

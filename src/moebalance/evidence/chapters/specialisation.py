@@ -14,7 +14,7 @@ from moebalance.evidence.chapter import (
     table,
 )
 from moebalance.evidence.chapters.rivals import setting_of
-from moebalance.evidence.figures import legend_below, look, panels, point, titles
+from moebalance.evidence.figures import legend_below, logarithmic, look, panels, point, titles
 from moebalance.report.methods import display_name
 
 _METRICS = (("mi", 3), ("purity", 3), ("top_pair_lift", 1), ("router_similarity", 3))
@@ -77,7 +77,7 @@ def _figure(studies: Studies) -> Any:
             setting = setting_of(study, wanted)
             method = study.select(setting)[0].method
             point(ax, study, setting, "maxvio", "mi", label=display_name(method), **look(method))
-        ax.set_xscale("log")
+        logarithmic(ax, x=True)
         titles(ax, f"{batching} micro-batches", "MaxVio, log scale", "domain MI, nats")
     legend_below(figure, axes[0])
     return figure

@@ -9,7 +9,7 @@ from moebalance.evidence.chapter import Chapter, Studies, Verdict, estimate, tab
 from moebalance.evidence.chapters.potentials import mean_curve
 from moebalance.evidence.chapters.rivals import setting_of
 from moebalance.evidence.choose import family
-from moebalance.evidence.figures import legend_below, look, panels, titles
+from moebalance.evidence.figures import legend_below, logarithmic, look, panels, titles
 from moebalance.evidence.results import Result, Study
 from moebalance.report.methods import display_name
 
@@ -122,7 +122,7 @@ def _shift(study: Study) -> Any:
         if name in _SHOWN:
             axes[0].plot(*mean_curve(study, setting, "maxvio"), **_line(name))
     axes[0].axvline(400, color="#5c6570", linewidth=1, linestyle=":")
-    axes[0].set_yscale("log")
+    logarithmic(axes[0], y=True)
     titles(axes[0], "A change of text at step 400", "step", "MaxVio of a training batch")
     legend_below(figure, axes[0], columns=5)
     return figure

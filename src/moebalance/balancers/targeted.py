@@ -1,0 +1,166 @@
+"""Set the balance you want instead of a coefficient: a dual controller on a method's strength.
+
+Minimise the task loss subject to v(load) ≤ v*, v a measure of unevenness. The multiplier λ of that
+constraint is the strength, and ascends on the miss, once a step and for every layer by itself:
+
+    l ← (1 − η) l + η f                                       the load, averaged
+    log λ ← clip(log λ + κ · h · clip(v(l) / v* − 1, −1, 1))   exponentiated dual ascent
+
+In the logarithm, because the right strength differs by orders of magnitude between layers, models
+and stages of training; clipped, so that neither one bad step nor a goal out of reach can wind λ up;
+at its lower end λ is 0, and a layer that is balanced anyway is left alone.
+
+A router takes hundreds of steps to follow a price, most of all while its learning rate is high. An
+integral alone would wind up all that time and then overshoot. So h in [0, 1] holds λ while the load
+is already on its way: 1 while log v stays where it was of late, 0 once it moves toward the goal by
+a tenth or more.
+"""
+
+from dataclasses import dataclass
+from math import log
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.balancers.base import (
+    Balancer,
+    Coupling,
+    check_positive,
+    check_rate,
+    where_seen,
+)
+from moebalance.balancers.ema import Ema
+from moebalance.balancers.goals import Goal
+from moebalance.routing import Batch, Routing, Sums
+
+_FLOOR = 1e-3
+_LATELY = 0.02  # what the last 50 steps or so were like
+_MOVING = 0.1  # of log v: a load that moves toward its goal by a tenth is on its way
+
+
+class Steered(NamedTuple):
+    """State of the method, the averaged load, log v of late, and log λ ().
+
+    λ is relative to the method's own strength.
+    """
+
+    inner: Any
+    load: Ema
+    lately: Ema
+    log_multiplier: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Targeted(Balancer):
+    """A loss-lever method whose strength is steered to a goal, layer by layer.
+
+    Args:
+        balancer: any method that charges in the loss. Its own strength is where λ starts.
+        goal: what is allowed, for example `MaxVio(0.3)`.
+        gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
+        rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
+            `metrics.sampling_floor` at (2 − η) / η steps' tokens.
+        ceiling: the largest λ, as a multiple of the method's strength; the smallest is a thousandth
+            of that strength, and counts as 0.
+
+    Raises:
+        TypeError, ValueError: not a method that charges, not a goal, or a number out of range.
+
+    >>> from moebalance.balancers.goals import MaxVio
+    >>> from moebalance.balancers.phi import PhiBalancing
+    >>> Targeted(PhiBalancing(statistic="hard"), MaxVio(0.3)).coupling
+    'batch'
+    """
+
+    balancer: Balancer
+    goal: Goal
+    gain: float = 0.01
+    rate: float = 0.05
+    ceiling: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.balancer, Balancer) or not isinstance(self.goal, Goal):
+            raise TypeError(
+                f"Targeted({self.balancer!r}, {self.goal!r}): give a method and a goal, such as "
+                "Targeted(PhiBalancing(), MaxVio(0.3))."
+            )
+        if not self.balancer.charges or self.balancer.selects:
+            raise ValueError(
+                f"{self.balancer!r} has no strength to steer: give a method that charges in the "
+                "loss alone, and compose it with Together afterwards."
+            )
+        check_positive("gain", self.gain, zero=False)
+        check_positive("ceiling", self.ceiling, zero=False)
+        check_rate("rate", self.rate)
+
+    def init(self, num_experts: int) -> Steered:
+        """λ starts at the method's own strength."""
+        zero = torch.zeros((), dtype=torch.float32)
+        lately = Ema.empty(1)._replace(mean=zero)
+        return Steered(self.balancer.init(num_experts), Ema.empty(num_experts), lately, zero)
+
+    def update(self, state: Steered, sums: Sums) -> Steered:
+        """Advance the method and the load, then log λ by what the load misses."""
+        seen = (sums.tokens > 0).to(state.log_multiplier.dtype)
+        load = state.load.toward(self.goal.of(sums), self.rate * seen)
+        # A load without any unevenness has no logarithm; nobody asks for less than this.
+        now = self.goal.measure(load.mean).clamp(min=1e-6).log()
+        lately = state.lately.toward(now, _LATELY * seen)
+        miss = self.goal.miss(load.mean).clamp(-1.0, 1.0)
+        coming = (lately.mean - now) * miss.sign()
+        held = (1 - coming / _MOVING).clamp(0.0, 1.0)
+        moved = state.log_multiplier + self.gain * held * miss
+        bounded = moved.clamp(log(_FLOOR), log(self.ceiling))
+        log_multiplier = where_seen(sums.tokens, bounded, state.log_multiplier)
+        return Steered(self.balancer.update(state.inner, sums), load, lately, log_multiplier)
+
+    def multiplier(self, state: Steered) -> Float[Tensor, ""]:
+        """λ as a multiple of the method's strength; 0 at its lower end."""
+        active = state.log_multiplier > log(_FLOOR)
+        return torch.where(active, state.log_multiplier.exp(), 0.0)
+
+    def charged(self, state: Steered, batch: Batch) -> Float[Tensor, "*rows E"] | None:
+        """λ times the method's price."""
+        price = self.balancer.charged(state.inner, batch)
+        return None if price is None else price * self.multiplier(state)
+
+    def penalty(self, state: Steered, batch: Batch) -> Float[Tensor, ""] | None:
+        """λ times the method's."""
+        penalty = self.balancer.penalty(state.inner, batch)
+        return None if penalty is None else penalty * self.multiplier(state)
+
+    def logit_gradient(
+        self, state: Steered, batch: Batch, scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "T E"] | None:
+        """λ times the method's."""
+        return self.balancer.logit_gradient(state.inner, batch, scale * self.multiplier(state))
+
+    def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
+        """The method's."""
+        return self.balancer.extra_shapes(num_experts)
+
+    def extra(self, state: Steered, routing: Routing) -> tuple[Tensor, ...]:
+        """The method's."""
+        return self.balancer.extra(state.inner, routing)
+
+    @property
+    def from_sums(self) -> bool:
+        """As the method."""
+        return self.balancer.from_sums
+
+    @property
+    def charges(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the method reads, and the goal's load."""
+        return self.balancer.reads | {self.goal.reads}
+
+    @property
+    def coupling(self) -> Coupling:
+        """As the method."""
+        return self.balancer.coupling
