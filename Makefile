@@ -22,7 +22,7 @@ peers: $(PEERS_READY)
 
 # The laws once more, with every annotated shape and type checked as the code runs.
 shapes: $(READY)
-	$(BIN)/pytest --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py
+	$(BIN)/pytest --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py tests/test_gates.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

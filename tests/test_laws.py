@@ -25,13 +25,10 @@ from cases import (
     to_double,
 )
 from moebalance.balancers import Balancer
-from moebalance.routing import Gate, Routing, Sigmoid, Softmax, SqrtSoftplus, route
+from moebalance.routing import Routing, route
 
 every_balancer = pytest.mark.parametrize(
     "balancer", [pytest.param(balancer, id=name) for name, balancer in BALANCERS.items()]
-)
-every_gate_in_use = pytest.mark.parametrize(
-    "gate", [Softmax(), Sigmoid(), SqrtSoftplus()], ids=lambda gate: type(gate).__name__
 )
 every_gate = pytest.mark.parametrize(
     "gate", [pytest.param(gate, id=name) for name, gate in GATES.items()]
@@ -387,35 +384,3 @@ def columns(tensor: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | 
 
 def public_names() -> dict[str, object]:
     return {name: getattr(mb, name) for name in mb.__all__ if name != "huggingface"}
-
-
-def test_a_gate_pulls_back_any_price_per_token_as_autograd_does():
-    for gate in GATES.values():
-        assert isinstance(gate, Gate)
-        logits = random_logits(9, 5, dtype=torch.float64).requires_grad_()
-        price = torch.randn(9, 5, dtype=torch.float64)
-        scores = gate.scores(logits)
-        (expected,) = torch.autograd.grad((scores * price).sum(), logits)
-        close(gate.pull_back(price, scores, logits).detach(), expected, 1e-12)
-
-
-@every_gate_in_use
-@pytest.mark.parametrize("rows", [(), (9,)], ids=["one price", "a price per token"])
-def test_a_gate_leads_a_price_back_through_its_affinities_alone(gate, rows):
-    """`charge`, then `backward`: what a router of ours does, without the logits."""
-    logits = random_logits(9, 5, dtype=torch.float64).requires_grad_()
-    price = torch.randn(*rows, 5, dtype=torch.float64)
-    scores = gate.scores(logits)
-    (expected,) = torch.autograd.grad((scores * price).sum(), logits)
-    affinities = gate.affinities(logits).detach()
-    close(gate.scores_of(affinities), scores.detach(), 1e-12)
-    found = gate.backward(gate.charge(price, affinities), affinities)
-    close(found, expected, 1e-12)
-
-
-@every_gate_in_use
-def test_affinities_that_underflow_have_finite_gradients(gate):
-    logits = torch.tensor([[-200.0, -150.0, -120.0], [-300.0, 0.0, 300.0]])
-    affinities = gate.affinities(logits)
-    for upstream in (torch.ones(2, 3), gate.charge(torch.tensor([1.0, 0.0, -1.0]), affinities)):
-        assert gate.backward(upstream, affinities).isfinite().all()

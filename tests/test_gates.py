@@ -1,0 +1,50 @@
+"""Laws of the gates: what leads a price back to the logits agrees with autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import GATES, random_logits
+from moebalance.routing import Gate, Sigmoid, Softmax, SqrtSoftplus
+
+every_gate_in_use = pytest.mark.parametrize(
+    "gate", [Softmax(), Sigmoid(), SqrtSoftplus()], ids=lambda gate: type(gate).__name__
+)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal relative to the largest entry."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * b.abs().max().item())
+
+
+def test_a_gate_pulls_back_any_price_per_token_as_autograd_does():
+    for gate in GATES.values():
+        assert isinstance(gate, Gate)
+        logits = random_logits(9, 5, dtype=torch.float64).requires_grad_()
+        price = torch.randn(9, 5, dtype=torch.float64)
+        scores = gate.scores(logits)
+        (expected,) = torch.autograd.grad((scores * price).sum(), logits)
+        same(gate.pull_back(price, scores, logits).detach(), expected)
+
+
+@every_gate_in_use
+@pytest.mark.parametrize("rows", [(), (9,)], ids=["one price", "a price per token"])
+def test_a_gate_leads_a_price_back_through_its_affinities_alone(gate, rows):
+    """`charge`, then `backward`: what a router of ours does, without the logits."""
+    logits = random_logits(9, 5, dtype=torch.float64).requires_grad_()
+    price = torch.randn(*rows, 5, dtype=torch.float64)
+    scores = gate.scores(logits)
+    (expected,) = torch.autograd.grad((scores * price).sum(), logits)
+    affinities = gate.affinities(logits).detach()
+    same(gate.scores_of(affinities), scores.detach())
+    found = gate.backward(gate.charge(price, affinities), affinities)
+    same(found, expected)
+
+
+@every_gate_in_use
+def test_affinities_that_underflow_have_finite_gradients(gate):
+    logits = torch.tensor([[-200.0, -150.0, -120.0], [-300.0, 0.0, 300.0]])
+    affinities = gate.affinities(logits)
+    for upstream in (torch.ones(2, 3), gate.charge(torch.tensor([1.0, 0.0, -1.0]), affinities)):
+        assert gate.backward(upstream, affinities).isfinite().all()
