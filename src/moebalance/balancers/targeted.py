@@ -48,7 +48,7 @@ class Steered(NamedTuple):
 
     inner: Any
     load: Ema
-    lately: Ema
+    lately: Float[Tensor, ""]
     log_multiplier: Float[Tensor, ""]
 
 
@@ -98,23 +98,27 @@ class Targeted(Balancer):
     def init(self, num_experts: int) -> Steered:
         """λ starts at the method's own strength."""
         zero = torch.zeros((), dtype=torch.float32)
-        lately = Ema.empty(1)._replace(mean=zero)
-        return Steered(self.balancer.init(num_experts), Ema.empty(num_experts), lately, zero)
+        return Steered(self.balancer.init(num_experts), Ema.empty(num_experts), zero, zero)
 
     def update(self, state: Steered, sums: Sums) -> Steered:
         """Advance the method and the load, then log λ by what the load misses."""
         seen = (sums.tokens > 0).to(state.log_multiplier.dtype)
+        first = state.load.weight < self.rate / 2  # it is the rate itself after one step
         load = state.load.toward(self.goal.of(sums), self.rate * seen)
         # A load without any unevenness has no logarithm; nobody asks for less than this.
         now = self.goal.measure(load.mean).clamp(min=1e-6).log()
-        lately = state.lately.toward(now, _LATELY * seen)
+        lately = torch.where(first, now, state.lately + _LATELY * (now - state.lately))
         miss = self.goal.miss(load.mean).clamp(-1.0, 1.0)
-        coming = (lately.mean - now) * miss.sign()
+        coming = (lately - now) * miss.sign()
         held = (1 - coming / _MOVING).clamp(0.0, 1.0)
         moved = state.log_multiplier + self.gain * held * miss
         bounded = moved.clamp(log(_FLOOR), log(self.ceiling))
-        log_multiplier = where_seen(sums.tokens, bounded, state.log_multiplier)
-        return Steered(self.balancer.update(state.inner, sums), load, lately, log_multiplier)
+        return Steered(
+            self.balancer.update(state.inner, sums),
+            load,
+            where_seen(sums.tokens, lately, state.lately),
+            where_seen(sums.tokens, bounded, state.log_multiplier),
+        )
 
     def multiplier(self, state: Steered) -> Float[Tensor, ""]:
         """λ as a multiple of the method's strength; 0 at its lower end."""
