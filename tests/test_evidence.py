@@ -20,6 +20,7 @@ from moebalance.evidence.chapters import (
     scale,
     specialisation,
     stability,
+    target,
 )
 from moebalance.evidence.choose import Cell, cell, choose, family
 from moebalance.evidence.oscillation import swing
@@ -353,7 +354,50 @@ def test_scale(gaps, verdict):
         ladder[name] = study(name, GRID, plant, seeds=3, about=size)
     found = scale.chapter(ladder)
     assert found.verdict is verdict
-    assert "no result of it is committed yet" in found.because
+    assert "ready to run: `recipes/evidence/scale_large.toml`" in found.because
+
+
+STRENGTHS = ("phi(strength=0.001)", "phi(strength=0.01)", "phi(strength=0.001, target=0.3)")
+
+
+@pytest.mark.parametrize(
+    ("maxvio", "loss", "verdict"),
+    [
+        ((0.28, 0.33), (2.0, 2.0), Verdict.HOLDS),
+        ((0.28, 0.60), (2.0, 2.0), Verdict.IN_PART),  # the target is missed on one mix
+        ((0.28, 0.33), (2.0, 2.1), Verdict.IN_PART),  # or costs loss there
+        ((0.10, 0.60), (2.0, 2.0), Verdict.NOT_HERE),
+    ],
+)
+def test_target(maxvio, loss, verdict):
+    """The strength 0.01 keeps the target, 0.001 does not."""
+
+    def plant(i: int):
+        fixed = {STRENGTHS[0]: (0.9, 1.9), STRENGTHS[1]: (0.2, 2.0)}
+
+        def planted(setting: str, seed: int, batching: str):
+            found = fixed.get(setting, (maxvio[i], loss[i]))
+            return {"maxvio": found[0], "loss": found[1] + jitter(seed)}
+
+        return planted
+
+    studies = {
+        name: study(
+            name,
+            STRENGTHS,
+            plant(min(i, 1)),
+            seeds=3,
+            batchings=("mixed", "one-domain") if i == 0 else ("mixed",),
+            about={"model": {"architecture": name}},
+        )
+        for i, name in enumerate(target.STUDIES)
+    }
+    found = target.chapter(studies)
+    assert found.verdict is verdict
+    assert (
+        f"target_qwen, one-domain: MaxVio {maxvio[0]:.2f}, loss relative to `phi(strength=0.01)`"
+        in (found.because)
+    )
 
 
 def test_gap_recommends_what_balances_at_no_loss():

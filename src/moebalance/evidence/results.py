@@ -63,6 +63,10 @@ class Study:
         """The settings that were run, in the recipe's order."""
         return list(dict.fromkeys(result.setting for result in self.results))
 
+    def seeds(self) -> list[int]:
+        """The seeds that were run."""
+        return sorted({result.seed for result in self.results})
+
     def select(
         self, setting: str | None = None, *, batching: str | None = None
     ) -> tuple[Result, ...]:

@@ -13,11 +13,11 @@ from moebalance.evidence.chapter import (
     in_words,
     table,
 )
-from moebalance.evidence.chapters.rivals import setting_of
+from moebalance.evidence.chapters.rivals import ran, setting_of
 from moebalance.evidence.figures import logarithmic, look, panels, titles
 from moebalance.evidence.results import Study
 
-_RECIPES = ("phi(statistic='hard')", "phi+loss-free", "loss-free", "ema-switch(rate=0.1)", "switch")
+_SHOWN = ("none", "phi", "phi(statistic='hard')", "phi+loss-free", "loss-free", "switch")
 _METRICS = (("loss", 3), ("soft_maxvio", 2), ("maxvio", 2), ("soft_hard_gap", 3), ("mi", 3))
 _HEADS = ("Validation loss", "Soft MaxVio", "MaxVio", "Soft–hard gap", "Domain MI")
 
@@ -40,7 +40,7 @@ def chapter(studies: Studies) -> Chapter:
         each = studies[name]
         rows = [
             [f"`{setting}`", *(estimate(each, setting, m, d) for m, d in _METRICS)]
-            for setting in (setting_of(each, wanted) for wanted in ("none", "phi", *_RECIPES))
+            for setting in (setting_of(each, wanted) for wanted in ran(each, _SHOWN))
         ]
         parts += [f"### {batching.capitalize()} micro-batches", table(["Method", *_HEADS], rows)]
     return Chapter(

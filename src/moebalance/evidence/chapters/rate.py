@@ -46,8 +46,8 @@ def chapter(studies: Studies) -> Chapter:
         "everywhere.)",
         body="\n\n".join(
             [
-                "MaxVio over the evaluation set, two seeds; in the one-domain runs a whole step "
-                "is of one domain.",
+                f"MaxVio over the evaluation set, {len(study.seeds())} seeds; in one-domain runs "
+                "a whole step is of one domain.",
                 *(_map(study, batching, strengths, rates) for batching in ("mixed", "one-domain")),
                 "### Oscillation",
                 _why(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moebalance.evidence.chapter import (
@@ -43,12 +43,14 @@ def chapter(studies: Studies) -> Chapter:
     parts = [
         "Strengths were chosen on seeds 100 and 101 in one-domain micro-batches, by the rule "
         "of `evidence/choose.py`: of a method's settings within 0.01 nats of its lowest loss, the "
-        "one with the lowest MaxVio. What follows are seeds 0 to 4 of another run. The same "
+        "one with the lowest MaxVio. What follows are other seeds of another run. The same "
         "setting is used on both kinds of text. Every run has the same tokens, steps and model.",
     ]
     for name, batching in _TEXTS.items():
-        parts += [f"### {batching.capitalize()} micro-batches", _methods(studies[name])]
-    parts += ["### Which ingredient helps", _grid(studies["grid"], studies["sweep"])]
+        study = studies[name]
+        title = f"### {batching.capitalize()} micro-batches, {len(study.seeds())} seeds"
+        parts += [title, _methods(study)]
+    parts += ["### Which ingredient helps", _grid(studies["sweep"])]
     return Chapter(
         slug="rivals",
         title="Against the rivals",
@@ -61,7 +63,7 @@ def chapter(studies: Studies) -> Chapter:
             "pareto": (
                 _pareto(studies),
                 "Loss against MaxVio. Lines: every strength of the sweep (two seeds). Marks: the "
-                "chosen strengths on five other seeds, with ± sd.",
+                "chosen strengths on other seeds, with ± sd.",
             )
         },
     )
@@ -91,7 +93,7 @@ def _judge(studies: Studies) -> tuple[Verdict, str]:
         f"Of {total} comparisons (loss and MaxVio, two rivals, two kinds of text) φ is better in "
         f"{won}, worse in {lost}, within seed noise in {total - won - lost}. "
     )
-    tail = ". Paired over five seeds, 95 % intervals, uncorrected."
+    tail = ". Paired over seeds, 95 % intervals, uncorrected."
     return verdict, count + "; ".join(words) + tail
 
 
@@ -107,6 +109,12 @@ def setting_of(study: Study, name: str) -> str:
     raise KeyError(f"{study.name} has no setting of {name!r}; it has {study.settings()}.")
 
 
+def ran(study: Study, names: Iterable[str]) -> list[str]:
+    """Those of the families that a study ran."""
+    there = set(map(family, study.settings()))
+    return [name for name in names if name in there]
+
+
 def _methods(study: Study) -> str:
     rows = []
     for setting in study.settings():
@@ -115,27 +123,28 @@ def _methods(study: Study) -> str:
     return table(["Method", *_HEADS], rows)
 
 
-def _grid(study: Study, sweep: Study) -> str:
-    cells = {found: s for s in study.settings() if (found := cell(s)) is not None}
+def _grid(sweep: Study) -> str:
+    grids = matched(sweep)
+    middle = grids[len(grids) // 2]
     rows = []
-    for where, setting in cells.items():
-        numbers = [estimate(study, setting, metric, digits) for metric, digits in _METRICS]
-        rows.append([f"{where}" + (f" ({NAMES[where]})" if where in NAMES else ""), *numbers])
+    for where, setting in middle.items():
+        numbers = [estimate(sweep, setting, metric, digits) for metric, digits in _METRICS]
+        name = f" ({NAMES[where]})" if where in NAMES else ""
+        rows.append([f"{where}{name}", f"`{setting}`", *numbers])
     rows.sort()
     heads = ["Ingredient", "Loss", "MaxVio", "Soft MaxVio", "Domain MI"]
     return "\n\n".join(
         [
             "All twelve cells of {hard, soft} × {batch, step, EMA} × {linear, log}, in one-domain "
-            "micro-batches. Linear is the Euclidean potential, log negative entropy; Switch, "
-            "global-batch, EMA-Switch and both ends of φ-balancing are corners of it.",
-            table(["Cell", *_HEADS], rows),
+            "micro-batches, from the sweep, whose strengths push alike: α for log, 32 α for "
+            "linear. Linear is the Euclidean potential, log negative entropy; Switch, "
+            "global-batch, EMA-Switch and both ends of φ-balancing are corners. At the middle one "
+            "of three strengths, two seeds:",
+            table(["Cell", "Setting", *_HEADS], rows),
             "The effect of one ingredient, averaged over all cells that differ in nothing else "
-            "(each at its own chosen strength), paired over seeds, with its 95 % interval:",
-            table(heads, _effects(study, [cells])),
-            "The chosen strengths differ from cell to cell, and strength moves MaxVio more than "
-            "any ingredient. So here is the same at equal push, α for log and 32 α for linear, "
-            "averaged over the sweep's three strengths; two seeds, so the intervals are wide:",
-            table(heads, _effects(sweep, matched(sweep))),
+            "and over the three strengths, paired over seeds, with its 95 % interval. With two "
+            "seeds the intervals are wide:",
+            table(heads, _effects(sweep, grids)),
         ]
     )
 
@@ -187,7 +196,7 @@ def _pareto(studies: Studies) -> Any:
     figure, axes = panels(2, height=3.6)
     for ax, (name, batching) in zip(axes, _TEXTS.items(), strict=True):
         study = studies[name]
-        for wanted in _SHOWN:
+        for wanted in ran(study, _SHOWN):
             setting = setting_of(study, wanted)
             style = look(study.select(setting)[0].method)
             hard = wanted == "phi(statistic='hard')"

@@ -13,13 +13,13 @@ from moebalance.evidence.chapter import (
     in_words,
     table,
 )
-from moebalance.evidence.chapters.rivals import setting_of
+from moebalance.evidence.chapters.rivals import ran, setting_of
 from moebalance.evidence.figures import legend_below, logarithmic, look, panels, point, titles
 from moebalance.report.methods import display_name
 
 _METRICS = (("mi", 3), ("purity", 3), ("top_pair_lift", 1), ("router_similarity", 3))
 _HEADS = ("Domain MI", "Purity", "Lift of top pairs", "Router similarity")
-_SHOWN = ("none", "switch", "global-batch", "ema-switch(rate=0.1)", "loss-free", "phi")
+_SHOWN = ("none", "switch", "global-batch", "loss-free", "phi", "phi+loss-free")
 
 
 def chapter(studies: Studies) -> Chapter:
@@ -73,7 +73,7 @@ def _figure(studies: Studies) -> Any:
     sides = (("rivals", "mixed"), ("grid", "one-domain"))
     for ax, (name, batching) in zip(axes, sides, strict=True):
         study = studies[name]
-        for wanted in (*_SHOWN, "phi+loss-free"):
+        for wanted in ran(study, _SHOWN):
             setting = setting_of(study, wanted)
             method = study.select(setting)[0].method
             point(ax, study, setting, "maxvio", "mi", label=display_name(method), **look(method))

@@ -52,13 +52,13 @@ def chapter(studies: Studies) -> Chapter:
             [
                 "### Churn",
                 "Share of held-out tokens whose set of experts changed since the evaluation 100 "
-                "steps earlier, mixed text, five seeds:",
+                "steps earlier, mixed text:",
                 table(["Method", *steps], churn),
                 "### A change of text",
-                "After 400 of 800 steps the text changes from code and prose to tables and names. "
+                "Half-way the text changes from code and prose to tables and names. "
                 "MaxVio of training batches (means over 20 steps): before the change, at its peak "
                 "within 200 steps after it, and at the end; the steps until it is back within a "
-                "quarter of the value before (– if never); three seeds. Churn is that of the last "
+                "quarter of the value before (– if never). Churn is that of the last "
                 "100 steps.",
                 table(
                     ["Method", "Before", "Peak", "At the end", "Steps to recover", "Churn"], rows
@@ -66,8 +66,8 @@ def chapter(studies: Studies) -> Chapter:
             ]
         ),
         figures={
-            "curves": (_steady(steady), "Training batches, mixed text, mean of five seeds."),
-            "shift": (_shift(shifted), "The text changes at step 400; mean of three seeds."),
+            "curves": (_steady(steady), "Training batches, mixed text, mean over seeds."),
+            "shift": (_shift(shifted), "The text changes half-way; mean over seeds."),
         },
     )
 
@@ -121,9 +121,10 @@ def _shift(study: Study) -> Any:
         name = family(setting)
         if name in _SHOWN:
             axes[0].plot(*mean_curve(study, setting, "maxvio"), **_line(name))
-    axes[0].axvline(400, color="#5c6570", linewidth=1, linestyle=":")
+    half = study.results[0].curve["step"][-1] / 2
+    axes[0].axvline(half, color="#5c6570", linewidth=1, linestyle=":")
     logarithmic(axes[0], y=True)
-    titles(axes[0], "A change of text at step 400", "step", "MaxVio of a training batch")
+    titles(axes[0], f"A change of text at step {half:.0f}", "step", "MaxVio of a training batch")
     legend_below(figure, axes[0], columns=5)
     return figure
 
