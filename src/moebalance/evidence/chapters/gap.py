@@ -13,7 +13,7 @@ from moebalance.evidence.chapter import (
     in_words,
     table,
 )
-from moebalance.evidence.chapters.rivals import ran, setting_of
+from moebalance.evidence.chapters.rivals import TEXTS, ran, setting_of
 from moebalance.evidence.figures import logarithmic, look, panels, titles
 from moebalance.evidence.results import Study
 
@@ -36,13 +36,13 @@ def chapter(studies: Studies) -> Chapter:
         else "No recipe tried here lowers MaxVio without a higher loss."
     )
     parts = []
-    for name, batching in (("rivals", "mixed"), ("grid", "one-domain")):
+    for name, batching in TEXTS.items():
         each = studies[name]
         rows = [
             [f"`{setting}`", *(estimate(each, setting, m, d) for m, d in _METRICS)]
             for setting in (setting_of(each, wanted) for wanted in ran(each, _SHOWN))
         ]
-        parts += [f"### {batching.capitalize()} micro-batches", table(["Method", *_HEADS], rows)]
+        parts += [f"### Micro-batches: {batching}", table(["Method", *_HEADS], rows)]
     return Chapter(
         slug="gap",
         title="The soft–hard gap",
