@@ -59,8 +59,8 @@ def chapter(studies: Studies) -> Chapter:
                 "Purity is the share of an expert's tokens that come from its main domain (0.25 is "
                 "none, for four equal domains, and 0.14 for seven). Lift of top pairs: how much "
                 "more often than chance the most frequent twentieth of expert pairs serve one "
-                "token. Router similarity: mean |cosine| of two rows of the router's weight (random "
-                "rows of width 64 show 0.10).",
+                "token. Router similarity: mean |cosine| of two rows of the router's weight "
+                "(random rows of width 64 show 0.10).",
                 *parts,
             ]
         ),
