@@ -10,7 +10,14 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 project = "moebalance"
 author = copyright = "The moebalance authors"
 release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "sphinx.ext.napoleon", "mathml"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "docstrings",
+    "sphinx.ext.napoleon",
+    "mathml",
+    "offline",
+]
 exclude_patterns = ["_ext"]
 html_theme = "furo"
 html_title = "moebalance"

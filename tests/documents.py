@@ -1,9 +1,11 @@
 """The README and the pages of docs/: their code, their commands, their headings and their links.
 
-Python blocks of a page run in order in one namespace. One that cannot says so in a comment above it:
+Python blocks of a page run in order in one namespace. One that cannot says so in a comment above:
 
     <!-- run by: tests/peers/test_lightning_runs.py -->    a test of its own runs it
     <!-- not run: needs LLaMA-Factory -->                  it is only compiled, and why
+
+A table under `<!-- rows of: demo.md#mixed-micro-batches -->` is held to the page that it is from.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ _FENCE = re.compile(
     r"^(?P<fence>```+)(?P<language>[^\n]*)\n(?P<code>.*?)^(?P=fence)$",
     re.DOTALL | re.MULTILINE,
 )
+_COPIED = re.compile(r"<!-- rows of: (\S+?)#(\S+) -->\n((?:\|.*\n)+)")
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
@@ -42,7 +45,9 @@ class Block(NamedTuple):
 
     def compiled(self) -> object:
         """The code, whose errors point into the page."""
-        return compile("\n" * (self.line - 1) + self.code, str(self.page), "exec", dont_inherit=True)
+        return compile(
+            "\n" * (self.line - 1) + self.code, str(self.page), "exec", dont_inherit=True
+        )
 
 
 def name_of(page: Path) -> str:
@@ -98,8 +103,7 @@ def _calls(line: str) -> Iterator[list[str]]:
 def headings(page: Path) -> set[str]:
     """Anchors of the page's headings, as GitHub and the site make them."""
     titles = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
-    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", title).lower() for title in titles)
-    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+    return {_anchor(title) for title in titles}
 
 
 def links(page: Path) -> Iterator[tuple[Path, str]]:
@@ -108,3 +112,23 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
         if not target.startswith(("http:", "https:")):
             file, _, anchor = target.partition("#")
             yield ((page.parent / file).resolve() if file else page), anchor
+
+
+def copied(page: Path) -> Iterator[tuple[list[dict[str, str]], list[dict[str, str]]]]:
+    """Tables whose rows are taken from another page, each with the table that they are from."""
+    for file, anchor, text in _COPIED.findall(page.read_text(encoding="utf-8")):
+        source = (page.parent / file).read_text(encoding="utf-8")
+        sections = re.split(r"^#+ ", source, flags=re.MULTILINE)[1:]
+        (section,) = (s for s in sections if _anchor(s.partition("\n")[0]) == anchor)
+        yield _rows(text), _rows(section)
+
+
+def _rows(text: str) -> list[dict[str, str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def _anchor(title: str) -> str:
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", title).lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")

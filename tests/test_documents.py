@@ -15,7 +15,19 @@ from torch.distributed.pipelining import PipelineStage
 from trl import SFTConfig
 
 import moebalance as mb
-from documents import PAGES, ROOT, Block, blocks, commands, headings, links, mentions, name_of, prose
+from documents import (
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    copied,
+    headings,
+    links,
+    mentions,
+    name_of,
+    prose,
+)
 from families import tiny, tokens
 from moebalance.cli import app
 from moebalance.experiments.methods import build_method, split_outside_brackets
@@ -27,11 +39,23 @@ MARKED = [block for found in PYTHON.values() for block in found if block.mark]
 COMMANDS = [(name_of(page), words) for page in PAGES for words in commands(page)]
 GROUP = typer.main.get_command(app).commands
 
+TESTS = {
+    name
+    for file in (ROOT / "tests").rglob("test_*.py")
+    for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+}
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _light() -> Iterator[None]:
     with light_collections():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def of_the_reader(page: str) -> dict[str, Any]:
@@ -96,7 +120,8 @@ def test_a_command_that_is_mentioned_has_the_options_it_is_mentioned_with(page: 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_targets_of_make_that_are_shown_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    shown = [target for block in blocks(page, "bash") for target in makes(block.code)]
+    code = "\n".join(block.code for block in blocks(page, "bash"))
+    shown = re.findall(r"^make (\w+)", code, re.MULTILINE)
     shown += re.findall(r"`make (\w+)`", prose(page))
     assert [target for target in shown if f"\n{target}:" not in makefile] == []
 
@@ -110,12 +135,23 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in headings(file), f"{name_of(page)} links to {file.name}#{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_figures_are_those_of_the_page_that_they_are_from(page: Path) -> None:
+    for taken, source in copied(page):
+        for row in taken:
+            assert any(row.items() <= other.items() for other in source), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"`(test_\w+)`", prose(page)))
+    assert named <= TESTS
+    files = set(re.findall(r"`(tests/[\w/]+\.py)`", prose(page)))
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
 def test_the_pages_are_found() -> None:
     assert {"README.md", "docs/recipes.md", "docs/tutorials/student.md"} <= set(map(name_of, PAGES))
-    assert len(COMMANDS) >= 30
+    assert len(COMMANDS) >= 25
     assert len(MARKED) >= 5
-
-
-def makes(code: str) -> list[str]:
-    """Targets of `make` in lines of shell."""
-    return re.findall(r"^make (\w+)", code, flags=re.MULTILINE)
+    assert sum(len(list(copied(page))) for page in PAGES) >= 4
