@@ -28,7 +28,6 @@ html_copy_source = False
 # Docstrings write `name` for code, as Markdown does.
 default_role = "code"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
 autodoc_typehints = "none"
 napoleon_use_rtype = False
 myst_enable_extensions = ["dollarmath", "amsmath"]
