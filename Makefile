@@ -8,17 +8,21 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: demo test lint shapes peers corpora clean
+.PHONY: demo test lint shapes peers docs corpora clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
 
-test: lint shapes peers
+test: lint shapes peers docs
 	$(BIN)/pytest -n 2 --dist worksteal
 
 # Against the released packages of the frameworks we plug into.
 peers: $(PEERS_READY)
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers
+
+# The site, in build/docs; it needs no network, to build or to read.
+docs: $(READY)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/docs
 
 # The laws once more, with every annotated shape and type checked as the code runs.
 shapes: $(READY)
