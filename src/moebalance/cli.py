@@ -28,7 +28,16 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"The command line needs {missing.name}: pip install 'moebalance[train]'.")
 
-from moebalance.console import console, errors, following, progress, serve, show, watch_runs
+from moebalance.console import (
+    console,
+    errors,
+    following,
+    progress,
+    save_extras,
+    serve,
+    show,
+    watch_runs,
+)
 from moebalance.runlog import LOG_NAME, find_runs, read_run
 
 if TYPE_CHECKING:
@@ -163,6 +172,10 @@ def report(
     figure: Annotated[
         Path | None, typer.Option(help="Also write loss against MaxVio as SVG.")
     ] = None,
+    figures: Annotated[
+        str | None, typer.Option(help="Also draw figures for papers: 'pdf,svg,png' or some.")
+    ] = None,
+    figures_dir: Annotated[Path | None, typer.Option(help="Their folder.")] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Also write verdicts and tables as Markdown.")
     ] = None,
@@ -182,21 +195,14 @@ def report(
         found = [run for folder in runs for run in find_runs(folder)]
         first = runs[0] if runs[0].is_dir() else runs[0].parent
         show(found, out or first / REPORT)
-        names = ", ".join(dict.fromkeys(str(run.header.get("name", "runs")) for run in found))
-        if figure is not None:
-            from moebalance.report import write_figure
-
-            console.print(f"Figure: {write_figure(found, figure)}")
-        if markdown is not None:
-            from moebalance.report import write_markdown
-
-            console.print(f"Markdown: {write_markdown(found, markdown, f'Results: {names}')}")
-        if archive is not None:
-            from moebalance.runlog import archive as copy
-
-            for run in found:
-                copy(run, archive / run.batching / run.path.parent.name)
-            console.print(f"Archived {len(found)} logs in {archive}")
+        save_extras(
+            found,
+            figure=figure,
+            figures=figures,
+            to=figures_dir or first / "figures",
+            markdown=markdown,
+            archive=archive,
+        )
 
 
 @app.command()

@@ -49,6 +49,42 @@ def show(runs: list[Run], page: Path) -> None:
     console.print(f"Report: {escape(str(written.resolve()))}", soft_wrap=True, highlight=False)
 
 
+def save_extras(
+    runs: list[Run],
+    *,
+    figure: Path | None,
+    figures: str | None,
+    to: Path,
+    markdown: Path | None,
+    archive: Path | None,
+) -> None:
+    """Write what was asked for beside the page, and say where.
+
+    Args:
+        runs: one or more.
+        figure: the SVG of loss against MaxVio.
+        figures: formats of the figures for papers, with commas; they go to `to`.
+        to: the folder of those figures.
+        markdown: the tables and verdicts.
+        archive: a folder for the logs without their step rows.
+    """
+    from moebalance.report import write_figure, write_figures, write_markdown
+    from moebalance.runlog import archive as copy
+
+    if figure is not None:
+        console.print(f"Figure: {write_figure(runs, figure)}")
+    if figures is not None:
+        written = write_figures(runs, to, figures.split(","))
+        console.print(f"Figures: {len(written)} files in {escape(str(to))}", soft_wrap=True)
+    if markdown is not None:
+        names = ", ".join(dict.fromkeys(str(run.header.get("name", "runs")) for run in runs))
+        console.print(f"Markdown: {write_markdown(runs, markdown, f'Results: {names}')}")
+    if archive is not None:
+        for run in runs:
+            copy(run, archive / run.batching / run.path.parent.name)
+        console.print(f"Archived {len(runs)} logs in {archive}")
+
+
 def _show_before_after(found: "BeforeAfter") -> None:
     table = Table(title="before and after", title_justify="left")
     table.add_column("")
