@@ -126,6 +126,16 @@ def test_figures_come_out_whatever_the_log_lacks(tmp_path, options):
     assert any("training" in path.name for path in write_figures([run], tmp_path, ("svg",)))
 
 
+def test_a_sweep_with_long_names_still_fits_its_column(tmp_path):
+    runs = []
+    for i in range(6):
+        header = {"balancer": f"PhiBalancing(strength={i}, potential=Something({'very ' * 9}long))"}
+        runs.append(read_run(write_run(tmp_path / str(i), "phi", steps=5, header=header)))
+    figure = loss_against_maxvio(summarise(runs)[0])
+    figure.canvas.draw()  # a warning, which is an error here, if nothing is left for the axes
+    assert figure.axes[0].get_position().height * figure.get_figheight() > 1
+
+
 def test_runs_with_nothing_to_draw_are_refused(tmp_path):
     write_run(tmp_path / "run", "phi", stop=0, evaluate=False)
     with pytest.raises(ValueError, match="nothing to draw"):

@@ -95,9 +95,10 @@ def logarithmic(axes: Axes, *, x: bool = False, y: bool = False) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def words(text: str) -> str:
-    """A name from a log as plain text: a dollar sign would begin a formula."""
-    return text.replace("$", r"\$")
+def words(text: str, most: int = 44) -> str:
+    """A name from a log as plain text, cut if long; a dollar sign would begin a formula."""
+    cut = text if len(text) <= most else text[: most - 1] + "…"
+    return cut.replace("$", r"\$")
 
 
 def titles(axes: Axes, title: str, x: str, y: str) -> None:

@@ -50,6 +50,7 @@ _SHADES = (
 _MAP = ListedColormap(_SHADES).with_extremes(under="#000000", bad="#ffffff")
 _NORM = BoundaryNorm([(i - 6.5) / 3 for i in range(14)], len(_SHADES))
 _DEAD_CODE = -9.0
+_LEGEND_ROW = 0.17  # inches
 
 
 def loss_against_maxvio(section: Section) -> Figure | None:
@@ -57,7 +58,7 @@ def loss_against_maxvio(section: Section) -> Figure | None:
     shown = [m for m in section.methods if {"loss", "maxvio"} <= m.estimates.keys()]
     if not shown:
         return None
-    figure, (axes,) = panels(width=COLUMN, height=2.5 + 0.085 * len(shown))
+    figure, (axes,) = panels(width=COLUMN, height=2.5 + _LEGEND_ROW * _rows(shown, 2))
     for method, settings in groupby(shown, key=lambda m: m.method):
         _sweep(axes, method, list(settings))
     across = [value for m in shown for value in span(m, "maxvio")]
@@ -65,7 +66,7 @@ def loss_against_maxvio(section: Section) -> Figure | None:
         logarithmic(axes, x=True)
     axes.set_xlabel("MaxVio, global")
     axes.set_ylabel("Validation loss (nats/token)")
-    legend_below(figure, axes, columns=2)
+    legend_below(figure, axes, columns=_columns(shown, 2))
     return figure
 
 
@@ -81,7 +82,9 @@ def training(section: Section) -> Figure | None:
     found = {title: lines for title, lines in found.items() if lines}
     if not found:
         return None
-    figure, axes = panels(len(found), width=PAGE, height=2.5)
+    figure, axes = panels(
+        len(found), width=PAGE, height=2.0 + _LEGEND_ROW * _rows(section.methods, 4)
+    )
     for panel, (title, lines) in zip(axes, found.items(), strict=True):
         for m, line in lines:
             steps = [point.step for point in line]
@@ -95,7 +98,7 @@ def training(section: Section) -> Figure | None:
             logarithmic(panel, y=True)
         panel.set_title(title, fontsize=9, loc="left")
         panel.set_xlabel("Step")
-    legend_below(figure, axes[0])
+    legend_below(figure, axes[0], columns=_columns(section.methods, 4))
     return figure
 
 
@@ -118,7 +121,9 @@ def load_by_rank(section: Section) -> Figure | None:
     ]
     if not shown:
         return None
-    figure, (axes,) = panels(width=COLUMN, height=2.2 + 0.085 * len(shown))
+    figure, (axes,) = panels(
+        width=COLUMN, height=2.2 + _LEGEND_ROW * _rows([m for m, _ in shown], 2)
+    )
     axes.axhline(1.0, color="#5c6570", linewidth=0.8, linestyle=":")
     for m, line in shown:
         style = _line(m, section.methods)
@@ -126,7 +131,7 @@ def load_by_rank(section: Section) -> Figure | None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Experts, most to least loaded")
     axes.set_ylabel("Load / even share")
-    legend_below(figure, axes, columns=2)
+    legend_below(figure, axes, columns=_columns([m for m, _ in shown], 2))
     return figure
 
 
@@ -151,7 +156,7 @@ def soft_against_hard(section: Section) -> Figure | None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([0.25, 1, 4], ["¼", "1", "4"])
             axis.set_ticks([], minor=True)
-        axes.set_title(words(m.label), fontsize=8, loc="left")
+        axes.set_title(words(m.label, 30), fontsize=8, loc="left")
     figure.supxlabel("Soft load / even share", fontsize=9)
     figure.supylabel("Hard load / even share", fontsize=9)
     return figure
@@ -179,21 +184,32 @@ FIGURES: dict[str, Callable[[Section], Figure | None]] = {
 }
 
 
+def _columns(shown: Sequence[MethodSummary], most: int) -> int:
+    """Columns of the legend: half as many where a setting stands beside the method's name."""
+    return most if max(len(m.label) for m in shown) <= 22 else most // 2
+
+
+def _rows(shown: Sequence[MethodSummary], most: int) -> int:
+    return math.ceil(len(shown) / _columns(shown, most))
+
+
 def _sweep(axes: Axes, method: str, settings: Sequence[MethodSummary]) -> None:
     """The settings of one method: a line through them, and each with its spread."""
     style = look(method)
     points = sorted((m.estimates["maxvio"].mean, m.estimates["loss"].mean) for m in settings)
     if len(points) > 1:
-        axes.plot(*zip(*points, strict=True), color=style["color"], alpha=0.5, linewidth=1)
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=style["color"], alpha=0.5, linewidth=1)
     for m in settings:
         x, y = m.estimates["maxvio"], m.estimates["loss"]
         low, _ = span(m, "maxvio")
         spread = None if x.sd is None else [[x.mean - low], [x.sd]]
         label = words(m.label) + (" (not finished)" if m.partial else "")
-        bars = {"linestyle": "", "markersize": 6, "elinewidth": 1, "label": label}
+        bars: dict[str, Any] = {"linestyle": "", "markersize": 6, "elinewidth": 1, "label": label}
         axes.errorbar([x.mean], [y.mean], xerr=spread, yerr=y.sd, **style, **bars)
         if len(seeds := seed_points(m)) > 1:
-            axes.scatter(*zip(*seeds, strict=True), s=5, color=style["color"], alpha=0.4)
+            xs, ys = zip(*seeds, strict=True)
+            axes.scatter(xs, ys, s=5, color=style["color"], alpha=0.4, linewidths=0)
 
 
 def _line(m: MethodSummary, methods: Sequence[MethodSummary]) -> dict[str, Any]:
@@ -220,7 +236,7 @@ def _maps(
         axes.set_yticks(shown, [words(names[i][:14]) for i in shown], fontsize=7)
         axes.tick_params(length=0, labelsize=7)
         axes.grid(visible=False)
-        axes.set_title(words(m.label), fontsize=8, loc="left")
+        axes.set_title(words(m.label, 30), fontsize=8, loc="left")
     figure.supxlabel(x_title, fontsize=9)
     scale = ScalarMappable(_NORM, _MAP)
     bar = figure.colorbar(scale, ax=list(cells), extend="min", aspect=14, ticks=[-2, -1, 0, 1, 2])
