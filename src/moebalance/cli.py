@@ -6,6 +6,7 @@ moebalance finetune recipe.toml    the same from a checkpoint's weights
 moebalance compare recipe.toml     methods × seeds under equal compute
 moebalance report runs/…           run logs → one offline HTML file, or a live page (--follow)
 moebalance watch runs/…            the same runs in the terminal
+moebalance track runs/… --to …     run logs → TensorBoard, W&B or trackio
 moebalance doctor MODEL            what balances a model, what can, and what will leave with it
 moebalance evidence                the claims of the paper, tested; --run trains everything again
 moebalance bench                   what every method costs on this machine, side by side
@@ -14,7 +15,7 @@ moebalance bench                   what every method costs on this machine, side
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
@@ -28,11 +29,18 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"The command line needs {missing.name}: pip install 'moebalance[train]'.")
 
-from moebalance.console import console, errors, following, progress, serve, show, watch_runs
+from moebalance.console import (
+    console,
+    errors,
+    following,
+    save_extras,
+    serve,
+    show,
+    watch_runs,
+)
 from moebalance.runlog import LOG_NAME, find_runs, read_run
 
 if TYPE_CHECKING:
-    from moebalance.experiments.compare import Job
     from moebalance.experiments.recipe import Recipe
 
 app = typer.Typer(
@@ -56,6 +64,9 @@ MethodOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Of initial weights and data order.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+TrackOption = Annotated[
+    str | None, typer.Option(help="Also send rows to 'tensorboard,wandb,trackio' or some.")
+]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps in a run.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
 
@@ -84,13 +95,14 @@ def compare(
     seeds: SeedsOption = None,
     steps: StepsOption = None,
     workers: WorkersOption = None,
+    track: TrackOption = None,
 ) -> None:
     """Run methods × seeds under equal compute and data order, and report."""
     with _plain_errors():
         from moebalance.experiments.recipe import Recipe
 
         read = Recipe.read(recipe)
-        _compare(read, out or Path("runs") / read.name, methods, seeds, steps, workers)
+        _compare(read, out or Path("runs") / read.name, methods, seeds, steps, workers, track)
 
 
 @app.command()
@@ -100,6 +112,7 @@ def train(
     method: MethodOption = None,
     seed: SeedOption = 0,
     resume: ResumeOption = False,
+    track: TrackOption = None,
 ) -> None:
     """Train one Mixture-of-Experts model with one method, log every step, save it and report."""
     with _plain_errors():
@@ -110,7 +123,7 @@ def train(
             raise ValueError(
                 f"{recipe} starts from a checkpoint: run `moebalance finetune {recipe}`."
             )
-        _run_one(read, out, method, seed, resume)
+        _run_one(read, out, method, seed, resume, track)
 
 
 @app.command()
@@ -120,6 +133,7 @@ def finetune(
     method: MethodOption = None,
     seed: Annotated[int, typer.Option(help="Of the data order, and of LoRA's start.")] = 0,
     resume: ResumeOption = False,
+    track: TrackOption = None,
 ) -> None:
     """Fine-tune one checkpoint with one method, whole or by LoRA; report before and after.
 
@@ -134,7 +148,7 @@ def finetune(
                 f"{recipe} names no [model] checkpoint to start from: add one, or run "
                 f"`moebalance train {recipe}`."
             )
-        _run_one(read, out, method, seed, resume)
+        _run_one(read, out, method, seed, resume, track)
 
 
 @app.command()
@@ -163,6 +177,10 @@ def report(
     figure: Annotated[
         Path | None, typer.Option(help="Also write loss against MaxVio as SVG.")
     ] = None,
+    figures: Annotated[
+        str | None, typer.Option(help="Also draw figures for papers: 'pdf,svg,png' or some.")
+    ] = None,
+    figures_dir: Annotated[Path | None, typer.Option(help="Their folder.")] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Also write verdicts and tables as Markdown.")
     ] = None,
@@ -182,21 +200,28 @@ def report(
         found = [run for folder in runs for run in find_runs(folder)]
         first = runs[0] if runs[0].is_dir() else runs[0].parent
         show(found, out or first / REPORT)
-        names = ", ".join(dict.fromkeys(str(run.header.get("name", "runs")) for run in found))
-        if figure is not None:
-            from moebalance.report import write_figure
+        save_extras(
+            found,
+            figure=figure,
+            figures=figures,
+            to=figures_dir or first / "figures",
+            markdown=markdown,
+            archive=archive,
+        )
 
-            console.print(f"Figure: {write_figure(found, figure)}")
-        if markdown is not None:
-            from moebalance.report import write_markdown
 
-            console.print(f"Markdown: {write_markdown(found, markdown, f'Results: {names}')}")
-        if archive is not None:
-            from moebalance.runlog import archive as copy
+@app.command()
+def track(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.")],
+    to: Annotated[str, typer.Option(help="'tensorboard,wandb,trackio', or some of them.")],
+    folder: Annotated[Path | None, typer.Option(help="Where trackers write.")] = None,
+) -> None:
+    """Send finished runs to experiment trackers."""
+    with _plain_errors():
+        from moebalance.trackers import track as send
 
-            for run in found:
-                copy(run, archive / run.batching / run.path.parent.name)
-            console.print(f"Archived {len(found)} logs in {archive}")
+        count = sum(len(send(path, to.split(","), folder=folder)) for path in runs)
+        console.print(f"Sent {count} runs to {escape(to)}.")
 
 
 @app.command()
@@ -288,7 +313,7 @@ def main() -> None:
 
 
 def _run_one(
-    recipe: "Recipe", out: Path | None, method: str | None, seed: int, resume: bool
+    recipe: "Recipe", out: Path | None, method: str | None, seed: int, resume: bool, to: str | None
 ) -> None:
     from transformers.utils.logging import disable_progress_bar
 
@@ -306,7 +331,9 @@ def _run_one(
     own = f"seed{seed}" if method is None else run_name(method, seed)
     folder = out or Path("runs") / recipe.name / own
     disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar is enough
-    with following(folder / LOG_NAME, recipe.train.steps, name):
+    first = int(os.environ.get("RANK", 0)) == 0  # started by torchrun: the first process reports
+    sent = trackers(folder, to if first else None)
+    with sent, following(folder / LOG_NAME, recipe.train.steps, name):
         train_run(
             recipe,
             method=name,
@@ -317,8 +344,8 @@ def _run_one(
             save_model=True,
             cache_dir=folder / "cache",
         )
-    if int(os.environ.get("RANK", 0)) > 0:
-        return  # started by torchrun: the first process reports
+    if not first:
+        return
     console.print(f"Model: {escape(str(folder / FINAL))}", soft_wrap=True, highlight=False)
     show([read_run(folder / LOG_NAME)], folder / REPORT)
 
@@ -330,8 +357,8 @@ def _compare(
     seeds: int | None,
     steps: int | None,
     workers: int | None,
+    track: str | None = None,
 ) -> None:
-    from moebalance.experiments.compare import compare as run_all
     from moebalance.experiments.compare import plan
     from moebalance.experiments.methods import split_outside_brackets
 
@@ -343,28 +370,9 @@ def _compare(
     if steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, steps=steps))
     jobs = plan(recipe, out)
-    console.print(
-        f"[bold]{escape(recipe.name)}[/]: {len(jobs)} runs of {recipe.train.steps} steps, "
-        f"{len(recipe.compare.methods)} methods × {len(recipe.compare.seeds)} seeds × "
-        f"{len(recipe.compare.batching)} kinds of micro-batch → {escape(str(out))}"
-    )
     try:
-        with progress() as bars:
-            overall = bars.add_task("all runs", total=len(jobs) * recipe.train.steps)
-            rows: dict[Job, Any] = {}
-
-            def tell(running: Mapping["Job", int], states: Mapping["Job", str]) -> None:
-                ended = sum(s not in ("waiting", "running") for s in states.values())
-                done = ended * recipe.train.steps + sum(running.values())
-                bars.update(overall, completed=done)
-                for job, step in running.items():
-                    if job not in rows:
-                        rows[job] = bars.add_task(job.label, total=recipe.train.steps)
-                    bars.update(rows[job], completed=step)
-                for job in set(rows) - set(running):
-                    bars.remove_task(rows.pop(job))
-
-            found = run_all(recipe, out, workers=workers, progress=tell)
+        with trackers(out, track):
+            found = run_jobs(recipe, jobs, out, workers)
     except (KeyboardInterrupt, RuntimeError):
         if list(out.rglob(LOG_NAME)):
             console.print("Stopped early; this is what there is. The same command goes on.")

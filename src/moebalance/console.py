@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from rich.table import Table
 from moebalance.runlog import LOG_NAME, Run
 
 if TYPE_CHECKING:
+    from moebalance.experiments.compare import Job
+    from moebalance.experiments.recipe import Recipe
     from moebalance.report import BeforeAfter
 
 console, errors = Console(), Console(stderr=True)
@@ -47,6 +49,42 @@ def show(runs: list[Run], page: Path) -> None:
     # Plain and alone on its line, so that it can be clicked or piped whatever the width.
     written = write_report(runs, page)
     console.print(f"Report: {escape(str(written.resolve()))}", soft_wrap=True, highlight=False)
+
+
+def save_extras(
+    runs: list[Run],
+    *,
+    figure: Path | None,
+    figures: str | None,
+    to: Path,
+    markdown: Path | None,
+    archive: Path | None,
+) -> None:
+    """Write what was asked for beside the page, and say where.
+
+    Args:
+        runs: one or more.
+        figure: the SVG of loss against MaxVio.
+        figures: formats of the figures for papers, with commas; they go to `to`.
+        to: the folder of those figures.
+        markdown: the tables and verdicts.
+        archive: a folder for the logs without their step rows.
+    """
+    from moebalance.report import write_figure, write_figures, write_markdown
+    from moebalance.runlog import archive as copy
+
+    if figure is not None:
+        console.print(f"Figure: {write_figure(runs, figure)}")
+    if figures is not None:
+        written = write_figures(runs, to, figures.split(","))
+        console.print(f"Figures: {len(written)} files in {escape(str(to))}", soft_wrap=True)
+    if markdown is not None:
+        names = ", ".join(dict.fromkeys(str(run.header.get("name", "runs")) for run in runs))
+        console.print(f"Markdown: {write_markdown(runs, markdown, f'Results: {names}')}")
+    if archive is not None:
+        for run in runs:
+            copy(run, archive / run.batching / run.path.parent.name)
+        console.print(f"Archived {len(runs)} logs in {archive}")
 
 
 def _show_before_after(found: "BeforeAfter") -> None:
@@ -138,6 +176,42 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=console,
     )
+
+
+def run_jobs(recipe: "Recipe", jobs: "list[Job]", out: Path, workers: int | None) -> list[Run]:
+    """Make the runs of a comparison under a bar for all, and one for each that is running."""
+    from moebalance.experiments.compare import compare
+
+    console.print(
+        f"[bold]{escape(recipe.name)}[/]: {len(jobs)} runs of {recipe.train.steps} steps, "
+        f"{len(recipe.compare.methods)} methods × {len(recipe.compare.seeds)} seeds × "
+        f"{len(recipe.compare.batching)} kinds of micro-batch → {escape(str(out))}"
+    )
+    with progress() as bars:
+        overall = bars.add_task("all runs", total=len(jobs) * recipe.train.steps)
+        rows: dict[Job, Any] = {}
+
+        def tell(running: Mapping["Job", int], states: Mapping["Job", str]) -> None:
+            ended = sum(s not in ("waiting", "running") for s in states.values())
+            done = ended * recipe.train.steps + sum(running.values())
+            bars.update(overall, completed=done)
+            for job, step in running.items():
+                if job not in rows:
+                    rows[job] = bars.add_task(job.label, total=recipe.train.steps)
+                bars.update(rows[job], completed=step)
+            for job in set(rows) - set(running):
+                bars.remove_task(rows.pop(job))
+
+        return compare(recipe, out, workers=workers, progress=tell)
+
+
+def trackers(folder: Path, names: str | None) -> AbstractContextManager[None]:
+    """Send the runs under a folder to trackers, named with commas, while the block runs."""
+    if names is None:
+        return nullcontext()
+    from moebalance.trackers import following as sending
+
+    return sending(folder, names.split(","))
 
 
 @contextmanager

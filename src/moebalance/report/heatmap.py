@@ -70,8 +70,7 @@ def domain_maps(
             continue
         ratios = [relative(domain) for domain in domains]
         known = domain_names(run, len(domains))
-        order = sorted(range(len(domains[0])), key=lambda e, r=ratios: _served(r, e))  # type: ignore[misc]
-        order = order[: max(16, max_cells // len(domains))]
+        order = by_domain(ratios)[: max(16, max_cells // len(domains))]
         grid = [
             [Cell(line[e], f"{name} → expert {e}: {_times(line[e])}") for e in order]
             for line, name in zip(ratios, known, strict=True)
@@ -79,6 +78,11 @@ def domain_maps(
         label = f"Share of each domain's tokens by expert, {names[index]}"
         maps.append((names[index], _grid(grid, known, ink, label, titled=titled)))
     return maps
+
+
+def by_domain(ratios: Sequence[Sequence[float | None]]) -> list[int]:
+    """Experts by the domain that they serve most, so that specialists line up as blocks."""
+    return sorted(range(len(ratios[0])), key=lambda expert: _served(ratios, expert))
 
 
 def colour_class(ratio: float | None) -> str:

@@ -10,7 +10,7 @@ from html import escape
 from moebalance.report.axes import Axis, Ink, frame
 from moebalance.report.estimates import MethodSummary
 from moebalance.report.frames import mean_sorted
-from moebalance.report.loads import matrix, relative, source
+from moebalance.report.loads import promised_and_delivered, ratios, source
 from moebalance.report.pack import DEAD
 from moebalance.runlog import Run
 
@@ -27,7 +27,7 @@ def sorted_loads(
 
     Returns None if no run logged its load.
     """
-    lines = {id(m): mean_sorted(_grid(run, "load")) for m, run in shown}
+    lines = {id(m): mean_sorted(ratios(source(run, "load"), "load")) for m, run in shown}
     longest = max(map(len, lines.values()), default=0)
     if not longest:
         return None
@@ -72,14 +72,7 @@ def soft_against_hard(run: Run, colour: str, ink: Ink) -> str | None:
 
     Returns None if the run did not log both loads.
     """
-    row = source(run, "soft")
-    soft, hard = (_row_grid(row, key) for key in ("soft", "load")) if row else ([], [])
-    pairs = [
-        (a, b)
-        for ours, theirs in zip(soft, hard, strict=False)
-        for a, b in zip(ours, theirs, strict=False)
-        if a is not None and b is not None
-    ]
+    pairs = promised_and_delivered(run)
     if not pairs:
         return None
     size = 240.0
@@ -145,13 +138,3 @@ def _third(ratio: float) -> int:
 def _words(third: int) -> str:
     around = f"{2 ** (third / 3):.2g}×"
     return f"{around} or less" if third == -_THIRDS else f"about {around}"
-
-
-def _grid(run: Run, key: str) -> list[list[float | None]]:
-    row = source(run, key)
-    return _row_grid(row, key) if row is not None else []
-
-
-def _row_grid(row: object, key: str) -> list[list[float | None]]:
-    value = row.get(key) if isinstance(row, dict) else None
-    return [relative(line) for line in matrix(value)]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from moebalance.report.estimates import MethodSummary
 from moebalance.runlog import Row, Run
 
 
@@ -18,6 +19,33 @@ def source(run: Run, key: str) -> Row | None:
         if isinstance(value, list) and value and all(isinstance(x, list) and x for x in value):
             return row
     return None
+
+
+def drawn(methods: Sequence[MethodSummary], key: str) -> list[tuple[MethodSummary, Run]]:
+    """Each method with the run to draw from: experts have no identity across seeds, so one run."""
+    found = []
+    for method in methods:
+        runs = sorted(method.used or method.runs, key=lambda run: (run.seed is None, run.seed or 0))
+        run = next((run for run in (*runs, *method.runs) if source(run, key)), None)
+        if run is not None:
+            found.append((method, run))
+    return found
+
+
+def ratios(row: Row | None, key: str) -> list[list[float | None]]:
+    """The row's loads, layer by layer, as multiples of an even share; empty without a row."""
+    return [relative(line) for line in matrix(row.get(key))] if row is not None else []
+
+
+def promised_and_delivered(run: Run) -> list[tuple[float, float]]:
+    """Soft and hard load of every expert of every layer that logged both."""
+    row = source(run, "soft")
+    return [
+        (a, b)
+        for soft, hard in zip(ratios(row, "soft"), ratios(row, "load"), strict=False)
+        for a, b in zip(soft, hard, strict=False)
+        if a is not None and b is not None
+    ]
 
 
 def matrix(value: Any) -> list[list[float | None]]:

@@ -11,7 +11,7 @@ from moebalance.report.estimates import MethodSummary, last_evaluation
 from moebalance.report.frames import domain_frames, load_frames, pair_frames, strongest_pairs
 from moebalance.report.heatmap import domain_maps, load_map
 from moebalance.report.load_plots import soft_against_hard, sorted_loads
-from moebalance.report.loads import source
+from moebalance.report.loads import drawn, source
 from moebalance.report.plots import curves, marker, scatter, window_of
 from moebalance.report.summary import Section
 from moebalance.runlog import Run
@@ -44,10 +44,10 @@ def pictures(section: Section, ink: Ink, *, still_cells: int, packed_cells: int)
         ],
         "window": window_of(section.methods),
         "loads": _load_cards(section.methods, ink, still_cells, packed_cells),
-        "sorted": sorted_loads(_with(section.methods, "load"), ink),
+        "sorted": sorted_loads(drawn(section.methods, "load"), ink),
         "soft_hard": [
             {**_card(m, ink, run, "soft"), "svg": svg}
-            for m, run in _with(section.methods, "soft")
+            for m, run in drawn(section.methods, "soft")
             if (svg := soft_against_hard(run, ink.methods[m.method], ink))
         ],
         "domains": _domain_cards(section.methods, ink, still_cells, packed_cells // 4),
@@ -64,7 +64,7 @@ def _load_cards(
             "svg": svg,
             "pack": _text(load_frames(run, max_cells=packed_cells)),
         }
-        for m, run in _with(methods, "load")
+        for m, run in drawn(methods, "load")
         if (svg := load_map(run, ink, max_cells=still_cells, titled=False))
     ]
 
@@ -73,7 +73,7 @@ def _domain_cards(
     methods: Sequence[MethodSummary], ink: Ink, still_cells: int, packed_cells: int
 ) -> list[dict[str, Any]]:
     cards = []
-    for m, run in _with(methods, "domain_load"):
+    for m, run in drawn(methods, "domain_load"):
         maps = domain_maps(run, ink, max_cells=still_cells, titled=False)
         row = source(run, "domain_load")
         if maps and row is not None:
@@ -99,17 +99,6 @@ def _pair_cards(
 
 def _text(packed: dict[str, Any] | None) -> str:
     return "" if packed is None else json.dumps(packed, ensure_ascii=False, separators=(",", ":"))
-
-
-def _with(methods: Sequence[MethodSummary], key: str) -> list[tuple[MethodSummary, Run]]:
-    """Each method with the run to draw from: experts have no identity across seeds, so one run."""
-    found = []
-    for method in methods:
-        runs = sorted(method.used or method.runs, key=lambda run: (run.seed is None, run.seed or 0))
-        run = next((run for run in (*runs, *method.runs) if source(run, key)), None)
-        if run is not None:
-            found.append((method, run))
-    return found
 
 
 def _card(method: MethodSummary, ink: Ink, run: Run, key: str) -> dict[str, Any]:

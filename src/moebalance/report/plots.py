@@ -62,10 +62,10 @@ def scatter(
     shown = [m for m in methods if {"loss", "maxvio"} <= m.estimates.keys()]
     if not shown:
         return None
-    spans = [(_span(m, "maxvio"), _span(m, "loss")) for m in shown]
-    seeds = [point for m in shown for point in _seed_points(m)]
-    across = [v for span, _ in spans for v in span] + [point[0] for point in seeds]
-    up = [v for _, span in spans for v in span] + [point[1] for point in seeds]
+    spans = [(span(m, "maxvio"), span(m, "loss")) for m in shown]
+    seeds = [point for m in shown for point in seed_points(m)]
+    across = [v for across, _ in spans for v in across] + [point[0] for point in seeds]
+    up = [v for _, up in spans for v in up] + [point[1] for point in seeds]
     x = Axis.over(across, _LEFT, width - _RIGHT, log_above=8, margin=0.12)
     y = Axis.over(up, height - _BOTTOM, _TOP)
     parts = [
@@ -84,7 +84,7 @@ def scatter(
         low_x, high_x, low_y, high_y = *map(x.at, span_x), *map(y.at, span_y)
         bars.append(Box(low_x, at[1] - 2, high_x, at[1] + 2))
         bars.append(Box(at[0] - 2, high_y, at[0] + 2, low_y))
-        dots = [(x.at(a), y.at(b)) for a, b in _seed_points(m)]
+        dots = [(x.at(a), y.at(b)) for a, b in seed_points(m)]
         bars += [Box(a - 2, b - 2, a + 2, b + 2) for a, b in dots]
         anchors.append(Anchor(*at, m.label + (" (not finished)" if m.partial else "")))
         bar = f"M{low_x:.1f} {at[1]:.1f}H{high_x:.1f}M{at[0]:.1f} {low_y:.1f}V{high_y:.1f}"
@@ -212,12 +212,13 @@ def _mark(
     )
 
 
-def _seed_points(method: MethodSummary) -> list[tuple[float, float]]:
+def seed_points(method: MethodSummary) -> list[tuple[float, float]]:
+    """MaxVio and loss of each seed that has both."""
     across, up = method.values["maxvio"], method.values["loss"]
     return [(across[seed], up[seed]) for seed in across if seed in up]
 
 
-def _span(method: MethodSummary, metric: str) -> tuple[float, float]:
+def span(method: MethodSummary, metric: str) -> tuple[float, float]:
     """Mean ± sd; never down to zero or below for a positive mean, which a log axis cannot show."""
     estimate = method.estimates[metric]
     sd = estimate.sd or 0.0
