@@ -7,6 +7,7 @@ moebalance compare recipe.toml     methods × seeds under equal compute
 moebalance report runs/…           run logs → one offline HTML file, or a live page (--follow)
 moebalance watch runs/…            the same runs in the terminal
 moebalance doctor MODEL            what balances a model, what can, and what will leave with it
+moebalance doctor runs/…           what is wrong with runs, and what to change
 moebalance evidence                the claims of the paper, tested; --run trains everything again
 moebalance bench                   what every method costs on this machine, side by side
 """
@@ -28,7 +29,16 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"The command line needs {missing.name}: pip install 'moebalance[train]'.")
 
-from moebalance.console import console, errors, following, progress, serve, show, watch_runs
+from moebalance.console import (
+    console,
+    errors,
+    following,
+    progress,
+    serve,
+    show,
+    show_diagnosis,
+    watch_runs,
+)
 from moebalance.runlog import LOG_NAME, find_runs, read_run
 
 if TYPE_CHECKING:
@@ -140,19 +150,16 @@ def finetune(
 @app.command()
 def doctor(
     target: Annotated[
-        str, typer.Argument(help="A model type, a config.json, or a folder with a checkpoint.")
+        str, typer.Argument(help="A model type, config.json or checkpoint; or runs, or a log.")
     ],
 ) -> None:
-    """Say what a model's routers are, which levers they have, and what is wrong with its biases.
+    """Say what is wrong with a model's routers and biases, or with runs, and what to change.
 
     Loads no weights. Ends with exit code 1 if a finding is an error.
     """
     with _plain_errors():
-        from moebalance.integrations.huggingface.doctor import Severity, diagnose, render
-
-        found = diagnose(target)
-        console.print(render(found, width=console.width), markup=False, highlight=False)
-    if any(finding.severity is Severity.ERROR for finding in found.findings):
+        failed = show_diagnosis(target)
+    if failed:
         raise typer.Exit(1)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebalance.evidence.oscillation import Swing, swing
+from moebalance.report.diagnosis.oscillation import Swing, swing
 from moebalance.report.estimates import finite, is_whole
 from moebalance.runlog import Row, Run, find_runs
 

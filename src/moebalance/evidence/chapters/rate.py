@@ -9,8 +9,8 @@ from typing import Any
 
 from moebalance.evidence.chapter import Chapter, Studies, Verdict, estimate, table
 from moebalance.evidence.figures import CYCLE, logarithmic, panels, titles
-from moebalance.evidence.oscillation import Swing
 from moebalance.evidence.results import Study
+from moebalance.report.diagnosis.oscillation import Swing
 
 _CLAIMED = (0.6, 0.7)
 _SEQ_LEN = "seq_len"
@@ -56,7 +56,7 @@ def chapter(studies: Studies) -> Chapter:
                     swings,
                 )
                 if swings
-                else "None of these runs oscillates by the rule of `evidence/oscillation.py`.",
+                else "None of these runs oscillates by the rule of `Swing.oscillates`.",
                 "### From tokens to a rate",
                 _memory(study, small),
             ]
