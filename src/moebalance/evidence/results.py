@@ -17,7 +17,7 @@ from moebalance.report.diagnosis.oscillation import Swing, swing
 from moebalance.report.estimates import finite, is_whole
 from moebalance.runlog import Row, Run, find_runs
 
-CURVES = ("loss", "maxvio", "gini", "soft_maxvio")
+CURVES = ("loss", "maxvio", "gini", "soft_maxvio", "rate", "multiplier")
 _POINTS = 40
 _DIGITS = 6
 _TOP_PAIRS = 0.05

@@ -6,6 +6,7 @@ from moebalance.evidence.chapter import Chapter, Studies
 from moebalance.evidence.chapters import (
     finetuning,
     gap,
+    memory,
     population,
     potentials,
     rate,
@@ -25,4 +26,5 @@ CHAPTERS: tuple[Callable[[Studies], Chapter], ...] = (
     finetuning.chapter,
     scale.chapter,
     gap.chapter,
+    memory.chapter,
 )

@@ -41,8 +41,8 @@ def chapter(studies: Studies) -> Chapter:
         title="The averaging rate",
         claim="η between 0.6 and 0.7 works best (paper, ablation, at two million tokens a step).",
         verdict=verdict,
-        because=f"The rate with the lowest MaxVio at {_tokens(study)} tokens a step: {named}. "
-        "(Rule: holds if the best rate is at least 0.3 everywhere, not if it is below 0.6 "
+        because=f"The rate with the lowest MaxVio at {tokens_a_step(study)} tokens a step: {named}."
+        " (Rule: holds if the best rate is at least 0.3 everywhere, not if it is below 0.6 "
         "everywhere.)",
         body="\n\n".join(
             [
@@ -127,7 +127,8 @@ def _map(study: Study, batching: str, strengths: list[float], rates: list[float]
     return table(["MaxVio", *(f"η = {r}" for r in rates)], rows)
 
 
-def _tokens(study: Study) -> int:
+def tokens_a_step(study: Study) -> int:
+    """Tokens of a step in every run of a study."""
     recipe = study.about["recipe"]
     train = recipe["train"]
     return int(train["batch_size"] * train["accumulation"] * recipe["data"][_SEQ_LEN])
@@ -140,10 +141,10 @@ def _memory(study: Study, small: Study) -> str:
         _, rates = _axes(each)
         for batching in ("mixed", "one-domain"):
             best = min(rates, key=lambda r: _maxvio(each, strength, r, batching))
-            memory = -_tokens(each) / math.log1p(-best) if best < 1 else 0.0
+            memory = -tokens_a_step(each) / math.log1p(-best) if best < 1 else 0.0
             lowest = _maxvio(each, strength, best, batching)
             rows.append(
-                [f"{_tokens(each)}", batching, f"{best}", f"{memory:,.0f}", f"{lowest:.2f}"]
+                [f"{tokens_a_step(each)}", batching, f"{best}", f"{memory:,.0f}", f"{lowest:.2f}"]
             )
     return "\n\n".join(
         [
