@@ -20,6 +20,7 @@ from moebalance.balancers import (
     PhiBalancing,
     PlugInLoss,
     QuantileBalancing,
+    Scheduled,
     SequenceLoss,
     Sinkhorn,
     SwitchLoss,
@@ -61,6 +62,7 @@ BALANCERS: dict[str, Balancer] = {
     "phi-hard-no-peek": PhiBalancing(Euclidean(), strength=0.3, statistic="hard", peek=False),
     "phi-token-memory": PhiBalancing(strength=0.05, memory_tokens=100.0),
     "phi-token-memory-no-peek": PhiBalancing(strength=0.05, memory_tokens=100.0, peek=False),
+    "phi-adaptive-memory": PhiBalancing(strength=0.05, rate="auto"),
     "phi-no-memory": PhiBalancing(strength=0.05, rate=1.0),
     "plug-in": PlugInLoss(strength=0.03),
     "plug-in-hard-step": PlugInLoss(strength=0.03, statistic="hard", window="step"),
@@ -69,6 +71,7 @@ BALANCERS: dict[str, Balancer] = {
     "sequence": SequenceLoss(strength=0.04),
     "ema-switch": EmaSwitchLoss(strength=0.03, rate=0.4),
     "ema-switch-token-memory": EmaSwitchLoss(strength=0.03, memory_tokens=100.0),
+    "ema-switch-adaptive-memory": EmaSwitchLoss(strength=0.03, rate="auto"),
     "loss-free": LossFree(),
     "loss-free-fast": LossFree(rate=0.05),
     "loss-free-proportional": LossFree(rate=0.02, rule="proportional"),
@@ -80,6 +83,10 @@ BALANCERS: dict[str, Balancer] = {
     "z-loss": ZLoss(strength=0.02),
     "phi-targeted": Targeted(PhiBalancing(strength=0.05, statistic="hard"), MaxVio(0.3), gain=0.5),
     "sequence-targeted": Targeted(SequenceLoss(strength=0.04), MaxVio(0.2, load="soft"), gain=0.5),
+    "phi-warmed-up": Scheduled(PhiBalancing(strength=0.05), warmup_tokens=400),
+    "switch-relaxed": Scheduled(
+        SwitchLoss(strength=0.03), relax_after=100, relax_tokens=400, floor=0.1
+    ),
     "none": NoBalancing(),
     "phi-and-loss-free": Together(PhiBalancing(strength=0.05), LossFree(rate=0.01)),
     "switch-z-and-quantile": Together(

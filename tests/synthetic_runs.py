@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moebalance.report import summarise
 from moebalance.runlog import LOG_NAME, Run, RunLog
 
@@ -118,6 +120,76 @@ def write_run(
         log.write("end", status="complete" if stop is None else "interrupted", wall_s=last * time_s)
     log.close()
     return path
+
+
+def planted(
+    balancer: str,
+    load: np.ndarray,
+    *,
+    soft: np.ndarray | None = None,
+    method: str = "phi",
+    batching: str = "mixed",
+    seed: int | None = 0,
+    every: int = 1,
+    tokens: int = 4096,
+    top_k: int = 4,
+    evals: Iterable[Mapping[str, Any]] = (),
+    end: Mapping[str, Any] | None = None,
+    **series: Any,
+) -> Run:
+    """A run with these shares of its experts at every step, (T, L, E) in even shares.
+
+    What a batch counts is drawn from them. `series` are numbers of every step, `every` is how often
+    a snapshot is kept, and `soft` defaults to the shares themselves.
+    """
+    dice = np.random.default_rng(seed)
+    shares = load / load.sum(axis=-1, keepdims=True)
+    seen = np.array([[dice.multinomial(tokens * top_k, f) for f in step] for step in shares])
+    hard = seen / (tokens * top_k)
+    quiet = shares if soft is None else soft / soft.sum(axis=-1, keepdims=True)
+    steps, layers, experts = load.shape
+    columns = {
+        "loss": 2 + 3 * 0.97 ** np.arange(steps) + dice.normal(0, 0.03, steps),
+        "maxvio": (experts * hard.max(axis=-1) - 1).mean(axis=-1),
+        **series,
+    }
+    rows = [
+        {"kind": "step", "step": i + 1, "tokens": float(tokens)}
+        | {key: _plain(column[i]) for key, column in columns.items()}
+        for i in range(steps)
+    ]
+    snapshots = [
+        {"kind": "snapshot", "step": i + 1, "load": hard[i].tolist(), "soft": quiet[i].tolist()}
+        for i in range(steps)
+        if (i + 1) % every == 0 or i + 1 == steps
+    ]
+    header = {
+        "kind": "header",
+        "format": 1,
+        "name": "planted",
+        "method": method,
+        "balancer": balancer,
+        "seed": seed,
+        "batching": batching,
+        "steps": steps,
+        "model": {
+            "num_experts": experts,
+            "top_k": top_k,
+            "layers": [f"l.{i}" for i in range(layers)],
+        },
+    }
+    return Run(
+        Path(f"{method}-{seed}/{LOG_NAME}"),
+        header,
+        tuple(rows),
+        tuple(snapshots),
+        tuple({"kind": "eval", "step": steps, **row} for row in evals),
+        {"kind": "end", "status": "complete"} if end is None else end,
+    )
+
+
+def _plain(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def made(**values: dict[str, list[float | None]]) -> list[Run]:

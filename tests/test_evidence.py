@@ -23,9 +23,9 @@ from moebalance.evidence.chapters import (
     target,
 )
 from moebalance.evidence.choose import Cell, cell, choose, family
-from moebalance.evidence.oscillation import swing
 from moebalance.evidence.population import plug_in_bias, simulated_scores
 from moebalance.evidence.results import gather, read
+from moebalance.report.diagnosis.oscillation import swing
 from synthetic_runs import write_run
 from synthetic_studies import GRID, STEPS, jitter, result, study, swinging
 

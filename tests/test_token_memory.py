@@ -9,7 +9,7 @@ import torch
 
 from cases import random_logits, to_double
 from moebalance.balancers import Balancer, EmaSwitchLoss, PhiBalancing
-from moebalance.balancers.ema import batch_rate
+from moebalance.balancers.memory import batch_rate
 from moebalance.routing import Batch, Softmax, Sums, measure, route
 
 EXPERTS, TOKENS, MEMORY = 6, 960, 300.0
@@ -56,7 +56,8 @@ def test_a_batch_peeks_by_its_own_tokens_and_needs_no_share_of_its_step():
     logits = random_logits(40, EXPERTS, dtype=torch.float64)
     routing = route(logits, logits.topk(2).indices, Softmax())
     seen = measure(routing)
-    rates = [batch_rate(method, Batch(routing, seen, seen, share)) for share in (0.1, 1.0)]
+    empty = method.init(EXPERTS)
+    rates = [batch_rate(method, empty, Batch(routing, seen, seen, share)) for share in (0.1, 1.0)]
     assert rates[0] == rates[1] == pytest.approx(1 - math.exp(-40 / MEMORY), rel=1e-12)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moebalance.balancers import PlugInLoss as PlugInLoss
     from moebalance.balancers import QuantileBalancing as QuantileBalancing
     from moebalance.balancers import RankVio as RankVio
+    from moebalance.balancers import Scheduled as Scheduled
     from moebalance.balancers import SequenceLoss as SequenceLoss
     from moebalance.balancers import Sinkhorn as Sinkhorn
     from moebalance.balancers import SwitchLoss as SwitchLoss
@@ -72,6 +73,7 @@ _HOME = {
         "PlugInLoss",
         "QuantileBalancing",
         "RankVio",
+        "Scheduled",
         "SequenceLoss",
         "Sinkhorn",
         "SwitchLoss",

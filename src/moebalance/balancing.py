@@ -150,7 +150,8 @@ class Balancing:
         Returns:
             `maxvio`, `maxvio_worst` (largest over layers), `minvio`, `cv`, `gini`, `entropy`
             (1 is uniform), `dead` (share of experts) on the hard load; `soft_maxvio` and
-            `soft_hard_gap`; `price_spread` where the method prices selection; `tokens` per layer.
+            `soft_hard_gap`; `price_spread` where the method prices selection; `tokens` per layer;
+            what a method says of itself, as `multiplier`, with `_least` and `_most` over layers.
             Empty before the first step.
         """
         found = metrics.summary([layer.last_sums for layer in self.layers.values()])
@@ -160,10 +161,21 @@ class Balancing:
         if prices:
             spreads = [metrics.price_spread(price).item() for price in prices]
             found["price_spread"] = sum(spreads) / len(spreads)
+        found |= self._readings()
         if ep_size is not None:
             loads = [hard.tolist() for hard, _ in self.loads().values() if hard.sum() > 0]
             violations = [rank_violation(load, contiguous(load, ep_size)) for load in loads]
             found["rankvio"] = sum(violations) / len(violations)
+        return found
+
+    def _readings(self) -> dict[str, float]:
+        """What the method reads of itself: the mean, least and most over layers."""
+        layers = [self.balancer.readings(layer.state) for layer in self.layers.values()]
+        found = {}
+        for name in layers[0] if layers else ():
+            values = torch.stack([reading[name].cpu() for reading in layers]).tolist()
+            found[name] = sum(values) / len(values)
+            found |= {f"{name}_least": min(values), f"{name}_most": max(values)}
         return found
 
     def watch(self) -> None:

@@ -8,6 +8,7 @@ moebalance report runs/…           run logs → one offline HTML file, or a li
 moebalance watch runs/…            the same runs in the terminal
 moebalance track runs/… --to …     run logs → TensorBoard, W&B or trackio
 moebalance doctor MODEL            what balances a model, what can, and what will leave with it
+moebalance doctor runs/…           what is wrong with runs, and what to change
 moebalance evidence                the claims of the paper, tested; --run trains everything again
 moebalance bench                   what every method costs on this machine, side by side
 """
@@ -36,6 +37,7 @@ from moebalance.console import (
     save_extras,
     serve,
     show,
+    show_diagnosis,
     watch_runs,
 )
 from moebalance.runlog import LOG_NAME, find_runs, read_run
@@ -154,19 +156,16 @@ def finetune(
 @app.command()
 def doctor(
     target: Annotated[
-        str, typer.Argument(help="A model type, a config.json, or a folder with a checkpoint.")
+        str, typer.Argument(help="A model type, config.json or checkpoint; or runs, or a log.")
     ],
 ) -> None:
-    """Say what a model's routers are, which levers they have, and what is wrong with its biases.
+    """Say what is wrong with a model's routers and biases, or with runs, and what to change.
 
     Loads no weights. Ends with exit code 1 if a finding is an error.
     """
     with _plain_errors():
-        from moebalance.integrations.huggingface.doctor import Severity, diagnose, render
-
-        found = diagnose(target)
-        console.print(render(found, width=console.width), markup=False, highlight=False)
-    if any(finding.severity is Severity.ERROR for finding in found.findings):
+        failed = show_diagnosis(target)
+    if failed:
         raise typer.Exit(1)
 
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moebalance.runlog import LOG_NAME, Run
+from moebalance.runlog import LOG_NAME, Run, find_runs
 
 if TYPE_CHECKING:
     from moebalance.experiments.compare import Job
@@ -85,6 +85,36 @@ def save_extras(
         for run in runs:
             copy(run, archive / run.batching / run.path.parent.name)
         console.print(f"Archived {len(runs)} logs in {archive}")
+
+
+def show_diagnosis(target: str) -> bool:
+    """Print what is wrong with runs or a model, and what to change; return whether it is an error.
+
+    Args:
+        target: a run log, a folder that holds some, or what the doctor of models takes.
+    """
+    if _holds_runs(Path(target)):
+        from moebalance.report import diagnosis
+
+        examined = diagnosis.examine(find_runs(target))
+        texts = [diagnosis.render(run, found, width=console.width) for run, found in examined]
+        severities = [str(finding.severity) for _, found in examined for finding in found]
+    else:
+        from moebalance.integrations.huggingface import doctor
+
+        model = doctor.diagnose(target)
+        texts = [doctor.render(model, width=console.width)]
+        severities = [str(finding.severity) for finding in model.findings]
+    console.print("\n\n".join(texts), markup=False, highlight=False)
+    return "error" in severities
+
+
+def _holds_runs(path: Path) -> bool:
+    """Whether this is a run log or a folder of them, and no model."""
+    if path.is_file():
+        return path.suffix == ".jsonl"
+    model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+    return path.is_dir() and not model and next(path.rglob(LOG_NAME), None) is not None
 
 
 def _show_before_after(found: "BeforeAfter") -> None:

@@ -9,6 +9,7 @@ from moebalance.balancers.none import NoBalancing
 from moebalance.balancers.phi import PhiBalancing
 from moebalance.balancers.plug_in import PlugInLoss
 from moebalance.balancers.quantile import QuantileBalancing
+from moebalance.balancers.scheduled import Scheduled
 from moebalance.balancers.sequence import SequenceLoss
 from moebalance.balancers.sinkhorn import Sinkhorn
 from moebalance.balancers.switch import SwitchLoss
@@ -30,6 +31,7 @@ __all__ = [
     "PlugInLoss",
     "QuantileBalancing",
     "RankVio",
+    "Scheduled",
     "SequenceLoss",
     "Sinkhorn",
     "SwitchLoss",

@@ -109,6 +109,10 @@ class Balancer:
         gradient = routing.gate.pull_back(price, routing.scores, routing.logits)
         return real_rows(gradient, routing.mask)
 
+    def readings(self, state: State) -> dict[str, Float[Tensor, ""]]:
+        """Numbers of its own that a log should have, by name."""
+        return {}
+
     @property
     def from_sums(self) -> bool:
         """Whether `charged` (E,), read from state and sums alone, is all the gradient there is.

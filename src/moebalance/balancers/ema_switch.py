@@ -14,7 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, check_positive
-from moebalance.balancers.ema import Ema, batch_rate, described, settle_rate, step_rate
+from moebalance.balancers.memory import (
+    Memory,
+    Rate,
+    begin,
+    described,
+    peek,
+    readings,
+    remember,
+    settle_rate,
+)
 from moebalance.routing import Batch, Sums
 
 
@@ -25,12 +34,13 @@ class EmaSwitchLoss(Balancer):
     Args:
         strength: α ≥ 0.
         rate: η in (0, 1], weight of the newest step; at 1, where a step is one batch, this
-            is the Switch loss. 0.3 if `memory_tokens` is not given either.
+            is the Switch loss. "auto" measures it (`adaptive.py`). 0.3 if `memory_tokens` is not
+            given either.
         memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M).
     """
 
     strength: float = 1e-2
-    rate: float | None = None
+    rate: Rate | None = None
     memory_tokens: float | None = None
 
     def __post_init__(self) -> None:
@@ -55,14 +65,18 @@ class EmaSwitchLoss(Balancer):
         """Each batch's load is part of its own price."""
         return "batch"
 
-    def init(self, num_experts: int) -> Ema:
+    def readings(self, state: Memory) -> dict[str, Float[Tensor, ""]]:
+        """The rate, where it adapts."""
+        return readings(state)
+
+    def init(self, num_experts: int) -> Memory:
         """Start with an empty average."""
-        return Ema.empty(num_experts)
+        return begin(self, num_experts)
 
-    def update(self, state: Ema, sums: Sums) -> Ema:
+    def update(self, state: Memory, sums: Sums) -> Memory:
         """m ← (1 − η) m + η f, once per optimizer step."""
-        return state.toward(sums.hard_load, step_rate(self, sums.tokens))
+        return remember(self, state, sums.hard_load, sums.tokens)
 
-    def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
+    def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
         """α m with m as of this batch."""
-        return self.strength * state.toward(batch.sums.hard_load, batch_rate(self, batch)).mean
+        return self.strength * peek(self, state, batch.sums.hard_load, batch).mean

@@ -20,7 +20,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, check_positive
-from moebalance.balancers.ema import Ema, batch_rate, described, settle_rate, step_rate
+from moebalance.balancers.memory import (
+    Memory,
+    Rate,
+    begin,
+    described,
+    peek,
+    readings,
+    remember,
+    settle_rate,
+)
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
 
@@ -35,8 +44,8 @@ class PhiBalancing(Balancer):
             than Euclidean; `potential.unit_slope()` removes that difference. The default was chosen
             at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
         rate: η in (0, 1], weight of the newest step in the average. The default was chosen at 1024
-            tokens a step; for steps of 2 million, 0.6 to 0.7 is reported. 0.1 if `memory_tokens` is
-            not given either.
+            tokens a step; for steps of 2 million, 0.6 to 0.7 is reported. "auto" measures what the
+            noise of the loads asks for (`adaptive.py`). 0.1 if `memory_tokens` is not given either.
         statistic: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
             load f while the gradient still goes through the scores (straight-through).
         peek: whether the price already contains the batch it is charged on, as in Algorithm 1. With
@@ -57,7 +66,7 @@ class PhiBalancing(Balancer):
 
     potential: Potential = field(default_factory=NegativeEntropy)
     strength: float = 1e-2
-    rate: float | None = None
+    rate: Rate | None = None
     statistic: Literal["soft", "hard"] = "soft"
     peek: bool = True
     memory_tokens: float | None = None
@@ -90,20 +99,25 @@ class PhiBalancing(Balancer):
         """With the peek, each batch is part of its own price."""
         return "batch" if self.peek else "token"
 
-    def init(self, num_experts: int) -> Ema:
+    def readings(self, state: Memory) -> dict[str, Float[Tensor, ""]]:
+        """The rate, where it adapts."""
+        return readings(state)
+
+    def init(self, num_experts: int) -> Memory:
         """Start with an empty average."""
-        return Ema.empty(num_experts)
+        return begin(self, num_experts)
 
-    def update(self, state: Ema, sums: Sums) -> Ema:
+    def update(self, state: Memory, sums: Sums) -> Memory:
         """m ← (1 − η) m + η p̄, once per optimizer step."""
-        return state.toward(self._load(sums), step_rate(self, sums.tokens))
+        return remember(self, state, self._load(sums), sums.tokens)
 
-    def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
+    def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
+        mean = state.mean
         if self.peek:
-            state = state.toward(self._load(batch.sums), batch_rate(self, batch))
-        price = self.potential.grad(state.mean)
-        return self.strength * (price - price @ state.mean)
+            mean = peek(self, state, self._load(batch.sums), batch).mean
+        price = self.potential.grad(mean)
+        return self.strength * (price - price @ mean)
 
     def _load(self, sums: Sums) -> Float[Tensor, "E"]:
         return sums.soft_load if self.statistic == "soft" else sums.hard_load

@@ -24,16 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import (
-    Balancer,
-    Coupling,
-    check_positive,
-    check_rate,
-    where_seen,
-)
+from moebalance.balancers.base import check_positive, check_rate, where_seen
 from moebalance.balancers.ema import Ema
 from moebalance.balancers.goals import Goal
-from moebalance.routing import Batch, Routing, Sums
+from moebalance.balancers.scaled import Scaled
+from moebalance.routing import Sums
 
 _FLOOR = 1e-3
 _LATELY = 0.02  # what the last 50 steps or so were like
@@ -53,7 +48,7 @@ class Steered(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Targeted(Balancer):
+class Targeted(Scaled):
     """A loss-lever method whose strength is steered to a goal, layer by layer.
 
     Args:
@@ -74,22 +69,17 @@ class Targeted(Balancer):
     'batch'
     """
 
-    balancer: Balancer
     goal: Goal
     gain: float = 0.01
     rate: float = 0.05
     ceiling: float = 30.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.balancer, Balancer) or not isinstance(self.goal, Goal):
+        super().__post_init__()
+        if not isinstance(self.goal, Goal):
             raise TypeError(
                 f"Targeted({self.balancer!r}, {self.goal!r}): give a method and a goal, such as "
                 "Targeted(PhiBalancing(), MaxVio(0.3))."
-            )
-        if not self.balancer.charges or self.balancer.selects:
-            raise ValueError(
-                f"{self.balancer!r} has no strength to steer: give a method that charges in the "
-                "loss alone, and compose it with Together afterwards."
             )
         check_positive("gain", self.gain, zero=False)
         check_positive("ceiling", self.ceiling, zero=False)
@@ -125,46 +115,7 @@ class Targeted(Balancer):
         active = state.log_multiplier > log(_FLOOR)
         return torch.where(active, state.log_multiplier.exp(), 0.0)
 
-    def charged(self, state: Steered, batch: Batch) -> Float[Tensor, "*rows E"] | None:
-        """λ times the method's price."""
-        price = self.balancer.charged(state.inner, batch)
-        return None if price is None else price * self.multiplier(state)
-
-    def penalty(self, state: Steered, batch: Batch) -> Float[Tensor, ""] | None:
-        """λ times the method's."""
-        penalty = self.balancer.penalty(state.inner, batch)
-        return None if penalty is None else penalty * self.multiplier(state)
-
-    def logit_gradient(
-        self, state: Steered, batch: Batch, scale: float | Tensor = 1.0
-    ) -> Float[Tensor, "T E"] | None:
-        """λ times the method's."""
-        return self.balancer.logit_gradient(state.inner, batch, scale * self.multiplier(state))
-
-    def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
-        """The method's."""
-        return self.balancer.extra_shapes(num_experts)
-
-    def extra(self, state: Steered, routing: Routing) -> tuple[Tensor, ...]:
-        """The method's."""
-        return self.balancer.extra(state.inner, routing)
-
-    @property
-    def from_sums(self) -> bool:
-        """As the method."""
-        return self.balancer.from_sums
-
-    @property
-    def charges(self) -> bool:
-        """Yes."""
-        return True
-
     @property
     def reads(self) -> frozenset[str]:
         """What the method reads, and the goal's load."""
         return self.balancer.reads | {self.goal.reads}
-
-    @property
-    def coupling(self) -> Coupling:
-        """As the method."""
-        return self.balancer.coupling

@@ -109,6 +109,10 @@ class Together(Balancer):
         """Sum of both gradients."""
         return _sum(*(p.logit_gradient(s, b, scale) for p, s, b in self._parts(state, batch)))
 
+    def readings(self, state: Both) -> dict[str, Float[Tensor, ""]]:
+        """Those of the first, then of the second."""
+        return self.first.readings(state.first) | self.second.readings(state.second)
+
     @property
     def from_sums(self) -> bool:
         """Whether both are."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebalance.evidence.oscillation import Swing, swing
+from moebalance.report.diagnosis.oscillation import Swing, swing
 from moebalance.report.estimates import finite, is_whole
 from moebalance.runlog import Row, Run, find_runs
 
-CURVES = ("loss", "maxvio", "gini", "soft_maxvio")
+CURVES = ("loss", "maxvio", "gini", "soft_maxvio", "rate", "multiplier")
 _POINTS = 40
 _DIGITS = 6
 _TOP_PAIRS = 0.05

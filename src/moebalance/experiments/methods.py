@@ -1,7 +1,8 @@
 """Words people type become methods: `phi`, `loss-free`, `phi+loss-free` and their options.
 
 A method's word derives from its class (`GlobalBatchLoss` → `global-batch`), its options are the
-class's own fields, and `a+b` composes. `target=` steers any method that charges to a goal.
+class's own fields, and `a+b` composes. Any method that charges can be steered to a goal, `target=`,
+or follow a `schedule=`.
 Nothing is registered: a new class is found because it is exported.
 """
 
@@ -13,14 +14,14 @@ from functools import reduce
 from typing import Any
 
 from moebalance import balancers, potentials
-from moebalance.balancers import Balancer, MaxVio, Targeted, Together
+from moebalance.balancers import Balancer, MaxVio, Scheduled, Targeted, Together
 from moebalance.balancers.goals import GOALS, Goal
 from moebalance.experiments.corpus import did_you_mean
 from moebalance.experiments.recipe import LoraSpec
 from moebalance.potentials import POTENTIALS, Potential
 
-TARGET = "target"
-"""The option that any method with a strength has besides its own."""
+TARGET, SCHEDULE = "target", "schedule"
+"""The options that any method with a strength has besides its own; it takes one of them."""
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -44,7 +45,7 @@ def method_classes() -> dict[str, type[Balancer]]:
         kind
         for kind in exported
         if isinstance(kind, type) and issubclass(kind, Balancer)
-        if kind not in (Balancer, Targeted, Together)
+        if kind not in (Balancer, Scheduled, Targeted, Together)
     ]
     return {word(kind): kind for kind in kinds}
 
@@ -139,7 +140,7 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Balancer:
     kind = kinds[name]
     possible = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for key in options:
-        if key not in (*possible, TARGET):
+        if key not in (*possible, TARGET, SCHEDULE):
             raise ValueError(
                 f"Method {name!r} has no option {key!r}.{did_you_mean(key, possible)} "
                 f"Possible: {', '.join(possible) or 'none'}."
@@ -147,10 +148,34 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Balancer:
     values = {
         key: _build_potential(value) if key == "potential" else value
         for key, value in options.items()
-        if key != TARGET
+        if key not in (TARGET, SCHEDULE)
     }
     method = kind(**values)
-    return Targeted(method, _build_goal(options[TARGET])) if TARGET in options else method
+    if TARGET in options and SCHEDULE in options:
+        raise ValueError(
+            f"Method {name!r} has a target, which moves the strength, and a schedule, which sets "
+            "it: give one of them."
+        )
+    if TARGET in options:
+        return Targeted(method, _build_goal(options[TARGET]))
+    return _scheduled(method, options[SCHEDULE]) if SCHEDULE in options else method
+
+
+def _scheduled(method: Balancer, value: Any) -> Balancer:
+    """A table such as `{warmup_tokens = 20_000, relax_after = 300_000, floor = 0.1}`."""
+    possible = [field.name for field in fields(Scheduled) if field.name != "balancer"]
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"schedule={value!r}: must be a table, for example {{warmup_tokens = 20_000}}. "
+            f"Possible: {', '.join(possible)}."
+        )
+    for key in value:
+        if key not in possible:
+            raise ValueError(
+                f"A schedule has no option {key!r}.{did_you_mean(key, possible)} "
+                f"Possible: {', '.join(possible)}."
+            )
+    return Scheduled(method, **value)
 
 
 def _build_goal(value: Any) -> Goal:

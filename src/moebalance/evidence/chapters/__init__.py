@@ -6,6 +6,7 @@ from moebalance.evidence.chapter import Chapter, Studies
 from moebalance.evidence.chapters import (
     finetuning,
     gap,
+    memory,
     population,
     potentials,
     rate,
@@ -27,4 +28,5 @@ CHAPTERS: tuple[Callable[[Studies], Chapter], ...] = (
     scale.chapter,
     gap.chapter,
     target.chapter,
+    memory.chapter,
 )

@@ -9,8 +9,8 @@ from typing import Any
 
 from moebalance.evidence.chapter import Chapter, Studies, Verdict, estimate, table
 from moebalance.evidence.figures import CYCLE, logarithmic, panels, titles
-from moebalance.evidence.oscillation import Swing
 from moebalance.evidence.results import Study
+from moebalance.report.diagnosis.oscillation import Swing
 
 _CLAIMED = (0.6, 0.7)
 _SEQ_LEN = "seq_len"
@@ -41,8 +41,8 @@ def chapter(studies: Studies) -> Chapter:
         title="The averaging rate",
         claim="η between 0.6 and 0.7 works best (paper, ablation, at two million tokens a step).",
         verdict=verdict,
-        because=f"The rate with the lowest MaxVio at {_tokens(study)} tokens a step: {named}. "
-        "(Rule: holds if the best rate is at least 0.3 everywhere, not if it is below 0.6 "
+        because=f"The rate with the lowest MaxVio at {tokens_a_step(study)} tokens a step: {named}."
+        " (Rule: holds if the best rate is at least 0.3 everywhere, not if it is below 0.6 "
         "everywhere.)",
         body="\n\n".join(
             [
@@ -56,7 +56,7 @@ def chapter(studies: Studies) -> Chapter:
                     swings,
                 )
                 if swings
-                else "None of these runs oscillates by the rule of `evidence/oscillation.py`.",
+                else "None of these runs oscillates by the rule of `Swing.oscillates`.",
                 "### From tokens to a rate",
                 _memory(study, small),
             ]
@@ -127,7 +127,8 @@ def _map(study: Study, batching: str, strengths: list[float], rates: list[float]
     return table(["MaxVio", *(f"η = {r}" for r in rates)], rows)
 
 
-def _tokens(study: Study) -> int:
+def tokens_a_step(study: Study) -> int:
+    """Tokens of a step in every run of a study."""
     recipe = study.about["recipe"]
     train = recipe["train"]
     return int(train["batch_size"] * train["accumulation"] * recipe["data"][_SEQ_LEN])
@@ -140,10 +141,10 @@ def _memory(study: Study, small: Study) -> str:
         _, rates = _axes(each)
         for batching in ("mixed", "one-domain"):
             best = min(rates, key=lambda r: _maxvio(each, strength, r, batching))
-            memory = -_tokens(each) / math.log1p(-best) if best < 1 else 0.0
+            memory = -tokens_a_step(each) / math.log1p(-best) if best < 1 else 0.0
             lowest = _maxvio(each, strength, best, batching)
             rows.append(
-                [f"{_tokens(each)}", batching, f"{best}", f"{memory:,.0f}", f"{lowest:.2f}"]
+                [f"{tokens_a_step(each)}", batching, f"{best}", f"{memory:,.0f}", f"{lowest:.2f}"]
             )
     return "\n\n".join(
         [

@@ -1,0 +1,185 @@
+"""A run log as the rules read it: arrays over steps and layers, and what was set.
+
+Numbers that a log does not have are nan; a rule that needs them says nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moebalance.report.diagnosis.method import Part, parts
+from moebalance.report.estimates import finite
+from moebalance.report.loads import layer_names
+from moebalance.runlog import Row, Run
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One run, ready for the rules.
+
+    Args:
+        run: the run.
+        twins: runs beside it of the same recipe, text and batching without balancing.
+    """
+
+    run: Run
+    twins: tuple[Run, ...] = ()
+
+    @cached_property
+    def step(self) -> Array:
+        """The steps that have a row, (N,)."""
+        return np.array([row["step"] for row in self.run.steps], dtype=float)
+
+    def series(self, key: str) -> Array:
+        """A number of every step row, (N,)."""
+        return np.array([_number(row, key) for row in self.run.steps], dtype=float)
+
+    @cached_property
+    def snapshots(self) -> tuple[Row, ...]:
+        """The snapshots that hold loads of one shape."""
+        held = [row for row in self.run.snapshots if row.get("load")]
+        shape = [len(layer) for layer in held[-1]["load"]] if held else []
+        return tuple(row for row in held if [len(layer) for layer in row["load"]] == shape)
+
+    @cached_property
+    def load_step(self) -> Array:
+        """The steps of the snapshots, (S,)."""
+        return np.array([row["step"] for row in self.snapshots], dtype=float)
+
+    def loads(self, layer: int) -> Array:
+        """Hard load of a layer in every snapshot, in even shares, (S, E)."""
+        return _even_shares([row["load"][layer] for row in self.snapshots])
+
+    @cached_property
+    def layers(self) -> int:
+        """How many layers the last load has."""
+        return len(self._late("load"))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What the layers are called."""
+        return layer_names(self.run, self.layers)
+
+    def late_load(self, layer: int, key: str = "load") -> Array:
+        """Load of a layer at the end, in even shares, (E,).
+
+        From the last evaluation; without one, the mean of the snapshots of the last third.
+        """
+        return _even_shares(self._late(key)[layer])
+
+    def late_maxvio(self, key: str = "load") -> list[float]:
+        """MaxVio of each layer's load at the end; empty where the log has no such load."""
+        return [float(_even_shares(load).max() - 1) for load in self._late(key)]
+
+    @cached_property
+    def late_tokens(self) -> float:
+        """Tokens that the loads at the end were counted over; nan if not logged."""
+        row = self._last_eval
+        if row is not None and row.get("load"):
+            return _number(row, "tokens")
+        return float(self.tokens * len(self._late_snapshots))
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a step; nan if not logged."""
+        found = self.series("tokens")
+        return float(np.nanmedian(found)) if np.isfinite(found).any() else math.nan
+
+    def floor(self, tokens: float) -> float:
+        """MaxVio that chance alone leaves in so many tokens: √(2 ln E · E / (N K)); nan unknown."""
+        model = self.run.header.get("model")
+        top_k = _number(model, "top_k") if isinstance(model, dict) else math.nan
+        experts = len(self._late("load")[0]) if self.layers else 0
+        if experts < 2 or not tokens > 0 or not top_k > 0:
+            return math.nan
+        return math.sqrt(2 * math.log(experts) * experts / (tokens * top_k))
+
+    def evaluated(self, key: str) -> list[float]:
+        """A number of every evaluation in training that has it."""
+        rows = [row for row in self.run.evals if row["step"] > 0]
+        return [value for row in rows if (value := finite(row, key)) is not None]
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What the method is made of."""
+        return parts(self.run.balancer)
+
+    def part(self, *kinds: str) -> Part | None:
+        """The first part of one of these classes."""
+        return next((part for part in self.parts if part.kind in kinds), None)
+
+    @property
+    def charging(self) -> Part | None:
+        """The first part that charges in the loss."""
+        return next((part for part in self.parts if part.charges), None)
+
+    @property
+    def selecting(self) -> Part | None:
+        """The first part that prices selection."""
+        return next((part for part in self.parts if part.selects), None)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are enough steps for anything about their course."""
+        return self.run.last_step >= LEAST_STEPS and len(self.step) >= LEAST_STEPS
+
+    @cached_property
+    def _last_eval(self) -> Row | None:
+        rows = [row for row in self.run.evals if row["step"] > 0]
+        # An evaluation half-way says nothing about the end.
+        return rows[-1] if rows and rows[-1]["step"] >= 0.9 * self.run.last_step else None
+
+    @cached_property
+    def _late_snapshots(self) -> list[Row]:
+        return [row for row in self.snapshots if row["step"] > 2 / 3 * self.run.last_step]
+
+    def _late(self, key: str) -> list[Any]:
+        row = self._last_eval
+        if row is not None and isinstance(row.get(key), list):
+            return list(row[key])
+        rows = [row[key] for row in self._late_snapshots if row.get(key)]
+        return list(np.mean(np.array(rows, dtype=float), axis=0)) if rows else []
+
+
+LEAST_STEPS = 100
+"""Router and price take tens of steps to answer each other; a trend needs several such times."""
+
+
+def windows(values: Array, count: int) -> Array:
+    """Means over `count` equal windows of a series, without what is missing, (count,)."""
+    pieces = np.array_split(values, count)
+    return np.array([_mean(piece) for piece in pieces])
+
+
+def spread(values: Array) -> float:
+    """Standard deviation from step to step: of differences, so that a trend does not count."""
+    jumps = np.diff(values[np.isfinite(values)])
+    if not len(jumps):
+        return math.nan
+    # 1.4826 · the median of |x| is the deviation of a normal x; rare spikes leave it alone.
+    return float(1.4826 * np.median(np.abs(jumps)) / math.sqrt(2))
+
+
+def _mean(values: Array) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _even_shares(load: Sequence[Any]) -> Array:
+    share = np.asarray(load, dtype=float)
+    total = share.sum(axis=-1, keepdims=True)
+    return np.asarray(share * share.shape[-1] / np.where(total > 0, total, 1.0))
+
+
+def _number(row: Any, key: str) -> float:
+    value = finite(row, key)
+    return math.nan if value is None else value
