@@ -181,10 +181,18 @@ def more_coupled(first: Coupling, second: Coupling) -> Coupling:
     return max(first, second, key=get_args(Coupling).index)
 
 
-def per_token(batch: Batch, scale: float | Tensor) -> Tensor:
+def per_token(batch: Batch, scale: float | Tensor) -> float | Tensor:
     """scale · E / tokens, (): what turns a price into the gradient of a score."""
-    # clamp: a batch of padding only has no gradient, not 0/0.
-    return scale * batch.sums.scores.shape[-1] / batch.sums.tokens.clamp(min=1)
+    return scale * (batch.sums.scores.shape[-1] / batch.tokens)
+
+
+def read(number: Tensor) -> Any:
+    """A number, or a list of a few, where reading it waits for no device; elsewhere the tensor.
+
+    On a processor arithmetic on numbers is free beside a kernel for each operation.
+    """
+    here = number.device.type == "cpu" and not torch.compiler.is_compiling()
+    return number.tolist() if here else number
 
 
 def where_seen(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:

@@ -65,4 +65,4 @@ class EmaSwitchLoss(Balancer):
 
     def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
         """α m with m as of this batch."""
-        return self.strength * state.toward(batch.sums.hard_load, batch_rate(self, batch)).mean
+        return self.strength * state.peek(batch.hard_load, batch_rate(self, batch))

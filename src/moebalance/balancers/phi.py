@@ -100,10 +100,11 @@ class PhiBalancing(Balancer):
 
     def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
+        mean = state.mean
         if self.peek:
-            state = state.toward(self._load(batch.sums), batch_rate(self, batch))
-        price = self.potential.grad(state.mean)
-        return self.strength * (price - price @ state.mean)
+            mean = state.peek(self._load(batch), batch_rate(self, batch))
+        price = self.potential.grad(mean)
+        return self.strength * (price - price @ mean)
 
-    def _load(self, sums: Sums) -> Float[Tensor, "E"]:
-        return sums.soft_load if self.statistic == "soft" else sums.hard_load
+    def _load(self, seen: Sums | Batch) -> Float[Tensor, "E"]:
+        return seen.soft_load if self.statistic == "soft" else seen.hard_load
