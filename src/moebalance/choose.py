@@ -6,7 +6,8 @@
 
 The gradient of the affinities begins as the charge instead of zeros, so that to a bare router this
 adds one read of the scores and one of the choice, and keeps nothing more for backward. On a GPU the
-same is one fused pass each way that keeps the logits alone (`kernels`).
+same is one fused pass each way that keeps the logits alone, and for φ one launch between the two
+that counts the batch and forms its price (`kernels`).
 
 For methods whose price is formed `from_sums`; others go through `inject`, as foreign routers do.
 """
@@ -168,7 +169,7 @@ class _Fused(torch.autograd.Function):
             normaliser,
             how.gate,
             normalize=how.normalize,
-            charge=_charge(how, ctx.packed, real_tokens(len(experts), mask)),
+            charge=_charge(how, ctx.packed, real_tokens(len(experts), mask), fused=True),
             mask=mask,
         )
         return None, None, None, gradient
@@ -201,10 +202,13 @@ def _count(
 
 
 def _charge(
-    how: Pass, packed: Float[Tensor, "sums"], known: int | None
+    how: Pass, packed: Float[Tensor, "sums"], known: int | None, *, fused: bool = False
 ) -> Float[Tensor, "E"] | None:
     """Add the batch to its step, and say what a token's scores are charged, (E,)."""
     balancer, tally = how.balancer, how.tally
+    form = balancer.mean_price
+    if fused and form is not None and kernels.forms(form):
+        return kernels.charge(form, packed, **how.state._asdict(), **tally._asdict())
     tally.running.add_(packed)
     if not balancer.charges:
         return None

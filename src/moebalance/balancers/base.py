@@ -10,12 +10,13 @@ A method can pull two levers. It can *charge* a price q in the loss,
 or it can *subtract* a price from the affinities before top-k, never from the weights.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moebalance.potentials import Potential
 from moebalance.routing import Batch, Gate, Routing, Sums, measure, real_rows, route
 
 State = Any
@@ -24,6 +25,24 @@ State = Any
 
 Coupling = Literal["token", "sequence", "batch", "step"]
 """What of a step a method looks at together, from the least to the most."""
+
+
+class MeanPrice(NamedTuple):
+    """A price α (∇φ(m) − ⟨m, ∇φ(m)⟩) as data, for a kernel that forms it in one go (`kernels`).
+
+    Attributes:
+        potential: φ.
+        strength: α.
+        rate: η.
+        hard: whether m averages the hard load instead of the mean scores.
+        peek: whether m takes in the batch it is charged on.
+    """
+
+    potential: Potential
+    strength: float
+    rate: float
+    hard: bool
+    peek: bool
 
 
 class Balancer:
@@ -117,6 +136,14 @@ class Balancer:
         where it holds: it is the fast way (`choose.py`).
         """
         return False
+
+    @property
+    def mean_price(self) -> MeanPrice | None:
+        """What `charged` forms from a state that is an `Ema`, as data; None if it is not that.
+
+        LAW: the price so described is that of `charged`.
+        """
+        return None
 
     @property
     def charges(self) -> bool:

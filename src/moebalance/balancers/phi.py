@@ -19,7 +19,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, check_positive
+from moebalance.balancers.base import Balancer, MeanPrice, check_positive
 from moebalance.balancers.ema import Ema, batch_rate, described, settle_rate, step_rate
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
@@ -89,6 +89,14 @@ class PhiBalancing(Balancer):
     def coupling(self) -> Literal["token", "batch"]:
         """With the peek, each batch is part of its own price."""
         return "batch" if self.peek else "token"
+
+    @property
+    def mean_price(self) -> MeanPrice | None:
+        """All of it, but for a memory of tokens, or for a subclass that charges otherwise."""
+        if self.rate is None or type(self).charged is not PhiBalancing.charged:
+            return None
+        hard = self.statistic == "hard"
+        return MeanPrice(self.potential, self.strength, self.rate, hard, self.peek)
 
     def init(self, num_experts: int) -> Ema:
         """Start with an empty average."""
