@@ -6,10 +6,14 @@ that what fails takes nothing else with it:
     correct   the fused router against its plain form in float64
     silent    no wait for the device in a training step, and capture into a CUDA graph
     router    every method beside a bare router and its rivals, at 16 and 64 thousand tokens
+    on        φ beside the same fused router that only counts
     speed     bandwidth of the two fused passes
     step      a whole training step of a Transformers model, with 95 % intervals
 
-    PYTHONPATH=src python benchmarks/gpu.py results.json [part …]
+    PYTHONPATH=src python benchmarks/gpu.py [results.json [part …]]
+
+Results go to benchmarks/results/gpu/gpu.json if no file is named. Their `targets` say in a line
+each what was to be reached and what was.
 """
 
 import json
@@ -17,6 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +32,12 @@ import torch
 import moebalance as mb
 from moebalance import kernels
 from moebalance.bench import Case, StepCase, describe_machine, measure_routers, measure_steps
+from moebalance.bench.timing import BARE, NULL, interleaved
 from moebalance.routing import Gate, Sigmoid, Softmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"  # a rehearsal, by Triton's interpreter, of everything but the numbers
-LIMIT_S = {"correct": 90, "silent": 40, "router": 200, "speed": 60, "step": 130}
+LIMIT_S = {"correct": 80, "silent": 40, "router": 190, "on": 50, "speed": 50, "step": 120}
 METHODS = {
     "φ": mb.PhiBalancing(),
     "Switch": mb.SwitchLoss(),
@@ -137,6 +145,31 @@ def router() -> list[dict[str, Any]]:
     return measure_routers(cases, METHODS, device=DEVICE, rounds=2 if SMALL else 21, tell=print)
 
 
+def on() -> list[dict[str, Any]]:
+    """A training batch of one fused router, with φ and with counting alone as the bare one."""
+    sizes = ((16, 4),) if SMALL else ((64, 8), (256, 8))
+    rows = []
+    for experts, top_k in sizes:
+        for tokens in (64,) if SMALL else (16384, 65536):
+            for dtype in (torch.float32, torch.bfloat16):
+                case = Case(tokens, experts, top_k, "softmax, normalised", dtype)
+                logits = torch.randn(tokens, experts, device=DEVICE).to(dtype).requires_grad_()
+                upstream = torch.randn(tokens, top_k, device=DEVICE).to(dtype)
+
+                def batch(
+                    name: str, z: Any = logits, u: Any = upstream, e: int = experts, k: int = top_k
+                ) -> Callable[[], object]:
+                    routed = mb.BalancedRouter(METHODS[name], e, k).to(DEVICE)
+                    return lambda: torch.autograd.grad(routed(z)[0], z, u)
+
+                calls = {BARE: batch("none"), NULL: batch("none"), "φ": batch("φ")}
+                repeats = {"rounds": 2, "repeats": 1} if SMALL else {"rounds": 41, "repeats": 20}
+                timed = interleaved(calls, device=DEVICE, **repeats)
+                variants = {name: asdict(found) for name, found in timed.items()}
+                rows.append({"case": str(case), "variants": variants})
+    return rows
+
+
 def speed() -> list[dict[str, Any]]:
     """Time and bandwidth of the fused passes: logits read, in backward their gradient written."""
     rows = []
@@ -198,12 +231,57 @@ def step() -> list[dict[str, Any]]:
     return measure_steps(cases, methods, device=DEVICE, rounds=2 if SMALL else 41, tell=print)
 
 
-PARTS = {"correct": correct, "silent": silent, "router": router, "speed": speed, "step": step}
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was to be reached, and what was, of the parts that there are: worst case first."""
+    found = []
+
+    def add(what: str, target: str, part: str, value: Callable[[Any], float | None]) -> None:
+        rows = results.get(part)
+        if not isinstance(rows, list):
+            return
+        values = {row["case"]: value(row) for row in rows}
+        known = {case: round(v, 3) for case, v in values.items() if v is not None}
+        if known:
+            worst = max(known, key=lambda case: known[case] * (1 if target[0] == "≤" else -1))
+            line = {"what": what, "target": target, "worst": known[worst], "at": worst}
+            found.append({**line, "all": known})
+
+    def theirs_over_ours(row: Any) -> float | None:
+        variants = row["variants"]
+        if "Transformers' function" not in variants:
+            return None
+        ours = max(variants["φ"]["ratio"] - 1, 1e-3)  # below this it is noise
+        return (variants["Transformers' function"]["ratio"] - 1) / ours
+
+    add("φ over counting alone, fused", "≤ 1.02", "on", lambda r: r["variants"]["φ"]["ratio"])
+    add("fused φ over the bare router", "≤ 1.00", "router", lambda r: r["variants"]["φ"]["ratio"])
+    add("what Transformers' function adds over φ", "≥ 10", "router", theirs_over_ours)
+    add("backward, TB/s", "≥ 2", "speed", lambda r: r["backward_tb_per_s"])
+    add(
+        "a whole step with φ, upper end of its 95 % interval",
+        "≤ 1.01",
+        "step",
+        lambda r: r["variants"]["φ"]["interval"][1],
+    )
+    return found
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "correct": correct,
+    "silent": silent,
+    "router": router,
+    "on": on,
+    "speed": speed,
+    "step": step,
+}
 
 
 def main(out: Path, parts: list[str]) -> None:
     """Run the parts in processes of their own, and write what there is after each."""
-    results: dict[str, Any] = {"machine": describe_machine(DEVICE), "rounds": 21}
+    versions = {name: version(name) for name in ("triton", "transformers") if find_spec(name)}
+    machine = {**describe_machine(DEVICE), "cuda": torch.version.cuda, **versions}
+    results: dict[str, Any] = {"machine": machine, "rounds": 21}
+    out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
         print(f"{part}: at most {LIMIT_S[part]} s", flush=True)
         file = out.with_name(f"{out.stem}.{part}.json")
@@ -217,12 +295,14 @@ def main(out: Path, parts: list[str]) -> None:
         results[part] = json.loads(file.read_text()) if file.exists() else {"failed": reason}
         file.unlink(missing_ok=True)
         print(f"{part}: {reason}, {time.perf_counter() - start:.0f} s", flush=True)
+        results["targets"] = targets(results)
         out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--part":
+    if sys.argv[1:2] == ["--part"]:
         found = PARTS[sys.argv[2]]()
         Path(sys.argv[3]).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     else:
-        main(Path(sys.argv[1]), sys.argv[2:] or list(PARTS))
+        default = Path(__file__).parent / "results" / "gpu" / "gpu.json"
+        main(Path(sys.argv[1]) if sys.argv[1:] else default, sys.argv[2:] or list(PARTS))

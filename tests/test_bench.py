@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -160,7 +161,7 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
     """On a processor, by Triton's interpreter: everything but the numbers."""
     out = tmp_path / "gpu.json"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), str(out), "correct", "silent", "step"]
+    command = [sys.executable, str(SCRIPT), str(out), "correct", "silent", "on", "step"]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["silent"] == {"skipped": "no CUDA device"}
@@ -170,6 +171,37 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
         assert row["sums"] < 1e-5
         assert row["gradient"] < (1e-5 if exact else 1e-2)
     assert set(found["step"][0]["variants"]) == {BARE, NULL, "φ", "none"}
+    assert {"device", "commit", "torch", "triton", "cuda"} <= set(found["machine"])
+    reached = {line["what"]: line for line in found["targets"]}
+    (on, whole) = reached.values()  # of the parts that ran
+    assert on["all"] == {r["case"]: round(r["variants"]["φ"]["ratio"], 3) for r in found["on"]}
+    assert on["worst"] == max(on["all"].values())
+    assert whole["worst"] == round(found["step"][0]["variants"]["φ"]["interval"][1], 3)
+
+
+def test_the_script_for_a_gpu_ends_within_nine_minutes_and_judges_all_its_parts():
+    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert set(script.LIMIT_S) == set(script.PARTS)
+    assert sum(script.LIMIT_S.values()) <= 9 * 60 - 10
+
+    def row(case, **ratios):
+        interval = [0.9, 1.3]
+        variants = {n: {"ratio": r, "interval": interval} for n, r in ratios.items()}
+        return {"case": case, "variants": variants, "backward_tb_per_s": ratios["φ"]}
+
+    theirs = {"Transformers' function": 3.0}
+    rows = [row("a", φ=1.1, **theirs), row("b", φ=1.4, **theirs), row("sigmoid", φ=1.2)]
+    results = dict.fromkeys(("router", "on", "speed", "step"), rows)
+    found = {line["what"]: (line["worst"], line["at"]) for line in script.targets(results)}
+    assert found == {
+        "φ over counting alone, fused": (1.4, "b"),
+        "fused φ over the bare router": (1.4, "b"),
+        "what Transformers' function adds over φ": (5.0, "b"),
+        "backward, TB/s": (1.1, "a"),
+        "a whole step with φ, upper end of its 95 % interval": (1.3, "a"),
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

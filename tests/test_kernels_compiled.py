@@ -31,12 +31,25 @@ def compiler(tmp_path_factory):
         yield caller(pool)
 
 
+@pytest.mark.parametrize("experts", [8, 256, 2304])
+def test_registers_of_an_h100_hold_every_vector_of_a_price(experts, compiler):
+    assert compiler(spills_of_the_price, experts) == 0
+
+
+def spills_of_the_price(experts):
+    from moebalance.kernels import price_program
+
+    program = price_program.charge
+    flags = {"entropy": True, "hard": False, "peek": True}
+    sizes = {"num_experts": experts, "width": 1 << (experts - 1).bit_length(), **flags}
+    floats = {"strength": "fp32", "rate": "fp32"}
+    names = program.arg_names
+    signature = {n: "constexpr" if n in sizes else floats.get(n, "*fp32") for n in names}
+    return compiled_stack(program, signature, sizes, warps=4)
+
+
 def spills(experts, top_k, groups, dtype):
     """Bytes of stack that each program takes on compute capability 9.0, by its name."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from moebalance.kernels import programs
 
     logits = torch.empty(4, experts, dtype=dtype)
@@ -54,16 +67,23 @@ def spills(experts, top_k, groups, dtype):
         names = program.arg_names
         sizes = {n: v for n, v in (tiling.sizes | flags).items() if n in names}
         signature = {n: types.get(n, "constexpr") for n in names}
-        aligned = {
-            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]
-        }
-        compiled = triton.compile(
-            ASTSource(program, signature, sizes, aligned),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": tiling.warps, "enable_fp_fusion": True},
-        )
-        found[program.__name__] = stack(compiled.asm["cubin"])
+        found[program.__name__] = compiled_stack(program, signature, sizes, warps=tiling.warps)
     return found
+
+
+def compiled_stack(program, signature, sizes, *, warps):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kinds = enumerate(signature.values())
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in kinds if "*" in kind}
+    compiled = triton.compile(
+        ASTSource(program, signature, sizes, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "enable_fp_fusion": True},
+    )
+    return stack(compiled.asm["cubin"])
 
 
 def stack(cubin: bytes) -> int:

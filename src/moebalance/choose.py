@@ -6,7 +6,8 @@
 
 The gradient of the affinities begins as the charge instead of zeros, so that to a bare router this
 adds one read of the scores and one of the choice, and keeps nothing more for backward. On a GPU the
-same is one fused pass each way that keeps the logits alone (`kernels`).
+same is one fused pass each way that keeps the logits alone, and for φ one launch between the two
+that counts the batch and forms its price (`kernels`).
 
 For methods whose price is formed `from_sums`; others go through `inject`, as foreign routers do.
 """
@@ -18,9 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance import kernels
-from moebalance.balancers.base import Balancer, State, per_token
-from moebalance.inject import Tally, count, pack, unpack
-from moebalance.routing import Gate, Sums, add_up, real_rows
+from moebalance.balancers.base import Balancer, State, per_token, read
+from moebalance.inject import Tally, place, real_tokens, unpack
+from moebalance.routing import Gate, real_rows
 
 _SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
 
@@ -119,11 +120,14 @@ class _Plain(torch.autograd.Function):
         upstream, _ = gradients
         affinities, experts, mask, weights, total = ctx.saved_tensors
         how = ctx.how
-        charge = _charge(how, add_up(how.gate.scores_of(affinities), experts, mask))
+        real = real_rows(affinities, mask)
+        row_scale = how.gate.row_scale(real)
+        packed = _count(real, row_scale, experts, mask)
+        charge = _charge(how, packed, real_tokens(len(experts), mask))
         if charge is None:
             gradient = torch.zeros_like(affinities)
         else:
-            gradient = real_rows(how.gate.charge(charge, affinities), mask)
+            gradient = real_rows(how.gate.charge(charge, real, row_scale), mask)
         if weights is not None:
             # In the order of autograd's division, so that the task's part is the same in all bits.
             drawn = (upstream * (weights / total)).sum(dim=-1, keepdim=True)
@@ -146,7 +150,7 @@ class _Fused(torch.autograd.Function):
             mask=mask,
         )
         # The sums are here already, but a batch is counted in backward: forward may run twice.
-        ctx.how, ctx.sums = how, unpack(found.packed, how.balancer, logits.shape[-1])
+        ctx.how, ctx.packed = how, found.packed
         ctx.mark_non_differentiable(found.experts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, found.experts, found.normaliser, mask)
@@ -165,17 +169,50 @@ class _Fused(torch.autograd.Function):
             normaliser,
             how.gate,
             normalize=how.normalize,
-            charge=_charge(how, ctx.sums),
+            charge=_charge(how, ctx.packed, real_tokens(len(experts), mask), fused=True),
             mask=mask,
         )
         return None, None, None, gradient
 
 
-def _charge(how: Pass, sums: Sums) -> Tensor | None:
-    """Count the batch, and say what a token's scores are charged, (E,)."""
-    if not how.balancer.charges:
-        how.tally.running.add_(pack(sums))
+def _count(
+    real: Float[Tensor, "T E"],
+    row_scale: Float[Tensor, "T"] | None,
+    experts: Int[Tensor, "T K"],
+    mask: Bool[Tensor, "T"] | None,
+) -> Float[Tensor, "sums"]:
+    """The packed sums of a batch (see `pack`), each written where it lies."""
+    rows, num_experts = real.shape
+    packed = real.new_zeros(2 * num_experts + 2)
+    scores, counts, tokens, one = torch.split(packed, [num_experts, num_experts, 1, 1])
+    one.fill_(1)
+    if row_scale is None:
+        torch.sum(real, dim=0, out=scores)
+    else:
+        torch.mv(real.t(), row_scale, out=scores)
+    # A single 1 is expanded rather than allocated for every choice.
+    ones = one.expand(experts.numel())
+    if mask is None:
+        tokens.fill_(rows)
+    else:
+        tokens.copy_(mask.sum())
+        ones = mask.to(real.dtype).unsqueeze(-1).expand_as(experts).reshape(-1)
+    counts.scatter_add_(0, experts.reshape(-1), ones)
+    return packed
+
+
+def _charge(
+    how: Pass, packed: Float[Tensor, "sums"], known: int | None, *, fused: bool = False
+) -> Float[Tensor, "E"] | None:
+    """Add the batch to its step, and say what a token's scores are charged, (E,)."""
+    balancer, tally = how.balancer, how.tally
+    form = balancer.mean_price
+    if fused and form is not None and kernels.forms(form):
+        return kernels.charge(form, packed, **how.state._asdict(), **tally._asdict())
+    tally.running.add_(packed)
+    if not balancer.charges:
         return None
-    batch = count(how.balancer, how.tally, sums, None)
-    price = how.balancer.charged(how.state, batch)
-    return None if price is None else price * per_token(batch, how.tally.scale)
+    sums = unpack(packed, balancer, packed.shape[0] // 2 - 1)
+    batch = place(balancer, tally, sums, known=known)
+    price = balancer.charged(how.state, batch)
+    return None if price is None else price * per_token(batch, read(tally.scale))

@@ -34,10 +34,12 @@ from moebalance.console import (
     console,
     errors,
     following,
+    run_jobs,
     save_extras,
     serve,
     show,
     show_diagnosis,
+    trackers,
     watch_runs,
 )
 from moebalance.runlog import LOG_NAME, find_runs, read_run
@@ -173,9 +175,7 @@ def doctor(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.")],
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file to write.")] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="Also write loss against MaxVio as SVG.")
-    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also loss against MaxVio, as SVG.")] = None,
     figures: Annotated[
         str | None, typer.Option(help="Also draw figures for papers: 'pdf,svg,png' or some.")
     ] = None,

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, State
+from moebalance.balancers.base import Balancer, State, read
 from moebalance.routing import Batch, Gate, Sums, route
 
 
@@ -79,20 +79,32 @@ def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, "
     return followed
 
 
-def count(balancer: Balancer, tally: Tally, sums: Sums, routing: Any) -> Batch:
-    """Add one batch to the sums of its step, and say what its place in that step is.
+def place(
+    balancer: Balancer, tally: Tally, sums: Sums, *, known: int | None, routing: Any = None
+) -> Batch:
+    """Say what the place of a batch, counted already, is in its step.
 
-    `routing` is that of the batch, or None for a method that reads sums alone.
+    Args:
+        balancer: the method.
+        tally: the layer's.
+        sums: of the batch.
+        known: number of its tokens, if the host knows it.
+        routing: that of the batch, or None for a method that reads sums alone.
     """
-    tally.running.add_(pack(sums))
     # What a method couples is all of its surroundings that it may look at.
     step, coupling = sums, balancer.coupling
     share: float | Tensor = 1.0
     if coupling == "step":
         step = unpack(tally.running, balancer, sums.scores.shape[-1])
     if coupling in ("batch", "step"):
-        share = _share(sums.tokens, tally.last_step)
-    return Batch(routing, sums, step, share)
+        share = _share(sums.tokens, known, tally.last_step)
+    return Batch(routing, sums, step, share, known)
+
+
+def real_tokens(rows: int, mask: Tensor | None) -> int | None:
+    """Number of real tokens, at least 1, if the host knows it."""
+    # A compiler would take it for a constant, or for a symbol that it must guard.
+    return None if mask is not None or torch.compiler.is_compiling() else max(rows, 1)
 
 
 def packed_size(balancer: Balancer, num_experts: int) -> int:
@@ -167,8 +179,11 @@ class _Inject(torch.autograd.Function):
         logits, experts, mask, weight = ctx.saved_tensors
         balancer, gate, sequences = ctx.static
         routing = route(logits, experts, gate, mask=mask, sequences=sequences)
-        batch = count(balancer, ctx.tally, balancer.observe(ctx.state, routing), routing)
-        scale = ctx.tally.scale if weight is None else ctx.tally.scale * weight
+        sums = balancer.observe(ctx.state, routing)
+        ctx.tally.running.add_(pack(sums))
+        known = real_tokens(len(logits), mask)
+        batch = place(balancer, ctx.tally, sums, known=known, routing=routing)
+        scale = read(ctx.tally.scale) if weight is None else ctx.tally.scale * weight
         charge = balancer.logit_gradient(ctx.state, batch, scale)
         charge = None if charge is None else charge.to(logits.dtype)
         return None, None, None, None, None, None, charge, upstream
@@ -193,9 +208,11 @@ def _extra_sizes(balancer: Balancer, num_experts: int) -> list[int]:
     return [torch.Size(shape).numel() for shape in balancer.extra_shapes(num_experts)]
 
 
-def _share(tokens: Tensor, last_step: Tensor) -> Tensor:
+def _share(tokens: Tensor, known: int | None, last_step: Tensor) -> float | Tensor:
     """This batch's share of its step, judged by the last step; 1 where steps are one batch."""
-    last_tokens, last_batches = last_step.unbind()
+    last_tokens, last_batches = read(last_step)
     expected = last_tokens * (last_batches > 1)
-    # clamp: a batch without a token has no share, not 0/0.
-    return tokens / torch.maximum(tokens, expected).clamp(min=1)
+    if known is not None and isinstance(expected, float):
+        return known / max(known, expected)
+    # clamp to 1: a batch without a token has no share, not 0/0.
+    return tokens / tokens.clamp(min=expected).clamp(min=1)

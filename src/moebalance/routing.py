@@ -41,10 +41,10 @@ class Gate(ABC):
         """p = softmax(a(z)): rows sum to one, float32 at least, differentiable."""
         return self.log_affinity(logits).softmax(dim=-1)
 
-    def scores_of(self, affinities: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """p from affinities that were computed already: each row divided by its sum."""
+    def row_scale(self, affinities: Float[Tensor, "T E"]) -> Float[Tensor, "T"] | None:
+        """What turns a row of affinities into scores, 1 / Σ_e a_e; None where that is 1."""
         # clamp: a row of affinities that all underflowed has scores 0, not 0/0.
-        return affinities / affinities.sum(dim=-1, keepdim=True).clamp(min=_TINY)
+        return affinities.sum(dim=-1).clamp_(min=_TINY).reciprocal_()
 
     @abstractmethod
     def backward(
@@ -53,20 +53,19 @@ class Gate(ABC):
         """Gradient of the logits from that of the affinities, in one pass; no logits needed."""
 
     def charge(
-        self, price: Float[Tensor, "*rows E"], affinities: Float[Tensor, "T E"]
+        self,
+        price: Float[Tensor, "E"],
+        affinities: Float[Tensor, "T E"],
+        row_scale: Float[Tensor, "T"] | None,
     ) -> Float[Tensor, "T E"]:
-        """Gradient of Σ_t ⟨price_t, p_t⟩ with respect to the affinities, in memory of its own.
+        """Gradient of Σ_t ⟨price, p_t⟩ with respect to the affinities, in memory of its own.
 
-        With S_t the sum of row t it is (price_t − ⟨p_t, price_t⟩) / S_t.
+        With 1/S_t the scale of row t it is (price − ⟨p_t, price⟩) / S_t, a matrix of rank two.
         """
-        inverse = affinities.sum(dim=-1, keepdim=True).clamp(min=_TINY).reciprocal()
-        if price.dim() == 1:
-            # A matrix of rank two, written in one pass.
-            worth = torch.mv(affinities, price).unsqueeze(-1) * inverse
-            columns = torch.cat([inverse, -worth * inverse], dim=-1)
-            return columns @ torch.stack([price, torch.ones_like(price)])
-        worth = (affinities * price).sum(dim=-1, keepdim=True) * inverse
-        return (price - worth) * inverse
+        assert row_scale is not None
+        worth = torch.mv(affinities, price).mul_(row_scale)
+        columns = torch.stack([row_scale, worth.mul_(row_scale)])
+        return columns.t() @ torch.stack([price, price.new_full(price.shape, -1.0)])
 
     def pull_back(
         self,
@@ -106,9 +105,9 @@ class Softmax(Gate):
         """softmax(z): affinity and score are the same number for this gate."""
         return self.scores(logits)
 
-    def scores_of(self, affinities: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """The affinities: their rows sum to one."""
-        return affinities
+    def row_scale(self, affinities: Float[Tensor, "T E"]) -> None:
+        """1: rows of softmax sum to one."""
+        return
 
     def backward(
         self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
@@ -117,7 +116,10 @@ class Softmax(Gate):
         return torch._softmax_backward_data(upstream, affinities, -1, affinities.dtype)
 
     def charge(
-        self, price: Float[Tensor, "*rows E"], affinities: Float[Tensor, "T E"]
+        self,
+        price: Float[Tensor, "E"],
+        affinities: Float[Tensor, "T E"],
+        row_scale: Float[Tensor, "T"] | None,
     ) -> Float[Tensor, "T E"]:
         """The price on every row; what is missing is constant in a row, which softmax ignores."""
         return price.to(affinities.dtype).expand_as(affinities).clone()
@@ -279,12 +281,29 @@ class Batch(NamedTuple):
             to others this batch's own.
         share: this batch's share of the tokens of its step, in (0, 1]; for methods whose `coupling`
             is "batch" or "step", to others 1.
+        known: number of its tokens where the host knows it, since none is padding; at least 1.
     """
 
     routing: Routing
     sums: Sums
     step: Sums
     share: float | Tensor = 1.0
+    known: int | None = None
+
+    @property
+    def tokens(self) -> int | Tensor:
+        """Number of real tokens, at least 1: an empty batch has mean 0, not 0/0."""
+        return self.sums.tokens.clamp(min=1) if self.known is None else self.known
+
+    @property
+    def soft_load(self) -> Float[Tensor, "E"]:
+        """p̄ of this batch."""
+        return self.sums.scores / self.tokens
+
+    @property
+    def hard_load(self) -> Float[Tensor, "E"]:
+        """f of this batch."""
+        return self.sums.hard_load
 
 
 def route(

@@ -79,10 +79,6 @@ class Adaptive(NamedTuple):
         start = torch.full_like(found, START).log()
         return torch.lerp(start, found, self.near.weight).exp()
 
-    def toward(self, value: Float[Tensor, "E"], rate: float | Tensor) -> Ema:
-        """What is read, moved by `rate` toward `value`; the rest learns of whole steps only."""
-        return self.average.toward(value, rate)
-
     def after(self, value: Float[Tensor, "E"], seen: Float[Tensor, ""]) -> "Adaptive":
         """Advance by a step's load; nothing changes where `seen` is 0 instead of 1."""
         emas = (self.fast, self.middle, self.slow)

@@ -10,12 +10,13 @@ A method can pull two levers. It can *charge* a price q in the loss,
 or it can *subtract* a price from the affinities before top-k, never from the weights.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moebalance.potentials import Potential
 from moebalance.routing import Batch, Gate, Routing, Sums, measure, real_rows, route
 
 State = Any
@@ -24,6 +25,24 @@ State = Any
 
 Coupling = Literal["token", "sequence", "batch", "step"]
 """What of a step a method looks at together, from the least to the most."""
+
+
+class MeanPrice(NamedTuple):
+    """A price α (∇φ(m) − ⟨m, ∇φ(m)⟩) as data, for a kernel that forms it in one go (`kernels`).
+
+    Attributes:
+        potential: φ.
+        strength: α.
+        rate: η.
+        hard: whether m averages the hard load instead of the mean scores.
+        peek: whether m takes in the batch it is charged on.
+    """
+
+    potential: Potential
+    strength: float
+    rate: float
+    hard: bool
+    peek: bool
 
 
 class Balancer:
@@ -123,6 +142,14 @@ class Balancer:
         return False
 
     @property
+    def mean_price(self) -> MeanPrice | None:
+        """What `charged` forms from a state that is an `Ema`, as data; None if it is not that.
+
+        LAW: the price so described is that of `charged`.
+        """
+        return None
+
+    @property
     def charges(self) -> bool:
         """Whether the method works through the router's gradient."""
         return any(_overrides(self, name) for name in ("charged", "penalty", "logit_gradient"))
@@ -185,10 +212,18 @@ def more_coupled(first: Coupling, second: Coupling) -> Coupling:
     return max(first, second, key=get_args(Coupling).index)
 
 
-def per_token(batch: Batch, scale: float | Tensor) -> Tensor:
+def per_token(batch: Batch, scale: float | Tensor) -> float | Tensor:
     """scale · E / tokens, (): what turns a price into the gradient of a score."""
-    # clamp: a batch of padding only has no gradient, not 0/0.
-    return scale * batch.sums.scores.shape[-1] / batch.sums.tokens.clamp(min=1)
+    return scale * (batch.sums.scores.shape[-1] / batch.tokens)
+
+
+def read(number: Tensor) -> Any:
+    """A number, or a list of a few, where reading it waits for no device; elsewhere the tensor.
+
+    On a processor arithmetic on numbers is free beside a kernel for each operation.
+    """
+    here = number.device.type == "cpu" and not torch.compiler.is_compiling()
+    return number.tolist() if here else number
 
 
 def where_seen(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moebalance.balancers.base import read
+
 
 class Ema(NamedTuple):
     """Mean over the steps seen, `mean` (E,), and its accumulated `weight` (), float32."""
@@ -33,6 +35,12 @@ class Ema(NamedTuple):
         weight = (self.weight + rate * (1 - self.weight)).to(self.weight.dtype)
         gain = (rate / weight).to(self.mean.dtype)
         return Ema(torch.lerp(self.mean, value.to(self.mean.dtype), gain), weight)
+
+    def peek(self, value: Float[Tensor, "E"], rate: float | Tensor) -> Float[Tensor, "E"]:
+        """The mean of `toward`, in as few kernels as can be."""
+        weight = read(self.weight)
+        gain = rate / (weight + rate * (1 - weight))
+        return torch.lerp(self.mean, value.to(self.mean.dtype), gain)
 
 
 _TINY = torch.finfo(torch.float32).tiny

@@ -79,4 +79,4 @@ class EmaSwitchLoss(Balancer):
 
     def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
         """α m with m as of this batch."""
-        return self.strength * peek(self, state, batch.sums.hard_load, batch).mean
+        return self.strength * peek(self, state, batch.hard_load, batch)

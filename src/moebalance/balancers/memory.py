@@ -83,9 +83,12 @@ def remember(
     return memory.toward(load, _step_rate(method, tokens))
 
 
-def peek(method: Remembers, memory: Memory, load: Float[Tensor, "E"], batch: Batch) -> Ema:
-    """The average as if one batch of a step, of this load, were a part of it already."""
-    return memory.toward(load, batch_rate(method, memory, batch))
+def peek(
+    method: Remembers, memory: Memory, load: Float[Tensor, "E"], batch: Batch
+) -> Float[Tensor, "E"]:
+    """The mean as if one batch of a step, of this load, were a part of it already."""
+    average = memory.average if isinstance(memory, Adaptive) else memory
+    return average.peek(load, batch_rate(method, memory, batch))
 
 
 def readings(memory: Memory) -> dict[str, Float[Tensor, ""]]:

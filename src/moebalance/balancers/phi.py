@@ -19,7 +19,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, check_positive
+from moebalance.balancers.base import Balancer, MeanPrice, check_positive
 from moebalance.balancers.memory import (
     Memory,
     Rate,
@@ -99,6 +99,16 @@ class PhiBalancing(Balancer):
         """With the peek, each batch is part of its own price."""
         return "batch" if self.peek else "token"
 
+    @property
+    def mean_price(self) -> MeanPrice | None:
+        """All of it, if the rate is a number and no subclass charges otherwise."""
+        if not isinstance(self.rate, float | int):
+            return None
+        if type(self).charged is not PhiBalancing.charged:
+            return None
+        hard = self.statistic == "hard"
+        return MeanPrice(self.potential, self.strength, self.rate, hard, self.peek)
+
     def readings(self, state: Memory) -> dict[str, Float[Tensor, ""]]:
         """The rate, where it adapts."""
         return readings(state)
@@ -115,9 +125,9 @@ class PhiBalancing(Balancer):
         """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
         mean = state.mean
         if self.peek:
-            mean = peek(self, state, self._load(batch.sums), batch).mean
+            mean = peek(self, state, self._load(batch), batch)
         price = self.potential.grad(mean)
         return self.strength * (price - price @ mean)
 
-    def _load(self, sums: Sums) -> Float[Tensor, "E"]:
-        return sums.soft_load if self.statistic == "soft" else sums.hard_load
+    def _load(self, seen: Sums | Batch) -> Float[Tensor, "E"]:
+        return seen.soft_load if self.statistic == "soft" else seen.hard_load

@@ -1,9 +1,11 @@
 """The measurements as Markdown with a plot: the page "What it costs"."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moebalance.bench.scale import BYTES_PER_S, HOP_S, tree_s
 from moebalance.bench.timing import NULL
 
 
@@ -135,18 +137,66 @@ def _scale(found: Mapping[str, Any]) -> str:
             for r in found["end"]
         ),
         "",
+        _growth(found),
+        "",
         f"The message of the largest is {message['bytes'] / 1e3:.0f} kB: "
         f"{message['two_ms']:.2f} ms between two processes here over gloo, "
-        f"{message['latency_ms']:.2f} ms of it latency. By a tree of hops as slow as that, a plan "
-        "and no measurement:",
+        f"{message['latency_ms']:.2f} ms of it latency.",
         "",
-        "| ranks | message, ms |",
-        "|---:|---:|",
-        *(f"| {r['ranks']} | {r['message_ms']:.1f} |" for r in message["plan"]),
+        *_plan(found),
         "",
-        "`reduce()` hides it behind the optimizer.",
+        "`reduce()` hides the message behind the optimizer.",
     ]
     return "\n".join(lines)
+
+
+def _growth(found: Mapping[str, Any]) -> str:
+    """What a doubling of each size multiplies the terms by, from the smallest to the largest."""
+    batch, end = found["batch"], found["end"]
+    most = {size: max(r[size] for r in batch) for size in ("tokens", "experts")}
+    layers = max(r["layers"] for r in end)
+    widest = max(r["experts"] for r in end)
+
+    def doubled(rows: list[Any], size: str, value: str) -> str:
+        first, last = min(rows, key=lambda r: r[size]), max(rows, key=lambda r: r[size])
+        doublings = math.log2(last[size] / first[size])
+        return f"{(last[value] / first[value]) ** (1 / doublings):.1f}"
+
+    of_tokens = doubled([r for r in batch if r["experts"] == most["experts"]], "tokens", "added_ms")
+    of_experts = doubled([r for r in batch if r["tokens"] == most["tokens"]], "experts", "added_ms")
+    by_layers = [r for r in end if r["experts"] == widest]
+    by_experts = [r for r in end if r["layers"] == layers]
+    return (
+        f"Doubling the tokens multiplies what is added to a layer by {of_tokens}, doubling the "
+        f"experts by {of_experts}; neither tokens nor ranks touch the end of a step or the memory. "
+        f"Doubling the layers multiplies the end by {doubled(by_layers, 'layers', 'step_ms')} and "
+        f"the memory by {doubled(by_layers, 'layers', 'state_bytes')}, doubling the experts by "
+        f"{doubled(by_experts, 'experts', 'step_ms')} and "
+        f"{doubled(by_experts, 'experts', 'state_bytes')}."
+    )
+
+
+def _plan(found: Mapping[str, Any]) -> list[str]:
+    """The end of a step over many ranks, from what was measured and an assumed network."""
+    size = found["message"]["bytes"]
+    end_ms = max(r["step_ms"] for r in found["end"])
+    lines = [
+        "A plan for many ranks, and no measurement. The message goes up and down a tree, whole at "
+        "each of 2 ⌈log₂ P⌉ hops, each as slow as measured here; or over an *assumed* network of "
+        f"{1e6 * HOP_S:.0f} µs a hop and {BYTES_PER_S / 1e9:.0f} GB/s a rank. A library that "
+        "pipelines beats both. The last column adds the end of a step as measured here and says "
+        "how long a step must last for the two together to be one percent of it, hidden or not.",
+        "",
+        "| ranks | message as here, ms | message, assumed network, ms | 1 % of a step of, s |",
+        "|---:|---:|---:|---:|",
+    ]
+    for row in found["message"]["plan"]:
+        assumed_ms = 1e3 * tree_s(size, row["ranks"])
+        whole_s = 100 * (assumed_ms + end_ms) / 1e3
+        lines.append(
+            f"| {row['ranks']} | {row['message_ms']:.1f} | {assumed_ms:.2f} | {whole_s:.2f} |"
+        )
+    return lines
 
 
 def _escaped(text: str) -> str:

@@ -31,6 +31,8 @@ from moebalance.layer import BalancedRouter, LayerBalance
 
 LAYERS, EXPERTS, TOKENS = (16, 32, 64), (128, 256, 512), (16384, 32768, 65536)
 RANKS = (8, 128, 1024, 10240)
+# Of an assumed network, for the plan: cautious beside the 50 GB/s of a card of 400 Gb/s.
+HOP_S, BYTES_PER_S = 20e-6, 10e9
 
 
 def measure_scale(balancer: Balancer, *, repeats: int = 5) -> dict[str, Any]:
@@ -58,6 +60,15 @@ def measure_scale(balancer: Balancer, *, repeats: int = 5) -> dict[str, Any]:
 def message_bytes(layers: int, experts: int) -> int:
     """Bytes of a step's one message, metrics over all ranks included."""
     return 4 * (layers * (2 * experts + 1) + 1)
+
+
+def tree_s(size: int, ranks: int, hop_s: float = HOP_S, bytes_per_s: float = BYTES_PER_S) -> float:
+    """Time of an all-reduce of so many bytes by a tree, the whole message at every hop.
+
+    >>> round(1e3 * tree_s(262_404, 1024), 2)
+    0.92
+    """
+    return 2 * math.ceil(math.log2(ranks)) * (hop_s + size / bytes_per_s)
 
 
 def _batch(balancer: Balancer, tokens: int, experts: int, repeats: int) -> dict[str, float]:

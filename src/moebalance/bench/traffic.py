@@ -19,7 +19,7 @@ _MOVE_NOTHING = {
     "aten::view", "aten::_unsafe_view", "aten::expand", "aten::detach", "aten::unsqueeze",
     "aten::squeeze", "aten::split_with_sizes", "aten::unbind", "aten::select", "aten::slice",
     "aten::as_strided", "aten::alias", "aten::t", "aten::transpose", "aten::empty", "aten::permute",
-    "aten::lift_fresh",
+    "aten::lift_fresh", "aten::new_empty", "aten::empty_like",
 }  # fmt: skip
 _FACTORIES = {"new_ones", "new_zeros", "new_full", "zeros_like", "ones_like", "full_like"}
 _SPARSE = {"aten::scatter", "aten::scatter_", "aten::scatter_add", "aten::scatter_add_"}

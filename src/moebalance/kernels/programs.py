@@ -13,7 +13,7 @@ where a reduction of floats or of pairs takes five shuffles or ten. A NaN sorts 
 Arithmetic is float32. exp(min(z, 0)) / (1 + exp(−|z|)) is σ(z) without overflow; divided by its
 largest it does not underflow either.
 
-This module imports Triton; nothing else in the library does.
+This module and `price_program.py` import Triton; nothing else in the library does.
 """
 # mypy: ignore-errors
 # Triton reads these functions as a language of its own, in which arguments carry no types.

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moebalance.kernels.launch import launch
 from moebalance.kernels.plain import Chosen, Groups
 from moebalance.routing import Gate, Sigmoid, Softmax
 
@@ -87,11 +88,10 @@ def choose(
     tiling = tile(logits, top_k, groups, ranks=True)
     programs = max(1, min(tiling.blocks(rows), tiling.programs))
     partials = logits.new_empty(programs, 2 * num_experts + 2, dtype=torch.float32)
-    _launch(
-        "choose",
+    launch(
+        "programs.choose",
         logits.device,
         programs,
-        tiling,
         logits,
         _row(price, logits),
         _bytes(mask, logits),
@@ -101,7 +101,7 @@ def choose(
         partials,
         rows,
         0,
-        **tiling.sizes,
+        **tiling.options,
         sigmoid=isinstance(gate, Sigmoid),
         normalize=normalize,
         has_price=price is not None,
@@ -143,11 +143,10 @@ def pull_back(
     gradient = logits.new_empty(rows, num_experts)
     tiling = tile(logits, chosen_experts.shape[1], ranks=False)
     if rows:
-        _launch(
-            "pull_back",
+        launch(
+            "programs.pull_back",
             logits.device,
             tiling.blocks(rows),
-            tiling,
             upstream.contiguous(),
             logits,
             normaliser,
@@ -156,7 +155,7 @@ def pull_back(
             _bytes(mask, logits),
             gradient,
             rows,
-            **tiling.sizes,
+            **tiling.options,
             sigmoid=isinstance(gate, Sigmoid),
             normalize=normalize,
             has_charge=charge is not None,
@@ -177,6 +176,11 @@ class Tiling(NamedTuple):
     sizes: dict[str, int]
     warps: int
     programs: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a launch is given of it."""
+        return {**self.sizes, "num_warps": self.warps, "enable_fp_fusion": True}
 
     def blocks(self, rows: int) -> int:
         """Number of blocks that hold all rows."""
@@ -222,18 +226,6 @@ def tile(
         "slots": _next_power(top_k),
     }
     return Tiling(sizes, warps, 1056 if columns <= 512 else 528)
-
-
-def _launch(
-    program: str, device: torch.device, grid: int, tiling: Tiling, *arguments: Any, **sizes: Any
-) -> None:
-    # Imported at the first launch: Triton is optional and slow to import.
-    from moebalance.kernels import programs
-
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        getattr(programs, program)[(grid,)](
-            *arguments, **sizes, num_warps=tiling.warps, enable_fp_fusion=True
-        )
 
 
 def _check(num_experts: int, top_k: int, groups: Groups | None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 
 import numpy as np
 
 from moebalance.report.diagnosis.finding import Finding, Severity
-from moebalance.report.diagnosis.reading import Array, Reading, spread, windows
+from moebalance.report.diagnosis.reading import Reading, spread, windows
 
 UNEVEN = 1.0
 """MaxVio above which a layer is called uneven: its busiest expert has twice its share."""
@@ -52,8 +53,8 @@ def dead(log: Reading) -> Iterator[Finding]:
         top_k = model.get("top_k", 1) if isinstance(model, dict) else 1
         if log.late_tokens * top_k / len(load) < _EXPECTED:
             continue
-        idle = np.flatnonzero(load < _DEAD)
-        if not len(idle):
+        idle: list[int] = np.flatnonzero(load < _DEAD).tolist()
+        if not idle:
             continue
         since = _since(log, layer, idle)
         early = since is not None and since <= _EARLY * _planned(log)
@@ -182,7 +183,8 @@ def soft_without_hard(log: Reading) -> bool:
     if not soft or part is None or part.settings.get("statistic") == "hard" or log.selecting:
         return False
     # The hard load of an even router may well lie at twice its soft one: three times is a gap.
-    return bool(np.mean(soft) < 0.3 and np.mean(hard) > max(0.5, 3 * np.mean(soft)))
+    evenness = statistics.fmean(soft)
+    return evenness < 0.3 and statistics.fmean(hard) > max(0.5, 3 * evenness)
 
 
 def _planned(log: Reading) -> int:
@@ -190,7 +192,7 @@ def _planned(log: Reading) -> int:
     return max(log.run.last_step, planned if isinstance(planned, int) else 0)
 
 
-def _since(log: Reading, layer: int, idle: Array) -> int | None:
+def _since(log: Reading, layer: int, idle: list[int]) -> int | None:
     """The step from which on half of these experts were idle; None where snapshots cannot say."""
     if len(log.snapshots) < 4:
         return None
@@ -237,6 +239,6 @@ def _layers(log: Reading, layers: tuple[int, ...]) -> str:
     return shown[:1].upper() + shown[1:]
 
 
-def _experts(idle: Array) -> str:
+def _experts(idle: list[int]) -> str:
     shown = ", ".join(str(int(i)) for i in idle[:6]) + (", …" if len(idle) > 6 else "")
     return f"expert {shown}" if len(idle) == 1 else f"{len(idle)} experts ({shown})"

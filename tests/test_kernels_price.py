@@ -1,0 +1,109 @@
+"""The launch between the fused passes: what it forms, and that there is no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import skewed_state
+from kernel_processes import caller, process
+from moebalance import BalancedRouter, kernels
+from moebalance.balancers import Balancer, LossFree, NoBalancing, PhiBalancing, SwitchLoss, Together
+from moebalance.bench.traffic import traffic
+from moebalance.choose import Pass, _charge
+from moebalance.inject import Tally
+from moebalance.kernels import price as launched
+from moebalance.kernels import router as passes
+from moebalance.potentials import Euclidean, NegativeEntropy, Softplus
+from moebalance.routing import Softmax
+
+STEPS = {"first step": (0, 0), "one batch a step": (64, 1), "four batches a step": (200, 4)}
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with process({"TRITON_INTERPRET": "1"}) as pool:
+        yield caller(pool)
+
+
+def charged(
+    method: PhiBalancing, experts: int, tokens: float, last_step: tuple[int, int], *, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Price and running sums after a batch of these sums in the middle of a step."""
+    generator = torch.Generator().manual_seed(experts)
+    packed = torch.rand(2 * experts + 2, generator=generator)
+    packed[experts : 2 * experts] = torch.arange(experts) % 5
+    packed *= tokens > 0
+    packed[-2], packed[-1] = tokens, 1
+    running = torch.rand(2 * experts + 2, generator=generator)
+    tally = Tally(running, torch.tensor(last_step).float(), torch.tensor(0.7))
+    how = Pass(method, Softmax(), 2, True, skewed_state(method, experts), tally)
+    price = _charge(how, packed, None, fused=fused)
+    assert price is not None
+    return price, running
+
+
+@pytest.mark.parametrize("last_step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("peek", [True, False], ids=["peek", "no peek"])
+@pytest.mark.parametrize("statistic", ["soft", "hard"])
+@pytest.mark.parametrize("potential", [NegativeEntropy(), Euclidean()], ids=repr)
+def test_one_launch_counts_and_charges_as_the_method_does(
+    potential, statistic, peek, last_step, interpreted
+):
+    method = PhiBalancing(potential, strength=0.3, rate=0.2, statistic=statistic, peek=peek)
+    assert kernels.forms(method.mean_price)
+    for experts, tokens in ((2, 5.0), (60, 0.0), (60, 33.0), (2304, 100.0)):
+        case = (method, experts, tokens, last_step)
+        found = interpreted(charged, *case, fused=True)
+        for a, b in zip(found, charged(*case, fused=False), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+def test_what_the_launch_cannot_form_is_formed_in_torch():
+    class Otherwise(PhiBalancing):
+        def charged(self, state, batch):
+            return -super().charged(state, batch)
+
+    for method in (
+        PhiBalancing(memory_tokens=1000),
+        PhiBalancing(Softplus()),
+        SwitchLoss(),
+        Together(PhiBalancing(), LossFree()),
+        Otherwise(),
+    ):
+        assert not kernels.forms(method.mean_price)
+
+
+def kernels_of_a_batch(balancer: Balancer, monkeypatch, *, padded: bool = False) -> list[str]:
+    """All that a GPU is sent for one batch, there and back, in order."""
+    sent: list[str] = []
+
+    def launch(program, device, grid, *arguments, **options):
+        sent.append(program)
+
+    monkeypatch.setattr(kernels, "supported", lambda *_: True)
+    for module in (passes, launched):
+        monkeypatch.setattr(module, "launch", launch)
+    router = BalancedRouter(balancer, 64, 8)
+    logits = torch.randn(32, 64, requires_grad=True)
+    mask = torch.arange(32) < 20 if padded else None
+    upstream = torch.ones(32, 8)
+    seen = traffic(lambda: torch.autograd.grad(router(logits, mask)[0], logits, upstream), rows=1)
+    assert not seen.small
+    return sent[len(sent) // 2 :] + seen.large  # the first of two runs is to warm up
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["all real", "padded"])
+@pytest.mark.parametrize("peek", [True, False], ids=["peek", "no peek"])
+def test_phi_sends_a_gpu_one_kernel_between_its_two_passes(peek, padded, monkeypatch):
+    """One is what counting alone takes, so that φ adds none: three of ours, and the table's sum."""
+    ours = ["programs.choose", "price_program.charge", "programs.pull_back"]
+    found = kernels_of_a_batch(PhiBalancing(peek=peek), monkeypatch, padded=padded)
+    assert found == [*ours, "aten::sum"]
+    off = kernels_of_a_batch(NoBalancing(), monkeypatch, padded=padded)
+    assert off == ["programs.choose", "programs.pull_back", "aten::sum", "aten::add_"]
+
+
+def test_a_price_formed_in_torch_shows_in_that_count(monkeypatch):
+    """The control."""
+    assert len(kernels_of_a_batch(PhiBalancing(Softplus()), monkeypatch)) > 8
