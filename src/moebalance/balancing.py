@@ -21,6 +21,7 @@ from moebalance.layer import LayerBalance
 from moebalance.ledger import Ledger
 from moebalance.routing import Sums
 from moebalance.saved import FORMAT, check_fit, method_name
+from moebalance.summary import summary
 
 logger = logging.getLogger("moebalance")
 
@@ -150,10 +151,12 @@ class Balancing:
         Returns:
             `maxvio`, `maxvio_worst` (largest over layers), `minvio`, `cv`, `gini`, `entropy`
             (1 is uniform), `dead` (share of experts) on the hard load; `soft_maxvio` and
-            `soft_hard_gap`; `price_spread` where the method prices selection; `tokens` per layer.
-            Empty before the first step.
+            `soft_hard_gap`; `aim_maxvio` and `aim_gap`, relative to the shares of a method that has
+            some; `price_spread` where it prices selection; `tokens` per layer. Empty before the
+            first step.
         """
-        found = metrics.summary([layer.last_sums for layer in self.layers.values()])
+        sums = [layer.last_sums for layer in self.layers.values()]
+        found = summary(sums, self.balancer.aim)
         if not found:
             return {}
         prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
@@ -184,7 +187,7 @@ class Balancing:
         if None in seen.values():
             raise RuntimeError("Nothing was counted in evaluation: call watch() before it.")
         self.watch()
-        return metrics.summary(list(seen.values())), _loads(seen)
+        return summary(list(seen.values()), self.balancer.aim), _loads(seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: format, method, steps and each layer's tensors."""

@@ -77,13 +77,6 @@ def settle_rate(method: Remembers, default: float) -> None:
     check_rate("rate", default if method.rate is None else method.rate)
 
 
-def described(method: Remembers) -> str:
-    """The method's repr without the one of rate and memory that it does not have."""
-    values = ((name, value) for name, value in vars(method).items() if value is not None)
-    inside = ", ".join(f"{name}={value!r}" for name, value in values)
-    return f"{type(method).__name__}({inside})"
-
-
 def step_rate(method: Remembers, tokens: Float[Tensor, ""]) -> Tensor:
     """η of a step of so many tokens; 0 if it has none."""
     if method.memory_tokens is None:

@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, check_positive
-from moebalance.balancers.ema import Ema, batch_rate, described, settle_rate, step_rate
+from moebalance.balancers.ema import Ema, batch_rate, settle_rate, step_rate
 from moebalance.routing import Batch, Sums
+from moebalance.shares import Shares, check_shares, per_share, settle_shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmaSwitchLoss(Balancer):
     """Switch loss on a moving average of the hard load.
 
@@ -27,18 +28,18 @@ class EmaSwitchLoss(Balancer):
         rate: η in (0, 1], weight of the newest step; at 1, where a step is one batch, this
             is the Switch loss. 0.3 if `memory_tokens` is not given either.
         memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M).
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
     """
 
     strength: float = 1e-2
     rate: float | None = None
     memory_tokens: float | None = None
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
         settle_rate(self, default=0.3)
-
-    def __repr__(self) -> str:
-        return described(self)
+        settle_shares(self)
 
     @property
     def from_sums(self) -> bool:
@@ -57,6 +58,7 @@ class EmaSwitchLoss(Balancer):
 
     def init(self, num_experts: int) -> Ema:
         """Start with an empty average."""
+        check_shares(self.shares, num_experts)
         return Ema.empty(num_experts)
 
     def update(self, state: Ema, sums: Sums) -> Ema:
@@ -64,5 +66,6 @@ class EmaSwitchLoss(Balancer):
         return state.toward(sums.hard_load, step_rate(self, sums.tokens))
 
     def charged(self, state: Ema, batch: Batch) -> Float[Tensor, "E"]:
-        """α m with m as of this batch."""
-        return self.strength * state.toward(batch.sums.hard_load, batch_rate(self, batch)).mean
+        """α m, per share, with m as of this batch."""
+        mean = state.toward(batch.sums.hard_load, batch_rate(self, batch)).mean
+        return self.strength * per_share(mean, self.shares)

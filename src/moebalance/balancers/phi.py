@@ -20,17 +20,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, check_positive
-from moebalance.balancers.ema import Ema, batch_rate, described, settle_rate, step_rate
+from moebalance.balancers.ema import Ema, batch_rate, settle_rate, step_rate
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
+from moebalance.shares import Shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PhiBalancing(Balancer):
-    """φ-balancing with any of the nine potentials.
+    """φ-balancing with any of the nine potentials, or what is composed of them.
 
     Args:
-        potential: strictly convex symmetric φ; its gradient is the price.
+        potential: convex φ; its gradient is the price. `potential.relative_to(shares)` aims at
+            other than equal loads, `potential.grouped(groups)` at equal loads of groups.
         strength: α ≥ 0, the weight of the term. At equal α negative entropy pushes E times harder
             than Euclidean; `potential.unit_slope()` removes that difference. The default was chosen
             at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
@@ -72,13 +74,15 @@ class PhiBalancing(Balancer):
                 f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
             )
 
-    def __repr__(self) -> str:
-        return described(self)
-
     @property
     def from_sums(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def aim(self) -> Shares | None:
+        """The potential's."""
+        return self.potential.aim
 
     @property
     def reads(self) -> frozenset[str]:
@@ -92,6 +96,7 @@ class PhiBalancing(Balancer):
 
     def init(self, num_experts: int) -> Ema:
         """Start with an empty average."""
+        self.potential.check(num_experts)
         return Ema.empty(num_experts)
 
     def update(self, state: Ema, sums: Sums) -> Ema:

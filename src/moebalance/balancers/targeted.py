@@ -34,6 +34,7 @@ from moebalance.balancers.base import (
 from moebalance.balancers.ema import Ema
 from moebalance.balancers.goals import Goal
 from moebalance.routing import Batch, Routing, Sums
+from moebalance.shares import Shares
 
 _FLOOR = 1e-3
 _LATELY = 0.02  # what the last 50 steps or so were like
@@ -97,8 +98,9 @@ class Targeted(Balancer):
 
     def init(self, num_experts: int) -> Steered:
         """λ starts at the method's own strength."""
-        zero = torch.zeros((), dtype=torch.float32)
-        return Steered(self.balancer.init(num_experts), Ema.empty(num_experts), zero, zero)
+        zero, load = torch.zeros((), dtype=torch.float32), Ema.empty(num_experts)
+        self.goal.measure(load.mean)  # raises where the goal is for other layers
+        return Steered(self.balancer.init(num_experts), load, zero, zero)
 
     def update(self, state: Steered, sums: Sums) -> Steered:
         """Advance the method and the load, then log λ by what the load misses."""
@@ -163,6 +165,11 @@ class Targeted(Balancer):
     def reads(self) -> frozenset[str]:
         """What the method reads, and the goal's load."""
         return self.balancer.reads | {self.goal.reads}
+
+    @property
+    def aim(self) -> Shares | None:
+        """That of the method."""
+        return self.balancer.aim
 
     @property
     def coupling(self) -> Coupling:
