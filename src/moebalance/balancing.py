@@ -4,7 +4,7 @@ It knows layers by name and nothing of the framework that they came from.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -202,15 +202,30 @@ class Balancing:
             },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        *,
+        parents: Sequence[int | Sequence[int]] | None = None,
+    ) -> None:
         """Go on from a saved state. Refused whole, with the reason, if it does not fit.
+
+        Args:
+            state: what `state_dict` returned.
+            parents: where experts were copied, merged, added or taken out since: for each expert of
+                this model those of the saved one that it descends from (`Lineage`); one, several in
+                brackets, or none, `()`. Means split and add up, prices are passed on.
 
         Raises:
             ValueError: another format, method, set of layers or number of experts.
         """
-        check_fit(state, self.balancer, self.layers)
+        lineages = check_fit(state, self.balancer, self.layers, parents=parents)
         for name, layer in self.layers.items():
-            layer.load_state_dict(state["layers"][name])
+            saved = state["layers"][name]
+            if name in lineages:
+                layer.inherit(saved, lineages[name])
+            else:
+                layer.load_state_dict(saved)
             layer.last_total = None
         self.discard()
         self.steps, self._ledger.loaded = state["steps"], True

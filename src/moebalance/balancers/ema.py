@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import check_positive, check_rate
-from moebalance.routing import Batch
+from moebalance.balancers.lineage import Lineage
+from moebalance.routing import Batch, Gate
 
 
 class Ema(NamedTuple):
@@ -43,6 +44,14 @@ class Ema(NamedTuple):
         weight = (self.weight + rate * (1 - self.weight)).to(self.weight.dtype)
         gain = (rate / weight).to(self.mean.dtype)
         return Ema(torch.lerp(self.mean, value.to(self.mean.dtype), gain), weight)
+
+    def inherit(self, lineage: Lineage, gate: Gate) -> "Ema":
+        """The mean is a mass; what has seen nothing stays empty."""
+        if self.weight <= _TINY:
+            return Ema(
+                torch.full_like(lineage.mass(self.mean), 1 / lineage.num_experts), self.weight
+            )
+        return Ema(lineage.mass(self.mean), self.weight)
 
 
 @runtime_checkable

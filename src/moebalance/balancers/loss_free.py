@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, check_positive, where_seen
-from moebalance.routing import Sums
+from moebalance.balancers.lineage import Lineage
+from moebalance.routing import Gate, Sums
 from moebalance.shares import Shares, check_shares, per_share, settle_shares
 
 
@@ -24,6 +25,16 @@ class SelectionPrice(NamedTuple):
     """The price (E,), float32, subtracted from the affinities before top-k."""
 
     price: Float[Tensor, "E"]
+
+    def inherit(self, lineage: Lineage, gate: Gate) -> "SelectionPrice":
+        """The parent's price, in the unit of affinities.
+
+        Softmax affinities share a sum of one: with n times the experts they are an n-th each.
+        """
+        price = lineage.price(self.price)
+        if gate.shares_one:
+            price = price * (lineage.num_parents / lineage.num_experts)
+        return SelectionPrice(price)
 
 
 @dataclass(frozen=True, repr=False)
