@@ -13,6 +13,7 @@ from moebalance.evidence.chapters import (
     scale,
     specialisation,
     stability,
+    targets,
 )
 
 CHAPTERS: tuple[Callable[[Studies], Chapter], ...] = (
@@ -25,4 +26,5 @@ CHAPTERS: tuple[Callable[[Studies], Chapter], ...] = (
     finetuning.chapter,
     scale.chapter,
     gap.chapter,
+    targets.chapter,
 )
