@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,9 +230,9 @@ def test_goals_measure_relative_to_their_shares():
 
 def test_a_steered_method_is_left_alone_at_its_shares():
     hard = PhiBalancing(NegativeEntropy().relative_to(SHARES), statistic="hard", strength=0.05)
-    aimed, blind = (
-        Targeted(hard, MaxVio(0.3, shares=shares), gain=0.1) for shares in (SHARES, None)
-    )
+    aimed = Targeted(hard, MaxVio(0.3), gain=0.1)
+    assert aimed.goal == MaxVio(0.3, shares=SHARES)
+    blind = replace(aimed, goal=MaxVio(0.3, shares=EQUAL))
     multipliers = []
     for method in (aimed, blind):
         state = method.init(8)
@@ -298,6 +300,14 @@ def test_impossible_shares_are_refused(call, says):
 def test_shares_are_numbers_in_a_row(given):
     with pytest.raises(TypeError, match="shares="):
         as_shares(given)
+
+
+PAGE = (Path(__file__).parents[1] / "docs/targets.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL))
+def test_python_on_the_page_about_targets_runs(block):
+    exec(compile(block, "docs/targets.md", "exec"), {})
 
 
 def test_methods_without_shares_are_called_as_before():

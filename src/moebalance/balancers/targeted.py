@@ -16,7 +16,7 @@ is already on its way: 1 while log v stays where it was of late, 0 once it moves
 a tenth or more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any, NamedTuple
 
@@ -59,7 +59,8 @@ class Targeted(Balancer):
 
     Args:
         balancer: any method that charges in the loss. Its own strength is where λ starts.
-        goal: what is allowed, for example `MaxVio(0.3)`.
+        goal: what is allowed, for example `MaxVio(0.3)`. A goal without shares takes over those
+            that the method aims at.
         gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
             `metrics.sampling_floor` at (2 − η) / η steps' tokens.
@@ -92,6 +93,8 @@ class Targeted(Balancer):
                 f"{self.balancer!r} has no strength to steer: give a method that charges in the "
                 "loss alone, and compose it with Together afterwards."
             )
+        if self.goal.shares is None and self.balancer.aim is not None:
+            object.__setattr__(self, "goal", replace(self.goal, shares=self.balancer.aim))
         check_positive("gain", self.gain, zero=False)
         check_positive("ceiling", self.ceiling, zero=False)
         check_rate("rate", self.rate)

@@ -20,7 +20,6 @@ from moebalance.experiments.corpus import did_you_mean
 from moebalance.experiments.potential_words import build_potential, table_with_shares
 from moebalance.experiments.recipe import LoraSpec
 from moebalance.potentials import NegativeEntropy
-from moebalance.shares import Shares
 
 TARGET = "target"
 """The option that any method with a strength has besides its own."""
@@ -152,23 +151,19 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Balancer:
                 f"Possible: {', '.join(possible) or 'none'}."
             )
     values = table_with_shares({key: v for key, v in options.items() if key != TARGET})
-    shares = values.get(SHARES)
     if POTENTIAL in values:
         values[POTENTIAL] = build_potential(values[POTENTIAL])
-    if SHARES not in own and values.pop(SHARES, None) is not None:
+    if SHARES not in own and (shares := values.pop(SHARES, None)) is not None:
         values[POTENTIAL] = values.get(POTENTIAL, NegativeEntropy()).relative_to(shares)
     method = kind(**values)
-    return Targeted(method, _build_goal(options[TARGET], shares)) if TARGET in options else method
+    return Targeted(method, _build_goal(options[TARGET])) if TARGET in options else method
 
 
-def _build_goal(value: Any, shares: Shares | None) -> Goal:
-    """`0.3` is a MaxVio; else a table such as `{name = "Gini", at_most = 0.1, load = "soft"}`.
-
-    The method's shares are the goal's, unless it has its own.
-    """
+def _build_goal(value: Any) -> Goal:
+    """`0.3` is a MaxVio; else a table such as `{name = "Gini", at_most = 0.1, load = "soft"}`."""
     if not isinstance(value, Mapping):
-        return MaxVio(value, shares=shares)
-    table = {SHARES: shares, **table_with_shares(value)}
+        return MaxVio(value)
+    table = table_with_shares(value)
     name = table.pop("name", "MaxVio")
     kinds = {kind.__name__: kind for kind in GOALS}
     if name not in kinds:
