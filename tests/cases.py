@@ -1,6 +1,7 @@
 """The balancers that every shared law is held against, and the batches that they are shown.
 
-A new method is one line in `BALANCERS`; `test_laws.py` does the rest.
+A new method is one line in `BALANCERS`; `test_laws.py` does the rest. Those with shares or
+groups fit one number of experts, and stand in `OF_EIGHT`.
 """
 
 from __future__ import annotations
@@ -92,6 +93,33 @@ BALANCERS: dict[str, Balancer] = {
     "switch-z-and-quantile": Together(
         Together(SwitchLoss(strength=0.03), ZLoss(strength=0.02)), QuantileBalancing(bins=128)
     ),
+}
+
+SHARES = (4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
+
+OF_EIGHT: dict[str, Balancer] = {
+    "phi-shares": PhiBalancing(NegativeEntropy().relative_to(SHARES), strength=0.05),
+    "phi-euclidean-shares": PhiBalancing(Euclidean().relative_to(SHARES), strength=0.3, peek=False),
+    "phi-groups": PhiBalancing(NegativeEntropy().grouped(4), strength=0.05),
+    "phi-groups-by-name": PhiBalancing(Tsallis().grouped((0, 1, 2, 0, 1, 1, 2, 0)), strength=0.05),
+    "phi-levels": PhiBalancing(
+        NegativeEntropy().grouped(2) + 0.1 * NegativeEntropy().relative_to(SHARES), strength=0.05
+    ),
+    "plug-in-shares": PlugInLoss(NegativeEntropy().relative_to(SHARES), strength=0.03),
+    "switch-shares": SwitchLoss(strength=0.03, shares=SHARES),
+    "global-batch-shares": GlobalBatchLoss(strength=0.02, shares=SHARES),
+    "sequence-shares": SequenceLoss(strength=0.04, shares=SHARES),
+    "ema-switch-shares": EmaSwitchLoss(strength=0.03, rate=0.4, shares=SHARES),
+    "loss-free-shares": LossFree(shares=SHARES),
+    "loss-free-proportional-shares": LossFree(rate=0.02, rule="proportional", shares=SHARES),
+    "quantile-shares": QuantileBalancing(bins=64, shares=SHARES),
+    "sinkhorn-shares": Sinkhorn(shares=SHARES),
+    "targeted-shares": Targeted(
+        PhiBalancing(NegativeEntropy().relative_to(SHARES), strength=0.05, statistic="hard"),
+        MaxVio(0.3, shares=SHARES),
+        gain=0.5,
+    ),
+    "shares-together": Together(SwitchLoss(strength=0.03, shares=SHARES), LossFree(shares=SHARES)),
 }
 
 GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}

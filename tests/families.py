@@ -74,6 +74,11 @@ class Expected:
     empty: int = 0
     top_k: int = 2
 
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """Where some choices compute nothing, half as much load for each of them."""
+        return (2.0,) * self.num_experts + (1.0,) * self.empty if self.empty else None
+
 
 EXPECTED: dict[str, Expected] = {family: Expected() for family in FAMILIES} | {
     "deepseek_v4": Expected(routers=3),  # a hash router and two learned ones

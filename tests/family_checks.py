@@ -6,6 +6,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,14 @@ from moebalance.integrations.huggingface.doctor.weights import check_resuming
 from moebalance.integrations.huggingface.scan import open_weights
 
 PHI = mb.PhiBalancing(strength=0.5)
+
+
+def phi(family: str) -> mb.PhiBalancing:
+    """A strong φ-balancing; where some choices compute nothing, they shall be half as popular."""
+    expected = EXPECTED[family]
+    if not expected.empty:
+        return PHI
+    return replace(PHI, potential=PHI.potential.relative_to(expected.shares))
 
 
 class Row(NamedTuple):
@@ -62,6 +71,10 @@ def examine(family: str, *, brief: bool = False) -> Row:
     check_detach(family)
     gate = type(sites[0].gate).__name__
     verdict = "full" if lever in ("native", "hook") else "loss lever only"
+    if EXPECTED[family].empty:
+        with pytest.raises(ValueError, match=r"cannot be balanced by .* equal use of all would"):
+            mb.attach(tiny(family), PHI)
+        verdict += ", given shares"
     checkpointing, compiling = check_checkpointing(family), "–" if brief else check_compile(family)
     return Row(family, found, gate, "yes", lever, checkpointing, compiling, resumes, verdict)
 
@@ -72,14 +85,15 @@ def check_sites(family: str, sites: list[Site]) -> str:
     fixed = 1 if family == "deepseek_v4" else 0  # its first layer routes by a table
     assert len(sites) == expected.routers - fixed
     for site in sites:
-        assert (site.num_experts, site.top_k) == (expected.num_experts, expected.top_k)
+        columns = expected.num_experts + expected.empty
+        assert (site.num_experts, site.top_k) == (columns, expected.top_k)
     note = ", one by table" if fixed else ""
     return f"{len(sites)} of {expected.routers}{note}"
 
 
 def check_gradient(family: str, sites: list[Site]) -> None:
     """The injected gradient equals the explicit term, on every parameter of every router."""
-    ids, model = tokens(), tiny(family)
+    ids, model, method = tokens(), tiny(family), phi(family)
     names = [site.name for site in sites]
     with watch(model) as seen:
         value = task_loss(model, ids)
@@ -90,11 +104,11 @@ def check_gradient(family: str, sites: list[Site]) -> None:
         routing = mb.route(answer.logits, answer.experts, site.gate)
         sums = mb.measure(routing)
         step = mb.Batch(routing, sums, sums)
-        value = value + PHI.penalty(PHI.init(site.num_experts), step)
+        value = value + method.penalty(method.init(site.num_experts), step)
     value.backward()
     explicit = gradients(model, names)
     model.zero_grad()
-    with mb.attach(model, PHI):
+    with mb.attach(model, method):
         task_loss(model, ids).backward()
         injected = gradients(model, names)
     for name in seen:
@@ -129,7 +143,8 @@ def check_statistics(family: str) -> None:
 
 def check_selection(family: str) -> str:
     """A price moves the choice and leaves the weights of who stays to the affinities alone."""
-    model, ids, method = tiny(family).eval(), tokens(), mb.LossFree(rate=10.0)
+    model, ids = tiny(family).eval(), tokens()
+    method = mb.LossFree(rate=10.0, shares=EXPECTED[family].shares)
     site = find_sites(model)[0]
     if site.bias is None and site.why_fixed:
         with pytest.raises(ValueError, match=site.why_fixed):
@@ -168,7 +183,7 @@ def check_detach(family: str) -> None:
     """After `detach` outputs are bit-identical; the keys of the model's state never change."""
     model, ids = tiny(family), tokens()
     keys, before = list(model.state_dict()), task_loss(model, ids)
-    with mb.attach(model, PHI) as balancing:
+    with mb.attach(model, phi(family)) as balancing:
         task_loss(model, ids).backward()
         balancing.step()
         assert list(model.state_dict()) == keys
@@ -248,7 +263,7 @@ def trained(family: str, prepare: Callable[[nn.Module], None]) -> tuple[list[Ten
     """Counts of one training step and the routers' gradients."""
     model = tiny(family)
     sites = find_sites(model)
-    with mb.attach(model, PHI) as balancing:
+    with mb.attach(model, phi(family)) as balancing:
         prepare(model)
         task_loss(model, tokens()).backward()
         balancing.step()

@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 import moebalance as mb
 from families import FAMILIES, tiny
-from family_checks import PHI, Row, examine
+from family_checks import Row, examine, phi
 from moebalance.integrations.huggingface import find_sites
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def count() -> Count:
             if not find_sites(model):
                 found.without_router.append(family)
                 continue
-            mb.attach(model, PHI)
+            mb.attach(model, phi(family))
         except ValueError as refusal:
             found.refused[family] = str(refusal).partition(". ")[0]
             continue

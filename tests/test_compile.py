@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moebalance.balancers import LossFree, PhiBalancing, SequenceLoss, Together, ZLoss
+from moebalance.balancers import (
+    LossFree,
+    PhiBalancing,
+    SequenceLoss,
+    SwitchLoss,
+    Together,
+    ZLoss,
+)
+from moebalance.potentials import NegativeEntropy
 from moebalance.saved import method_name
 from tiny_moe import TinyMoE, close, gradients, handle, hidden
 
@@ -37,6 +45,11 @@ def compiled(model):
         PhiBalancing(strength=0.1, peek=False),
         LossFree(rate=0.1),
         SequenceLoss(strength=0.1),
+        Together(SwitchLoss(strength=0.1, shares=(2, 1, 1, 1)), LossFree(shares=(2, 1, 1, 1))),
+        PhiBalancing(
+            NegativeEntropy().grouped((0, 1, 1, 0)) + NegativeEntropy().relative_to((3, 1, 2, 1)),
+            strength=0.1,
+        ),
         Together(PhiBalancing(strength=0.1), LossFree(rate=0.1)),
     ],
     ids=method_name,

@@ -56,10 +56,19 @@ def test_a_family_without_a_bias_is_told_what_that_means_for_export() -> None:
 
 
 def test_routers_that_moebalance_refuses_are_an_error() -> None:
-    found = diagnose("longcat_flash")
+    found = diagnose("doge")
     assert found.failed
     assert found.routers == ()
-    assert "some of its experts compute nothing" in worst(found)[1]
+    assert "product keys" in worst(found)[1]
+
+
+@pytest.mark.parametrize("family", ["longcat_flash", "zaya"])
+def test_experts_that_compute_nothing_need_shares(family: str) -> None:
+    found = diagnose(family)
+    assert not found.failed
+    (warning,) = texts(found, Severity.WARNING)
+    assert "equal use of all would" in warning
+    assert "shares" in warning
 
 
 def test_a_dense_model_is_an_error() -> None:

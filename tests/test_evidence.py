@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moebalance.evidence.aims import Aim, aim_of
 from moebalance.evidence.chapter import Verdict
 from moebalance.evidence.chapters import (
     finetuning,
@@ -18,6 +19,7 @@ from moebalance.evidence.chapters import (
     rate,
     rivals,
     scale,
+    shares,
     specialisation,
     stability,
     target,
@@ -25,7 +27,10 @@ from moebalance.evidence.chapters import (
 from moebalance.evidence.choose import Cell, cell, choose, family
 from moebalance.evidence.population import plug_in_bias, simulated_scores
 from moebalance.evidence.results import gather, read
+from moebalance.experiments.compare import run_name
+from moebalance.experiments.recipe import Recipe
 from moebalance.report.diagnosis.oscillation import swing
+from moebalance.runlog import read_run
 from synthetic_runs import write_run
 from synthetic_studies import GRID, STEPS, jitter, result, study, swinging
 
@@ -115,6 +120,30 @@ def test_a_study_is_kept_and_read_back(tmp_path):
     curve = again.results[0].curve
     assert len(curve["step"]) == len(curve["maxvio"]) <= 60
     assert curve["step"][-1] == 60
+
+
+def test_of_a_study_about_shares_and_groups_every_run_is_judged_by_them(tmp_path):
+    settings = ["none", "switch(shares='8x4, 24x1')"]
+    grouped = "phi(potential={'name': 'Euclidean', 'groups': 4})"
+    aim = aim_of([*settings, grouped])
+    assert aim == Aim((4.0,) * 8 + (1.0,) * 24, 4)
+    assert aim_of(GRID) == Aim() == aim_of([grouped, grouped.replace("4", "2")])
+    load = np.random.default_rng(0).dirichlet(np.ones(32), size=2)
+    rho = np.array([4.0] * 8 + [1.0] * 24) / 56
+    judged = aim.judge(load.tolist())
+    assert judged == pytest.approx(
+        {
+            "aim_maxvio": ((load / rho).max(axis=1) - 1).mean(),
+            "aim_gap": np.abs(load - rho).sum(axis=1).mean() / 2,
+            "group_maxvio": (load.reshape(2, 4, 8).sum(-1).max(axis=1) * 4 - 1).mean(),
+        }
+    )
+    header = {"recipe": {"model": {}, "data": {}, "train": {"steps": 60}}}
+    folder = tmp_path / "runs/mixed" / run_name(settings[0], 0)
+    write_run(folder, "none", seed=0, steps=60, header=header, experts=32)
+    (kept,) = gather("s", tmp_path / "runs", settings, tmp_path / "s.jsonl").results
+    last = read_run(folder).evals[-1]
+    assert kept.final["aim_gap"] == pytest.approx(aim.judge(last["load"])["aim_gap"])
 
 
 def test_a_study_with_an_unfinished_run_is_refused(tmp_path):
@@ -411,3 +440,34 @@ def test_gap_recommends_what_balances_at_no_loss():
     found = gap.chapter({name: study(name, GRID, plant) for name in rivals.TEXTS})
     assert found.verdict is Verdict.HOLDS
     assert "The recommendation is `phi(strength=0.001)+loss-free`: MaxVio 0.20" in found.because
+
+
+@pytest.mark.parametrize(
+    ("gap", "mi", "verdict"),
+    [
+        (-0.1, 0.2, Verdict.HOLDS),
+        (-0.1, 0.0, Verdict.IN_PART),
+        (0.0, 0.2, Verdict.IN_PART),
+        (0.0, 0.0, Verdict.NOT_HERE),
+    ],
+)
+def test_shares_and_groups(gap, mi, verdict):
+    def plant(setting: str, seed: int, batching: str):
+        noise = 0.001 * ((seed + len(setting)) % 3 - 1)
+        return {
+            "loss": 2.0 + noise,
+            "aim_gap": 0.3 + noise + gap * ("shares=" in setting),
+            "aim_maxvio": 0.5,
+            "group_maxvio": 0.2 + noise,
+            "mi": 0.3 + noise + mi * ("groups" in setting),
+        }
+
+    studies = {}
+    for name in ("shares", "groups"):
+        recipe = Recipe.read(ROOT / f"recipes/evidence/{name}.toml")
+        both = tuple(recipe.compare.batching)
+        studies[name] = study(name, tuple(recipe.compare.methods), plant, seeds=3, batchings=both)
+    found = shares.chapter(studies)
+    assert found.verdict is verdict
+    assert found.body.count("| `none` |") == 4
+    assert "one-domain" in found.because

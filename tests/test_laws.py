@@ -13,6 +13,7 @@ import moebalance as mb
 from cases import (
     BALANCERS,
     GATES,
+    OF_EIGHT,
     add,
     charging_parts,
     one_batch,
@@ -29,6 +30,10 @@ from moebalance.routing import Routing, route
 
 every_balancer = pytest.mark.parametrize(
     "balancer", [pytest.param(balancer, id=name) for name, balancer in BALANCERS.items()]
+)
+every_balancer_of_eight = pytest.mark.parametrize(
+    "balancer",
+    [pytest.param(balancer, id=name) for name, balancer in {**BALANCERS, **OF_EIGHT}.items()],
 )
 every_gate = pytest.mark.parametrize(
     "gate", [pytest.param(gate, id=name) for name, gate in GATES.items()]
@@ -82,14 +87,14 @@ def test_sums_of_a_concatenation_are_the_sums_of_the_parts(
     close(whole, add(balancer.observe(state, a), balancer.observe(state, b)))
 
 
-@every_balancer
+@every_balancer_of_eight
 def test_extra_sums_have_the_announced_shapes(balancer):
     routing = random_routing(10, 8)
     extra = balancer.observe(balancer.init(8), routing).extra
     assert tuple(tuple(tensor.shape) for tensor in extra) == balancer.extra_shapes(8)
 
 
-@every_balancer
+@every_balancer_of_eight
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_state_sums_and_gradient_are_float32_whatever_the_logits(balancer, dtype):
     routing = random_routing(24, 8, dtype=dtype)
@@ -103,7 +108,7 @@ def test_state_sums_and_gradient_are_float32_whatever_the_logits(balancer, dtype
         state = balancer.update(state, batch.sums)
 
 
-@every_balancer
+@every_balancer_of_eight
 def test_state_stays_float32_under_another_default_dtype(balancer):
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -113,7 +118,7 @@ def test_state_stays_float32_under_another_default_dtype(balancer):
     assert all(tensor.dtype == torch.float32 for tensor in tensors(state))
 
 
-@every_balancer
+@every_balancer_of_eight
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_float64_logits_are_taken_and_an_update_keeps_the_dtype_of_the_state(balancer, state_dtype):
     routing = random_routing(24, 8, dtype=torch.float64)
@@ -124,7 +129,7 @@ def test_float64_logits_are_taken_and_an_update_keeps_the_dtype_of_the_state(bal
     assert all(t.dtype == state_dtype for t in tensors(balancer.update(state, batch.sums)))
 
 
-@every_balancer
+@every_balancer_of_eight
 @pytest.mark.parametrize("tokens", [0, 6], ids=["no-token", "all-padding"])
 @every_gate
 def test_batch_without_real_token_changes_no_state_and_has_zero_gradient(balancer, tokens, gate):
@@ -141,7 +146,7 @@ def test_batch_without_real_token_changes_no_state_and_has_zero_gradient(balance
     assert torch.isfinite(torch.cat([t.reshape(-1) for t in tensors(batch.sums)])).all()
 
 
-@every_balancer
+@every_balancer_of_eight
 @every_gate
 def test_padding_changes_neither_sums_nor_term_nor_choice_of_real_tokens(balancer, gate):
     sequences, length, padding, num_experts = 3, 7, 4, 8
@@ -219,7 +224,7 @@ def test_renumbering_the_experts_renumbers_every_result(balancer, seed, num_expe
             torch.testing.assert_close(theirs, mine, rtol=2e-6, atol=1e-6)
 
 
-@every_balancer
+@every_balancer_of_eight
 def test_functions_are_pure(balancer):
     routing = random_routing(24, 8, padded=True, sequences=4)
     state = skewed_state(balancer, 8)
@@ -236,7 +241,7 @@ def test_functions_are_pure(balancer):
     identical([*tensors(state), routing.logits, routing.scores, routing.experts], copies)
 
 
-@every_balancer
+@every_balancer_of_eight
 def test_hyper_parameters_are_frozen_hashable_and_comparable(balancer):
     assert len({balancer, eval(repr(balancer), public_names())}) == 1
     for field in fields(balancer):
@@ -244,12 +249,12 @@ def test_hyper_parameters_are_frozen_hashable_and_comparable(balancer):
             setattr(balancer, field.name, 1)
 
 
-@every_balancer
+@every_balancer_of_eight
 def test_repr_is_the_expression_that_builds_it(balancer):
     assert eval(repr(balancer), public_names()) == balancer
 
 
-@every_balancer
+@every_balancer_of_eight
 def test_levers_are_announced_truly(balancer):
     routing = random_routing(24, 8)
     state = skewed_state(balancer, 8)
@@ -260,7 +265,7 @@ def test_levers_are_announced_truly(balancer):
     assert balancer.selects == (preference(balancer, state, routing) is not None)
 
 
-@every_balancer
+@every_balancer_of_eight
 @every_gate
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(

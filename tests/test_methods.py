@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moebalance as mb
-from moebalance.balancers import Balancer, Targeted, Together
+from moebalance.balancers import Balancer, Scheduled, Targeted, Together
 from moebalance.experiments import methods
 from moebalance.experiments.methods import build_method, method_classes, split_outside_brackets
 from moebalance.experiments.recipe import Recipe
@@ -24,7 +24,7 @@ def test_every_exported_method_has_a_word_and_can_be_built() -> None:
         kind
         for name in mb.balancers.__all__
         if isinstance(kind := getattr(mb.balancers, name), type) and issubclass(kind, Balancer)
-    } - {Balancer, Targeted, Together}
+    } - {Balancer, Scheduled, Targeted, Together}
     assert set(method_classes().values()) == exported
     for word, kind in method_classes().items():
         assert build_method(word) == kind()

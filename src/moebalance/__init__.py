@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from moebalance.layer import BalancedRouter as BalancedRouter
     from moebalance.monitoring import Monitor as Monitor
     from moebalance.monitoring import monitor as monitor
+    from moebalance.potentials import Combined as Combined
     from moebalance.potentials import Euclidean as Euclidean
+    from moebalance.potentials import Grouped as Grouped
     from moebalance.potentials import LogCosh as LogCosh
     from moebalance.potentials import LpNorm as LpNorm
     from moebalance.potentials import NegativeEntropy as NegativeEntropy
     from moebalance.potentials import Potential as Potential
     from moebalance.potentials import PseudoHuber as PseudoHuber
+    from moebalance.potentials import Relative as Relative
     from moebalance.potentials import Renyi as Renyi
     from moebalance.potentials import SoftL1 as SoftL1
     from moebalance.potentials import Softplus as Softplus
@@ -86,12 +89,15 @@ _HOME = {
     "moebalance.layer": ["BalancedRouter"],
     "moebalance.monitoring": ["Monitor", "monitor"],
     "moebalance.potentials": [
+        "Combined",
         "Euclidean",
+        "Grouped",
         "LogCosh",
         "LpNorm",
         "NegativeEntropy",
         "Potential",
         "PseudoHuber",
+        "Relative",
         "Renyi",
         "SoftL1",
         "Softplus",

@@ -4,7 +4,7 @@ It knows layers by name and nothing of the framework that they came from.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,7 @@ from moebalance.layer import LayerBalance
 from moebalance.ledger import Ledger
 from moebalance.routing import Sums
 from moebalance.saved import FORMAT, check_fit, method_name
+from moebalance.summary import summary
 
 logger = logging.getLogger("moebalance")
 
@@ -150,11 +151,13 @@ class Balancing:
         Returns:
             `maxvio`, `maxvio_worst` (largest over layers), `minvio`, `cv`, `gini`, `entropy`
             (1 is uniform), `dead` (share of experts) on the hard load; `soft_maxvio` and
-            `soft_hard_gap`; `price_spread` where the method prices selection; `tokens` per layer;
-            what a method says of itself, as `multiplier`, with `_least` and `_most` over layers.
-            Empty before the first step.
+            `soft_hard_gap`; `aim_maxvio` and `aim_gap`, relative to the shares of a method that has
+            some; `price_spread` where it prices selection; `tokens` per layer; what a method says
+            of itself, as `multiplier`, with `_least` and `_most` over layers. Empty before the
+            first step.
         """
-        found = metrics.summary([layer.last_sums for layer in self.layers.values()])
+        sums = [layer.last_sums for layer in self.layers.values()]
+        found = summary(sums, self.balancer.aim)
         if not found:
             return {}
         prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
@@ -196,7 +199,7 @@ class Balancing:
         if None in seen.values():
             raise RuntimeError("Nothing was counted in evaluation: call watch() before it.")
         self.watch()
-        return metrics.summary(list(seen.values())), _loads(seen)
+        return summary(list(seen.values()), self.balancer.aim), _loads(seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: format, method, steps and each layer's tensors."""
@@ -211,15 +214,30 @@ class Balancing:
             },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        *,
+        parents: Sequence[int | Sequence[int]] | None = None,
+    ) -> None:
         """Go on from a saved state. Refused whole, with the reason, if it does not fit.
+
+        Args:
+            state: what `state_dict` returned.
+            parents: where experts were copied, merged, added or taken out since: for each expert of
+                this model those of the saved one that it descends from (`Lineage`); one, several in
+                brackets, or none, `()`. Means split and add up, prices are passed on.
 
         Raises:
             ValueError: another format, method, set of layers or number of experts.
         """
-        check_fit(state, self.balancer, self.layers)
+        lineages = check_fit(state, self.balancer, self.layers, parents=parents)
         for name, layer in self.layers.items():
-            layer.load_state_dict(state["layers"][name])
+            saved = state["layers"][name]
+            if name in lineages:
+                layer.inherit(saved, lineages[name])
+            else:
+                layer.load_state_dict(saved)
             layer.last_total = None
         self.discard()
         self.steps, self._ledger.loaded = state["steps"], True

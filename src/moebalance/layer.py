@@ -5,13 +5,14 @@ tensors, not buffers: DistributedDataParallel broadcasts rank 0's buffers, which
 what the other ranks have counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moebalance.balancers.base import Balancer, State
+from moebalance.balancers.lineage import Lineage, inherit
 from moebalance.choose import Pass, best, choose, shares
 from moebalance.inject import Tally, inject, pack, packed_size, unpack
 from moebalance.routing import Gate, Softmax, Sums, measure, route
@@ -144,6 +145,18 @@ class LayerBalance(nn.Module):
     def adopt(self, price: Float[Tensor, "E"]) -> None:
         """Start from a selection price that the model was trained with."""
         self._write(self.balancer.adopt(self.state, price.float()))
+
+    @torch.no_grad()
+    def inherit(self, saved: Mapping[str, Tensor], lineage: Lineage) -> None:
+        """Take up the state of a layer whose experts were others.
+
+        Args:
+            saved: that layer's `state_dict`.
+            lineage: the parents of this layer's experts among that one's.
+        """
+        old = _refill(self._template, iter([saved[name] for name in self._state_names]))
+        self._write(inherit(old, lineage, self.gate))
+        self.last_step.copy_(saved["last_step"])
 
     def discard(self) -> None:
         """Forget what was counted since the last commit."""

@@ -13,28 +13,30 @@ A batch of N tokens is never perfectly even: compare `max_violation` with `sampl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
-from moebalance.routing import Sums
 
-
-def max_violation(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-    """MaxVio, the excess of the busiest expert: max_e f_e · E − 1, in [0, E − 1].
+def max_violation(
+    load: Real[Tensor, "*batch E"], shares: Real[Tensor, " E"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """MaxVio, the excess of the busiest expert: max_e f_e / ρ_e − 1, ρ_e = 1/E if not given.
 
     0 is even; 1 means that the busiest expert receives twice its share, and with one expert per
     device the step waits for it. Source: Wang et al., arXiv 2408.15664.
 
     Args:
         load: (..., E) counts or shares.
+        shares: (E,) positive, the proportions that count as even; None for equal ones.
 
     >>> max_violation(torch.tensor([10, 10, 40, 20]))
     tensor(1.)
     """
     share = _share(load)
+    if shares is not None:
+        return (share / _share(shares)).amax(-1) - 1
     return share.amax(-1) * share.shape[-1] - 1
 
 
@@ -69,18 +71,27 @@ def coefficient_of_variation(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*
     return share.std(-1, correction=0) * share.shape[-1]
 
 
-def gini(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+def gini(
+    load: Real[Tensor, "*batch E"], shares: Real[Tensor, " E"] | None = None
+) -> Float[Tensor, "*batch"]:
     """Gini coefficient Σ_ij |f_i − f_j| / (2E), in [0, 1 − 1/E].
 
     0 is even; the largest value is one expert serving all. Unlike `max_violation` it sees the
-    whole distribution: above about 0.1 many experts are off their share.
+    whole distribution: above about 0.1 many experts are off their share. With shares ρ it is
+    ½ Σ_ij ρ_i ρ_j |f_i/ρ_i − f_j/ρ_j|.
 
     Args:
         load: (..., E) counts or shares.
+        shares: (E,) positive, the proportions that count as even; None for equal ones.
 
     >>> gini(torch.tensor([1, 1, 0, 0]))
     tensor(0.5000)
     """
+    if shares is not None:
+        share, weight = _share(load), _share(shares)
+        order = (share / weight).argsort(-1)
+        weight = weight.expand_as(share).gather(-1, order)
+        return (share.gather(-1, order) * (2 * weight.cumsum(-1) - weight - 1)).sum(-1)
     ordered = _share(load).sort(-1).values
     num_experts = ordered.shape[-1]
     rank = torch.arange(1, num_experts + 1, device=ordered.device, dtype=ordered.dtype)
@@ -133,20 +144,23 @@ def dead_fraction(
     return dead.masked_fill(share.isnan().any(-1), math.nan)
 
 
-def served_fraction(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-    """Σ_e min(f_e, 1/E), in [1/E, 1]: what experts that can hold exactly their share would serve.
+def served_fraction(
+    load: Real[Tensor, "*batch E"], capacity: float = 1.0
+) -> Float[Tensor, "*batch"]:
+    """Σ_e min(f_e, c/E), in [1/E, 1]: what experts with room for c times their share would serve.
 
-    1 is even; 1 minus it is dropped at capacity factor 1, and is the total variation distance from
-    the uniform load.
+    1 minus it is dropped at capacity factor c. At 1 that is the total variation distance from the
+    uniform load, and 0 for an even one alone.
 
     Args:
-        load: (..., E) counts or shares.
+        load: (..., E) counts or shares, of all choices: those that are dropped included.
+        capacity: c > 0, the capacity factor.
 
     >>> served_fraction(torch.tensor([3, 1, 0, 0]))
     tensor(0.5000)
     """
     share = _share(load)
-    return share.clamp(max=1 / share.shape[-1]).sum(-1)
+    return share.clamp(max=capacity / share.shape[-1]).sum(-1)
 
 
 def soft_hard_gap(
@@ -337,46 +351,6 @@ def price_spread(price: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
     tensor(1.5000)
     """
     return price.amax(-1) - price.amin(-1)
-
-
-@torch.no_grad()
-def summary(layers: Sequence[Sums | None]) -> dict[str, float]:
-    """About ten numbers on a model's layers: means over layers, with the worst MaxVio.
-
-    Layers without a token, or without sums, are left out; empty if none is left.
-
-    Returns:
-        `maxvio`, `maxvio_worst`, `minvio`, `cv`, `gini`, `entropy` and `dead` of the hard load;
-        `soft_maxvio` and `soft_hard_gap`; `tokens` a layer.
-    """
-    rows = []
-    for sums in layers:
-        if sums is None:
-            continue
-        hard, soft = sums.hard_load, sums.soft_load
-        measured = {
-            "maxvio": max_violation(hard),
-            "minvio": min_violation(hard),
-            "cv": coefficient_of_variation(hard),
-            "gini": gini(hard),
-            "entropy": normalized_entropy(hard),
-            "dead": dead_fraction(hard),
-            "soft_maxvio": max_violation(soft),
-            "soft_hard_gap": soft_hard_gap(soft, hard),
-            "tokens": sums.tokens,
-        }
-        names = list(measured)
-        rows.append(torch.stack(list(measured.values())))
-    if not rows:
-        return {}
-    # One wait for the device, whatever the number of layers.
-    table = torch.stack([row.to(rows[0].device) for row in rows]).cpu()
-    table = table[table[:, -1] > 0]
-    if not len(table):
-        return {}
-    found = dict(zip(names, table.mean(dim=0).tolist(), strict=True))
-    found["maxvio_worst"] = table[:, 0].max().item()
-    return found
 
 
 def _share(load: Tensor, axes: int | tuple[int, ...] = -1) -> Tensor:

@@ -14,7 +14,7 @@ Symbols: T tokens, E experts, K chosen experts per token.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from torch import Tensor
 
 class Gate(ABC):
     """How a router turns logits into affinities; subclasses give a(z) and its derivative."""
+
+    shares_one: ClassVar[bool] = False
+    """Whether the affinities of a token sum to one, so that each is smaller among more experts."""
 
     @abstractmethod
     def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
@@ -92,6 +95,8 @@ class Softmax(Gate):
     >>> Softmax().scores(torch.zeros(1, 4))
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
+
+    shares_one = True
 
     def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """log softmax(z)."""

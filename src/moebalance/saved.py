@@ -1,13 +1,14 @@
 """What a saved balancing state must be to go on from."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moebalance.balancers.base import Balancer
+from moebalance.balancers.lineage import Lineage
 from moebalance.layer import LayerBalance
 
 logger = logging.getLogger("moebalance")
@@ -15,16 +16,26 @@ logger = logging.getLogger("moebalance")
 FORMAT = 2
 """Version of the layout of `Balancing.state_dict`; 2 keeps means divided by their weight."""
 
+_COUNTS = "last_step"
+"""The one tensor of a layer that has nothing to do with its experts."""
+
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """How torch's compiler, activation checkpointing and FSDP1 call what they wrap."""
 
 
 def check_fit(
-    state: Mapping[str, Any], balancer: Balancer, layers: Mapping[str, LayerBalance]
-) -> None:
+    state: Mapping[str, Any],
+    balancer: Balancer,
+    layers: Mapping[str, LayerBalance],
+    *,
+    parents: Sequence[int | Sequence[int]] | None = None,
+) -> dict[str, Lineage]:
     """Refuse a saved state that does not belong to these layers under this method.
 
     Other hyper-parameters of the same method are no reason, but worth a warning.
+
+    Returns:
+        Where `parents` are given, how each layer's experts descend from the saved ones.
 
     Raises:
         ValueError: another format, method, set of layers or number of experts.
@@ -51,17 +62,47 @@ def check_fit(
             "This balancing state belongs to another model: missing layers "
             f"{sorted(mine - theirs)[:3]}, unknown layers {sorted(theirs - mine)[:3]}."
         )
+    lineages = {}
     for name, layer in layers.items():
         own = {key: tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
         saved = {key: tuple(tensor.shape) for key, tensor in state["layers"][name].items()}
+        if parents is not None:
+            lineages[name] = lineage = _lineage(parents, name, layer, saved)
+            own |= {key: _then(own[key], lineage) for key in own if key != _COUNTS}
         if own != saved:
             raise ValueError(
-                f"This balancing state does not fit {name}: saved {saved}, needed {own}."
+                f"This balancing state does not fit {name}: saved {saved}, needed {own}. "
+                "If experts were copied, merged or taken out since, say of which each descends: "
+                "parents=[…]."
             )
     if state["balancer"] != repr(balancer):
         logger.warning(
             "moebalance: state saved under %s continues under %r.", state["balancer"], balancer
         )
+    return lineages
+
+
+def _lineage(
+    parents: Sequence[int | Sequence[int]],
+    name: str,
+    layer: LayerBalance,
+    saved: Mapping[str, tuple[int, ...]],
+) -> Lineage:
+    """The descent of one layer's experts; of how many is read off what was saved of them."""
+    if len(parents) != layer.num_experts:
+        raise ValueError(
+            f"parents names those of {len(parents)} experts, but {name} has {layer.num_experts}: "
+            "give one entry for each."
+        )
+    lengths = {shape[0] for key, shape in saved.items() if shape and key != _COUNTS}
+    named = [p for each in parents for p in (each if isinstance(each, Sequence) else (each,))]
+    # Of a method without memory nothing says how many there were, and nothing depends on it.
+    return Lineage.of(parents, max(lengths) if lengths else 1 + max(named, default=0))
+
+
+def _then(shape: tuple[int, ...], lineage: Lineage) -> tuple[int, ...]:
+    """The shape that a layer's tensor had with the old experts."""
+    return tuple(lineage.num_parents if n == lineage.num_experts else n for n in shape)
 
 
 def bare_name(model: nn.Module, name: str) -> str:

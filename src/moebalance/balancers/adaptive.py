@@ -34,6 +34,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.ema import Ema
+from moebalance.balancers.lineage import Lineage
+from moebalance.routing import Gate
 
 START = 0.1  # the rate before there is anything to judge by; the default of φ-balancing
 SLOWEST, FASTEST = 1 / 256, 0.5  # what can be told from the three averages, and no more
@@ -78,6 +80,15 @@ class Adaptive(NamedTuple):
         found = best.clamp(SLOWEST, FASTEST).log()
         start = torch.full_like(found, START).log()
         return torch.lerp(start, found, self.near.weight).exp()
+
+    def inherit(self, lineage: Lineage, gate: Gate) -> "Adaptive":
+        """Means follow the experts; noise and walk, in even shares, are the layer's."""
+        return self._replace(
+            average=self.average.inherit(lineage, gate),
+            fast=self.fast.inherit(lineage, gate),
+            middle=self.middle.inherit(lineage, gate),
+            slow=self.slow.inherit(lineage, gate),
+        )
 
     def after(self, value: Float[Tensor, "E"], seen: Float[Tensor, ""]) -> "Adaptive":
         """Advance by a step's load; nothing changes where `seen` is 0 instead of 1."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moebalance.potentials import Potential
 from moebalance.routing import Batch, Gate, Routing, Sums, measure, real_rows, route
+from moebalance.shares import Shares, check_shares
 
 State = Any
 """A NamedTuple of float32 tensors, or of such NamedTuples; () for a method without memory."""
@@ -54,8 +55,16 @@ class Balancer:
     and counts.
     """
 
+    def __repr__(self) -> str:
+        return described(self)
+
     def init(self, num_experts: int) -> State:
-        """Make the state before the first step, float32."""
+        """Make the state before the first step, float32.
+
+        Raises:
+            ValueError: the method is made for another number of experts.
+        """
+        check_shares(self.aim, num_experts)
         return ()
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
@@ -182,6 +191,11 @@ class Balancer:
         return "token"
 
     @property
+    def aim(self) -> Shares | None:
+        """The shares of the load that the method aims at; None where they are equal."""
+        return vars(self).get("shares")
+
+    @property
     def selects(self) -> bool:
         """Whether the method changes which experts are chosen."""
         return self.prices_selection or _overrides(self, "preference")
@@ -205,6 +219,13 @@ def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, "
     return real_rows(worth, routing.mask).sum() * (
         routing.num_experts / routing.tokens.clamp(min=1)
     )
+
+
+def described(parameters: Any) -> str:
+    """The repr of a dataclass of hyper-parameters, without those that are None: not given."""
+    values = ((name, value) for name, value in vars(parameters).items() if value is not None)
+    inside = ", ".join(f"{name}={value!r}" for name, value in values)
+    return f"{type(parameters).__name__}({inside})"
 
 
 def more_coupled(first: Coupling, second: Coupling) -> Coupling:

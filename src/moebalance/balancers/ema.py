@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import read
+from moebalance.balancers.lineage import Lineage
+from moebalance.routing import Gate
 
 
 class Ema(NamedTuple):
@@ -41,6 +43,14 @@ class Ema(NamedTuple):
         weight = read(self.weight)
         gain = rate / (weight + rate * (1 - weight))
         return torch.lerp(self.mean, value.to(self.mean.dtype), gain)
+
+    def inherit(self, lineage: Lineage, gate: Gate) -> "Ema":
+        """The mean is a mass; what has seen nothing stays empty."""
+        if self.weight <= _TINY:
+            return Ema(
+                torch.full_like(lineage.mass(self.mean), 1 / lineage.num_experts), self.weight
+            )
+        return Ema(lineage.mass(self.mean), self.weight)
 
 
 _TINY = torch.finfo(torch.float32).tiny

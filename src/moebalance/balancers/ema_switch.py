@@ -18,16 +18,16 @@ from moebalance.balancers.memory import (
     Memory,
     Rate,
     begin,
-    described,
     peek,
     readings,
     remember,
     settle_rate,
 )
 from moebalance.routing import Batch, Sums
+from moebalance.shares import Shares, check_shares, per_share, settle_shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmaSwitchLoss(Balancer):
     """Switch loss on a moving average of the hard load.
 
@@ -37,18 +37,18 @@ class EmaSwitchLoss(Balancer):
             is the Switch loss. "auto" measures it (`adaptive.py`). 0.3 if `memory_tokens` is not
             given either.
         memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M).
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
     """
 
     strength: float = 1e-2
     rate: Rate | None = None
     memory_tokens: float | None = None
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
         settle_rate(self, default=0.3)
-
-    def __repr__(self) -> str:
-        return described(self)
+        settle_shares(self)
 
     @property
     def from_sums(self) -> bool:
@@ -71,6 +71,7 @@ class EmaSwitchLoss(Balancer):
 
     def init(self, num_experts: int) -> Memory:
         """Start with an empty average."""
+        check_shares(self.shares, num_experts)
         return begin(self, num_experts)
 
     def update(self, state: Memory, sums: Sums) -> Memory:
@@ -78,5 +79,5 @@ class EmaSwitchLoss(Balancer):
         return remember(self, state, sums.hard_load, sums.tokens)
 
     def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
-        """α m with m as of this batch."""
-        return self.strength * peek(self, state, batch.hard_load, batch)
+        """α m, per share, with m as of this batch."""
+        return self.strength * per_share(peek(self, state, batch.hard_load, batch), self.shares)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from moebalance.balancers.base import Balancer, State, check_positive
 from moebalance.routing import Batch
+from moebalance.shares import Shares, per_share, settle_shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GlobalBatchLoss(Balancer):
     """Switch loss on the load of the step instead of the micro-batch.
 
@@ -24,12 +25,15 @@ class GlobalBatchLoss(Balancer):
 
     Args:
         strength: α ≥ 0; 1e-3 in the paper's models.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
     """
 
     strength: float = 1e-3
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
+        settle_shares(self)
 
     @property
     def from_sums(self) -> bool:
@@ -42,5 +46,5 @@ class GlobalBatchLoss(Balancer):
         return "step"
 
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
-        """α f, the hard load of the step so far."""
-        return self.strength * batch.step.hard_load
+        """α f, the hard load of the step so far, per share."""
+        return self.strength * per_share(batch.step.hard_load, self.shares)

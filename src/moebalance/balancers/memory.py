@@ -62,13 +62,6 @@ def settle_rate(method: Remembers, default: float) -> None:
         check_rate("rate", method.rate)
 
 
-def described(method: Remembers) -> str:
-    """The method's repr without the one of rate and memory that it does not have."""
-    values = ((name, value) for name, value in vars(method).items() if value is not None)
-    inside = ", ".join(f"{name}={value!r}" for name, value in values)
-    return f"{type(method).__name__}({inside})"
-
-
 def begin(method: Remembers, num_experts: int) -> Memory:
     """An empty memory."""
     return Adaptive.empty(num_experts) if method.rate == AUTO else Ema.empty(num_experts)

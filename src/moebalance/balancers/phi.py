@@ -24,7 +24,6 @@ from moebalance.balancers.memory import (
     Memory,
     Rate,
     begin,
-    described,
     peek,
     readings,
     remember,
@@ -32,14 +31,16 @@ from moebalance.balancers.memory import (
 )
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
+from moebalance.shares import Shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PhiBalancing(Balancer):
-    """φ-balancing with any of the nine potentials.
+    """φ-balancing with any of the nine potentials, or what is composed of them.
 
     Args:
-        potential: strictly convex symmetric φ; its gradient is the price.
+        potential: convex φ; its gradient is the price. `potential.relative_to(shares)` aims at
+            other than equal loads, `potential.grouped(groups)` at equal loads of groups.
         strength: α ≥ 0, the weight of the term. At equal α negative entropy pushes E times harder
             than Euclidean; `potential.unit_slope()` removes that difference. The default was chosen
             at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
@@ -81,13 +82,15 @@ class PhiBalancing(Balancer):
                 f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
             )
 
-    def __repr__(self) -> str:
-        return described(self)
-
     @property
     def from_sums(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def aim(self) -> Shares | None:
+        """The potential's."""
+        return self.potential.aim
 
     @property
     def reads(self) -> frozenset[str]:
@@ -115,6 +118,7 @@ class PhiBalancing(Balancer):
 
     def init(self, num_experts: int) -> Memory:
         """Start with an empty average."""
+        self.potential.check(num_experts)
         return begin(self, num_experts)
 
     def update(self, state: Memory, sums: Sums) -> Memory:

@@ -19,6 +19,7 @@ from torch import Tensor
 from moebalance.balancers.base import Balancer, State, check_positive
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
+from moebalance.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PlugInLoss(Balancer):
     """Charge ∇φ of the load of the batch, or of the step so far.
 
     Args:
-        potential: strictly convex symmetric φ; its gradient is the price.
+        potential: convex φ, of the paper's nine or composed; its gradient is the price.
         strength: α ≥ 0.
         statistic: "soft" takes the mean scores p̄, "hard" the realised load f while the gradient
             still goes through the scores.
@@ -65,9 +66,19 @@ class PlugInLoss(Balancer):
         return True
 
     @property
+    def aim(self) -> Shares | None:
+        """The potential's."""
+        return self.potential.aim
+
+    @property
     def coupling(self) -> Literal["batch", "step"]:
         """The load is that of the window."""
         return self.window
+
+    def init(self, num_experts: int) -> State:
+        """Nothing to remember."""
+        self.potential.check(num_experts)
+        return ()
 
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(l) − ⟨l, ∇φ(l)⟩), centred as the price of φ-balancing is."""

@@ -6,8 +6,8 @@ if its price is
 
     price_e = the upper K/E quantile over tokens of (a_te − α_t),
 
-centred, and used in the next step. The quantile is read from a histogram, which adds exactly over
-micro-batches and ranks.
+centred, and used in the next step; with shares ρ, K ρ_e takes the place of K/E. The quantile is
+read from a histogram, which adds exactly over micro-batches and ranks.
 
 Bins are spaced as a signed cube on [−2, 2], which contains every a − α of affinities in [0, 1]:
 fine near 0, where the quantiles lie, and coarse where nothing is decided.
@@ -22,26 +22,31 @@ from torch import Tensor
 from moebalance.balancers.base import Balancer, where_seen
 from moebalance.balancers.loss_free import SelectionPrice
 from moebalance.routing import Routing, Sums
+from moebalance.shares import Shares, check_shares, fractions, settle_shares
 
 _REACH = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantileBalancing(Balancer):
     """Selection prices from quantiles of the last step, without a rate to tune.
 
     Args:
         bins: number of histogram bins per expert; the sums grow by E · bins numbers.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
     """
 
     bins: int = 1000
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
+        settle_shares(self)
         if self.bins < 2:
             raise ValueError(f"bins={self.bins!r}: must be at least 2.")
 
     def init(self, num_experts: int) -> SelectionPrice:
         """Start with price 0 for all."""
+        check_shares(self.shares, num_experts)
         return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
@@ -72,7 +77,11 @@ class QuantileBalancing(Balancer):
         """Read the quantiles, interpolating within a bin, and centre them."""
         histogram = sums.extra[0].flip(-1)  # from the largest margin down
         above = histogram.cumsum(dim=-1)
-        share = sums.counts.sum(dim=-1) / sums.counts.shape[-1]  # tokens · K / E
+        total = sums.counts.sum(dim=-1)  # tokens · K
+        if self.shares is None:
+            share = total / sums.counts.shape[-1]
+        else:
+            share = (total * fractions(self.shares, sums.counts)).unsqueeze(-1)
         index = (above < share).sum(dim=-1, keepdim=True).clamp(max=self.bins - 1)
         inside = histogram.gather(-1, index)
         before = above.gather(-1, index) - inside

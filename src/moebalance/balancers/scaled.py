@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebalance.balancers.base import Balancer, Coupling
 from moebalance.routing import Batch, Routing
+from moebalance.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class Scaled(Balancer):
     def from_sums(self) -> bool:
         """As the method."""
         return self.balancer.from_sums
+
+    @property
+    def aim(self) -> Shares | None:
+        """That of the method."""
+        return self.balancer.aim
 
     @property
     def charges(self) -> bool:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from moebalance.balancers.base import Balancer, State, check_positive
 from moebalance.routing import Batch
+from moebalance.shares import Shares, per_share, settle_shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SequenceLoss(Balancer):
     """Guard against extreme imbalance within single sequences; usually beside a bias method.
 
@@ -25,12 +26,15 @@ class SequenceLoss(Balancer):
 
     Args:
         strength: α ≥ 0; 1e-4 in DeepSeek-V3.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
     """
 
     strength: float = 1e-4
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
+        settle_shares(self)
 
     @property
     def coupling(self) -> Literal["sequence"]:
@@ -55,4 +59,5 @@ class SequenceLoss(Balancer):
         present = (lengths > 0).sum().clamp(min=1)
         # The charge divides by all tokens; undo that, then divide by this sequence's own.
         fair = batch.sums.tokens / (present * lengths.clamp(min=1))
-        return torch.repeat_interleave(self.strength * fair * load, length, dim=0)
+        price = self.strength * fair * per_share(load, self.shares)
+        return torch.repeat_interleave(price, length, dim=0)

@@ -4,9 +4,10 @@ The plan π = diag(e^u) exp(a(z)/τ) diag(e^v) has unit rows and equal columns; 
 
     u_t ← −logsumexp_e(a_te/τ + v_e),        v_e ← log(T/E) − logsumexp_t(a_te/τ + u_t)
 
-converges to it. Top-k of a row of π does not depend on u_t, so the choice ranks a(z)/τ + v: again
-a price, −v, but one made afresh from each batch. Weights stay the router's own. Source: Cuturi,
-2013, arXiv 1306.0895 (iteration); Clark et al., 2022, "S-BASE", arXiv 2202.01169 (routing).
+converges to it; with shares ρ a column's mass is T ρ_e instead of T/E. Top-k of a row of π does
+not depend on u_t, so the choice ranks a(z)/τ + v: again a price, −v, but one made afresh from each
+batch. Weights stay the router's own. Source: Cuturi, 2013, arXiv 1306.0895 (iteration); Clark et
+al., 2022, "S-BASE", arXiv 2202.01169 (routing).
 """
 
 import math
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from moebalance.balancers.base import Balancer, State, check_positive
 from moebalance.routing import Gate
+from moebalance.shares import Shares, fractions, settle_shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sinkhorn(Balancer):
     """Balance the choice within each training batch; evaluation routes by plain top-k.
 
@@ -31,12 +33,15 @@ class Sinkhorn(Balancer):
     Args:
         iterations: number of column updates.
         temperature: τ > 0; lower follows the router more closely and balances more slowly.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
     """
 
     iterations: int = 8
     temperature: float = 1.0
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
+        settle_shares(self)
         check_positive("temperature", self.temperature, zero=False)
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations!r}: must be at least 1.")
@@ -71,7 +76,9 @@ class Sinkhorn(Balancer):
         else:
             kernel_columns = kernel
         v = kernel.new_zeros(kernel.shape[-1])
-        mass = -math.log(kernel.shape[-1])
+        mass: float | Tensor = -math.log(kernel.shape[-1])
+        if self.shares is not None:
+            mass = fractions(self.shares, kernel).log()
         for _ in range(self.iterations):
             u = -(kernel + v).logsumexp(dim=-1, keepdim=True)
             v = mass - (kernel_columns + u).logsumexp(dim=0)

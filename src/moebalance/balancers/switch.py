@@ -3,7 +3,8 @@
     loss = task + α · E · Σ_e f_e P_e,
 
 f_e the fraction of this batch's assignments that went to expert e (no gradient), P_e the mean
-score. Source: Fedus et al., 2021, arXiv 2101.03961, Eq. 4–6; Zoph et al., 2022, arXiv 2202.08906.
+score; with shares ρ, f_e / (E ρ_e) in place of f_e, least where f = P = ρ. Source: Fedus et al.,
+2021, arXiv 2101.03961, Eq. 4–6; Zoph et al., 2022, arXiv 2202.08906.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from moebalance.balancers.base import Balancer, State, check_positive
 from moebalance.routing import Batch
+from moebalance.shares import Shares, per_share, settle_shares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SwitchLoss(Balancer):
     """The auxiliary loss most models are trained with.
 
@@ -26,12 +28,15 @@ class SwitchLoss(Balancer):
     Args:
         strength: α ≥ 0; 1e-2 in Switch, 1e-3 in Qwen. f sums to one here; Transformers' function
             counts each of the K assignments as a whole, so its loss is K times this one.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
     """
 
     strength: float = 1e-2
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
+        settle_shares(self)
 
     @property
     def from_sums(self) -> bool:
@@ -44,5 +49,5 @@ class SwitchLoss(Balancer):
         return "batch"
 
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
-        """α f, the hard load of this batch."""
-        return self.strength * batch.sums.hard_load
+        """α f, the hard load of this batch, per share."""
+        return self.strength * per_share(batch.sums.hard_load, self.shares)

@@ -16,7 +16,7 @@ is already on its way: 1 while log v stays where it was of late, 0 once it moves
 a tenth or more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any, NamedTuple
 
@@ -53,7 +53,8 @@ class Targeted(Scaled):
 
     Args:
         balancer: any method that charges in the loss. Its own strength is where λ starts.
-        goal: what is allowed, for example `MaxVio(0.3)`.
+        goal: what is allowed, for example `MaxVio(0.3)`. A goal without shares takes over those
+            that the method aims at.
         gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
             `metrics.sampling_floor` at (2 − η) / η steps' tokens.
@@ -81,14 +82,17 @@ class Targeted(Scaled):
                 f"Targeted({self.balancer!r}, {self.goal!r}): give a method and a goal, such as "
                 "Targeted(PhiBalancing(), MaxVio(0.3))."
             )
+        if self.goal.shares is None and self.balancer.aim is not None:
+            object.__setattr__(self, "goal", replace(self.goal, shares=self.balancer.aim))
         check_positive("gain", self.gain, zero=False)
         check_positive("ceiling", self.ceiling, zero=False)
         check_rate("rate", self.rate)
 
     def init(self, num_experts: int) -> Steered:
         """λ starts at the method's own strength."""
-        zero = torch.zeros((), dtype=torch.float32)
-        return Steered(self.balancer.init(num_experts), Ema.empty(num_experts), zero, zero)
+        zero, load = torch.zeros((), dtype=torch.float32), Ema.empty(num_experts)
+        self.goal.measure(load.mean)  # raises where the goal is for other layers
+        return Steered(self.balancer.init(num_experts), load, zero, zero)
 
     def update(self, state: Steered, sums: Sums) -> Steered:
         """Advance the method and the load, then log λ by what the load misses."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moebalance.balancers.base import Balancer, Coupling, more_coupled
 from moebalance.routing import Batch, Gate, Routing, Sums
+from moebalance.shares import Shares
 
 
 class Both(NamedTuple):
@@ -137,6 +138,11 @@ class Together(Balancer):
     def coupling(self) -> Coupling:
         """That of the one that couples more."""
         return more_coupled(self.first.coupling, self.second.coupling)
+
+    @property
+    def aim(self) -> Shares | None:
+        """That of the first, or else of the second."""
+        return self.first.aim or self.second.aim
 
     @property
     def selects(self) -> bool:

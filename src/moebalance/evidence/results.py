@@ -1,7 +1,8 @@
 """What is kept of a study: one file, a line about all of its runs and then a line a run.
 
 A run log holds hundreds of kB, most of it a row for each step. Kept of it are the scalars of every
-evaluation, and the training curves as means over windows of steps.
+evaluation, with what their loads say of shares and groups that the study is about, and the
+training curves as means over windows of steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moebalance.evidence.aims import Aim, aim_of
 from moebalance.report.diagnosis.oscillation import Swing, swing
 from moebalance.report.estimates import finite, is_whole
 from moebalance.runlog import Row, Run, find_runs
@@ -105,7 +107,8 @@ def gather(name: str, folder: Path, settings: Iterable[str], file: Path) -> Stud
     """
     from moebalance.experiments.compare import run_name
 
-    runs = find_runs(folder)
+    settings = tuple(settings)
+    runs, aim = find_runs(folder), aim_of(settings)
     named = {run_name(s, r.seed or 0): s for s in settings for r in runs}
     found = []
     for run in runs:
@@ -114,7 +117,7 @@ def gather(name: str, folder: Path, settings: Iterable[str], file: Path) -> Stud
             continue  # of an earlier version of the recipe
         if not is_whole(run):
             raise ValueError(f"{run.path} is not whole ({run.status}): run the study again first.")
-        found.append(thin(run, setting))
+        found.append(thin(run, setting, aim))
     order = list(dict.fromkeys(settings))
     found.sort(key=lambda r: (r.batching, order.index(r.setting), r.seed))
     study = Study(name, about(runs[0]), tuple(found))
@@ -122,10 +125,10 @@ def gather(name: str, folder: Path, settings: Iterable[str], file: Path) -> Stud
     return study
 
 
-def thin(run: Run, setting: str) -> Result:
+def thin(run: Run, setting: str, aim: Aim | None = None) -> Result:
     """Keep of a run what the evidence needs."""
-    last = run.evals[-1]
-    evals = [_scalars(row) for row in run.evals]
+    last, aim = run.evals[-1], aim or Aim()
+    evals = [_scalars(row) | aim.judge(row["load"]) for row in run.evals]
     evals[-1] |= _coactivation(last)
     return Result(
         method=run.method,

@@ -2,7 +2,8 @@
 
 A method's word derives from its class (`GlobalBatchLoss` → `global-batch`), its options are the
 class's own fields, and `a+b` composes. Any method that charges can be steered to a goal, `target=`,
-or follow a `schedule=`.
+or follow a `schedule=`; `shares=` says what part of the load each expert shall have, to method and
+goal alike.
 Nothing is registered: a new class is found because it is exported.
 """
 
@@ -13,15 +14,19 @@ from dataclasses import fields
 from functools import reduce
 from typing import Any
 
-from moebalance import balancers, potentials
+from moebalance import balancers
 from moebalance.balancers import Balancer, MaxVio, Scheduled, Targeted, Together
 from moebalance.balancers.goals import GOALS, Goal
 from moebalance.experiments.corpus import did_you_mean
+from moebalance.experiments.potential_words import build_potential, table_with_shares
 from moebalance.experiments.recipe import LoraSpec
-from moebalance.potentials import POTENTIALS, Potential
+from moebalance.potentials import NegativeEntropy
 
 TARGET, SCHEDULE = "target", "schedule"
 """The options that any method with a strength has besides its own; it takes one of them."""
+
+SHARES, POTENTIAL = "shares", "potential"
+"""Shares are a field of some methods, and go into the potential of the others."""
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -138,18 +143,21 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Balancer:
             "and combinations such as phi+loss-free."
         )
     kind = kinds[name]
-    possible = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    own = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    possible = own if POTENTIAL not in own else [*own, SHARES]
     for key in options:
         if key not in (*possible, TARGET, SCHEDULE):
             raise ValueError(
                 f"Method {name!r} has no option {key!r}.{did_you_mean(key, possible)} "
                 f"Possible: {', '.join(possible) or 'none'}."
             )
-    values = {
-        key: _build_potential(value) if key == "potential" else value
-        for key, value in options.items()
-        if key not in (TARGET, SCHEDULE)
-    }
+    values = table_with_shares(
+        {key: value for key, value in options.items() if key not in (TARGET, SCHEDULE)}
+    )
+    if POTENTIAL in values:
+        values[POTENTIAL] = build_potential(values[POTENTIAL])
+    if SHARES not in own and (shares := values.pop(SHARES, None)) is not None:
+        values[POTENTIAL] = values.get(POTENTIAL, NegativeEntropy()).relative_to(shares)
     method = kind(**values)
     if TARGET in options and SCHEDULE in options:
         raise ValueError(
@@ -182,7 +190,7 @@ def _build_goal(value: Any) -> Goal:
     """`0.3` is a MaxVio; else a table such as `{name = "Gini", at_most = 0.1, load = "soft"}`."""
     if not isinstance(value, Mapping):
         return MaxVio(value)
-    table = dict(value)
+    table = table_with_shares(value)
     name = table.pop("name", "MaxVio")
     kinds = {kind.__name__: kind for kind in GOALS}
     if name not in kinds:
@@ -202,25 +210,3 @@ def _build_goal(value: Any) -> Goal:
         )
     goal: Goal = kinds[name](**table)
     return goal
-
-
-def _build_potential(value: Any) -> Potential:
-    """`"Tsallis"`, or a table `{name = "Tsallis", alpha = 1.2, unit_slope = true}`."""
-    table = {"name": value} if isinstance(value, str) else dict(value)
-    name, unit_slope = table.pop("name", None), table.pop("unit_slope", False)
-    possible = [kind.__name__ for kind in POTENTIALS]
-    if name not in possible:
-        raise ValueError(
-            f"Unknown potential {name!r}.{did_you_mean(str(name), possible)} "
-            f"Possible: {', '.join(possible)}."
-        )
-    kind = getattr(potentials, name)
-    known = [field.name for field in fields(kind)]
-    for key in table:
-        if key not in known:
-            raise ValueError(
-                f"Potential {name} has no option {key!r}.{did_you_mean(key, known)} "
-                f"Possible: {', '.join([*known, 'unit_slope'])}."
-            )
-    potential: Potential = kind(**table)
-    return potential.unit_slope() if unit_slope else potential

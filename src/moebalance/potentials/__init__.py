@@ -14,21 +14,28 @@ load as the smallest one it prices: the dtype's smallest normal number under the
 `NegativeEntropy` (price −86 in float32), the dtype's machine epsilon under the powers of `Renyi`
 and of `Tsallis` below 1, where the smallest normal number would cost −10¹⁹ and overflow the
 gradient's norm. Above that load every price is the formula's own.
+
+Where loads shall not be equal, or not of experts, potentials compose (`composed.py`):
+`potential.relative_to(shares)`, `potential.grouped(groups)`, and sums with weights.
 """
 
 from moebalance.potentials.base import Potential, UnitSlope
+from moebalance.potentials.composed import Combined, Grouped, Relative
 from moebalance.potentials.entropies import NegativeEntropy, Renyi, Tsallis
 from moebalance.potentials.powers import Euclidean, LpNorm
 from moebalance.potentials.saturating import LogCosh, PseudoHuber, SoftL1, Softplus
 
 __all__ = [
     "POTENTIALS",
+    "Combined",
     "Euclidean",
+    "Grouped",
     "LogCosh",
     "LpNorm",
     "NegativeEntropy",
     "Potential",
     "PseudoHuber",
+    "Relative",
     "Renyi",
     "SoftL1",
     "Softplus",

@@ -1,22 +1,30 @@
-"""The interface of every potential, and its rescaling to one slope at the uniform load."""
+"""The interface of every potential, how they compose, and the rescaling to one slope at 1/E."""
 # ruff: noqa: D102 - `Potential` documents the methods; `UnitSlope`'s docstring gives its formulas.
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
+from moebalance.shares import Shares
+
+if TYPE_CHECKING:
+    from moebalance.potentials.composed import Combined, Grouped, Relative
+
 
 class Potential(ABC):
-    """A strictly convex, symmetric, differentiable function φ of a load; hyper-parameters only.
+    """A convex, differentiable function φ of a load; hyper-parameters only.
 
-    Loads m and prices q are float tensors with the expert axis last and any leading axes, and keep
-    their dtype. Loads are not negative and need not sum to one. Constructors raise ValueError
-    where φ would not be strictly convex.
+    Those of the paper are strictly convex and symmetric; composed ones (`composed.py`) may be least
+    elsewhere than at the uniform load, or at more than one. Loads m and prices q are float tensors
+    with the expert axis last and any leading axes, and keep their dtype. Loads are not negative and
+    need not sum to one. Constructors raise ValueError where φ would not be convex.
     """
 
     @abstractmethod
@@ -42,8 +50,63 @@ class Potential(ABC):
     def slope(self, num_experts: int) -> float:
         """How fast the price rises with the load at 1/E, along directions that keep the sum.
 
-        The one eigenvalue of ∇²φ at the uniform load on sum-zero directions, by symmetry.
+        The eigenvalue of ∇²φ at the uniform load on sum-zero directions: by symmetry the only one
+        of the paper's potentials, the largest of composed ones.
         """
+
+    def check(self, num_experts: int) -> None:
+        """Say whether loads of so many experts fit.
+
+        Raises:
+            ValueError: they do not; says why.
+        """
+        return
+
+    @property
+    def aim(self) -> Shares | None:
+        """The shares of the load at which φ is least; None where they are equal."""
+        return None
+
+    def relative_to(self, shares: Iterable[float]) -> Relative:
+        """Its divergence from given shares of the load: least there instead of at the uniform load.
+
+        >>> from moebalance.potentials import Euclidean
+        >>> Euclidean().relative_to((3, 1))
+        Relative(potential=Euclidean(), shares=(3, 1))
+        """
+        from moebalance.potentials.composed import Relative
+
+        return Relative(self, tuple(shares))
+
+    def grouped(self, groups: int | Iterable[int]) -> Grouped:
+        """This potential of the loads of groups of experts; see `Grouped`."""
+        from moebalance.potentials.composed import Grouped
+
+        return Grouped(self, groups if isinstance(groups, int) else tuple(groups))
+
+    def __add__(self, other: Potential) -> Combined:
+        """Both: prices add."""
+        from moebalance.potentials.composed import Combined
+
+        if not isinstance(other, Potential):
+            return NotImplemented
+        sides = [
+            (side.parts, side.weights) if isinstance(side, Combined) else ((side,), (1.0,))
+            for side in (self, other)
+        ]
+        return Combined(*(a + b for a, b in zip(*sides, strict=True)))
+
+    def __mul__(self, weight: float) -> Combined:
+        """So many times this potential: its price by that factor."""
+        from moebalance.potentials.composed import Combined
+
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            return NotImplemented
+        if isinstance(self, Combined):
+            return Combined(self.parts, tuple(weight * w for w in self.weights))
+        return Combined((self,), (float(weight),))
+
+    __rmul__ = __mul__
 
     def unit_slope(self) -> UnitSlope:
         """This potential divided by its slope at the uniform load, whatever E its input has.
@@ -88,6 +151,13 @@ class UnitSlope(Potential):
 
     def slope(self, num_experts: int) -> float:
         return 1.0
+
+    def check(self, num_experts: int) -> None:
+        self.potential.check(num_experts)
+
+    @property
+    def aim(self) -> Shares | None:
+        return self.potential.aim
 
     def _scale(self, x: Tensor) -> float:
         c = self.potential.slope(x.shape[-1])

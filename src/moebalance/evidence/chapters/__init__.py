@@ -12,6 +12,7 @@ from moebalance.evidence.chapters import (
     rate,
     rivals,
     scale,
+    shares,
     specialisation,
     stability,
     target,
@@ -28,5 +29,6 @@ CHAPTERS: tuple[Callable[[Studies], Chapter], ...] = (
     scale.chapter,
     gap.chapter,
     target.chapter,
+    shares.chapter,
     memory.chapter,
 )

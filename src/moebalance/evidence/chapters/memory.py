@@ -1,4 +1,4 @@
-"""Chapter 10, beyond the paper: a memory in tokens means the same at another batch size."""
+"""Chapter 12, beyond the paper: a memory in tokens means the same at another batch size."""
 
 from __future__ import annotations
 

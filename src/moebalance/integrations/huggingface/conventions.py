@@ -39,11 +39,13 @@ class Convention:
         why_fixed: why the choice cannot be replaced from outside; empty if it can.
         probabilities: whether softmax probabilities stand in the logits' place, as in Gemma 4 and
             in most families before Transformers 5.6.
+        why_shares: why a method must be told the shares of the load; empty if equal use is sound.
     """
 
     gate: Gate | None = None
     why_fixed: str = ""
     probabilities: bool = False
+    why_shares: str = ""
 
     def top_k(self, router: nn.Module, block: nn.Module) -> int:
         """Experts per token."""
@@ -155,6 +157,19 @@ class _Dispatched(Convention):
         return (output[0], carrier, output[2])
 
 
+@dataclass(frozen=True)
+class _Skipping(Convention):
+    """Zaya: the last column skips the layer; who chooses it is sent to expert 0 with weight 0."""
+
+    def read(self, output: Any, top_k: int) -> Answer:
+        logits, weights, experts, *_ = output
+        # A softmax weight is never 0 by itself.
+        return Answer(logits, weights, experts.masked_fill(weights == 0, logits.shape[-1] - 1))
+
+    def write(self, output: Any, carrier: Tensor, experts: Int[Tensor, "T K"]) -> Any:
+        return (output[0], carrier, *output[2:])
+
+
 _CAPACITY = "drops tokens over an expert's capacity as it chooses"
 
 COMMON = Convention()
@@ -166,9 +181,19 @@ BY_CLASS: dict[str, Convention] = {
     "InklingTopkRouter": Convention(Sigmoid(), "weighs its shared experts together with the rest"),
     "JetMoeTopKGating": _Sorted(Softmax(), "returns its choice sorted by expert"),
     "Llama4Router": _Scattered(),
+    "LongcatFlashTopkRouter": Convention(
+        why_shares="some of its experts compute nothing, and equal use of all would change how "
+        "much work a token gets"
+    ),
     "NllbMoeTop2Router": _Dispatched(Softmax(), _CAPACITY, chosen=2),
     "PhimoeTopKRouter": Convention(Softmax(), "chooses by SparseMixer, one expert after the other"),
     "SwitchTransformersTop1Router": _Dispatched(Softmax(), _CAPACITY, chosen=1),
+    "ZayaRouter": _Skipping(
+        Softmax(),
+        "hides the choice of the class that skips the layer",
+        why_shares="besides its experts it has a class that skips the layer, and equal use of all "
+        "would make tokens skip",
+    ),
 }
 """Routers that do not follow the common convention, or whose rule no experiment finds."""
 
@@ -177,9 +202,5 @@ NOT_ROUTED = frozenset({"DeepseekV4HashRouter"})
 
 REFUSED: dict[str, str] = {
     "DogeCDMoE": "it finds experts by product keys, so that no router has one logit an expert",
-    "LongcatFlashTopkRouter": "some of its experts compute nothing, and equal use of all would "
-    "change how much work a token gets",
-    "ZayaRouter": "besides its experts it has a class that skips the layer, and equal use of all "
-    "would make tokens skip",
 }
 """Modules that cannot be balanced as things are, and why."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from moebalance.balancers import NoBalancing, ZLoss
 from moebalance.balancers.base import Balancer
 from moebalance.integrations.huggingface.conventions import (
     BY_CLASS,
@@ -124,11 +125,19 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def check_levers(site: Site, balancer: Balancer) -> None:
-    """Refuse a method that this router gives no lever to.
+    """Refuse a method that this router gives no lever to, or that knows too little of it.
 
     Raises:
-        ValueError: the choice cannot be replaced and there is no bias, or the router is frozen.
+        ValueError: the choice cannot be replaced and there is no bias; the router is frozen; or
+            equal use of all its experts would be wrong, and that is what the method aims at.
     """
+    if site.convention.why_shares and not _knows_shares(balancer):
+        raise ValueError(
+            f"{site.name} ({type(site.router).__name__}) cannot be balanced by {balancer!r}: "
+            f"{site.convention.why_shares}. Say what part of the load each of its "
+            f"{site.num_experts} columns shall have, those that compute nothing last: "
+            "NegativeEntropy().relative_to(shares) in φ-balancing, shares=… in other methods."
+        )
     native = balancer.prices_selection and site.bias is not None
     if balancer.selects and not native and site.why_fixed:
         raise ValueError(
@@ -142,6 +151,14 @@ def check_levers(site: Site, balancer: Balancer) -> None:
             "Train it (with PEFT: modules_to_save or target_parameters), or use a selection-lever "
             "method such as LossFree."
         )
+
+
+def _knows_shares(balancer: Balancer) -> bool:
+    """Whether every part of a method that balances aims at given shares."""
+    parts = [value for value in vars(balancer).values() if isinstance(value, Balancer)]
+    if parts:
+        return all(_knows_shares(part) for part in parts)
+    return balancer.aim is not None or isinstance(balancer, NoBalancing | ZLoss)
 
 
 def _looks_like_router(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,25 @@ def save(balancing: Balancing, folder: str | Path) -> Path:
     return path
 
 
-def load(balancing: Balancing, folder: str | Path) -> None:
+def load(
+    balancing: Balancing,
+    folder: str | Path,
+    *,
+    parents: Sequence[int | Sequence[int]] | None = None,
+) -> None:
     """Take up the balancing state that `save` wrote into a checkpoint folder.
+
+    Args:
+        balancing: the handle on the model that goes on.
+        folder: of the checkpoint.
+        parents: where its experts are not those of the checkpoint, of which they descend; see
+            `Balancing.load_state_dict`.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is truncated, foreign, or does not fit.
     """
-    balancing.load_state_dict(read(folder))
+    balancing.load_state_dict(read(folder), parents=parents)
 
 
 def read(folder: str | Path) -> dict[str, Any]:

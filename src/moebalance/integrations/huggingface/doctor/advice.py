@@ -17,7 +17,17 @@ def check_levers(model: PreTrainedModel, sites: Sequence[Site]) -> list[Finding]
     fixed = [site for site in sites if site.bias_name is None and site.why_fixed]
     hooked = [site for site in sites if site.bias_name is None and not site.why_fixed]
     rounded = [site for site in sites if site.bias_name and not in_float32(model, site)]
+    unequal = [site for site in sites if site.convention.why_shares]
     findings = []
+    if unequal:
+        findings.append(
+            Finding(
+                Severity.WARNING,
+                f"{unequal[0].name} and its like: {unequal[0].convention.why_shares}.",
+                "Say what part of the load each of the router's columns shall have "
+                "(docs/targets.md); a method without shares is refused.",
+            )
+        )
     if rounded:
         step = rounding(torch.tensor([0.5]), torch.bfloat16).step
         findings.append(

@@ -1,0 +1,120 @@
+"""Chapter 11, beyond the paper: loads in given proportions, and balance of groups of experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from moebalance.evidence.chapter import (
+    Chapter,
+    Studies,
+    Verdict,
+    difference,
+    estimate,
+    in_words,
+    table,
+)
+from moebalance.evidence.chapters.rivals import setting_of
+from moebalance.evidence.figures import legend_below, logarithmic, look, panels, point, titles
+from moebalance.evidence.results import Study
+
+AIMED = "phi(shares='8x4, 24x1')"
+LEVELS = (
+    "phi(potential=[{'name': 'NegativeEntropy', 'groups': 4}, "
+    "{'name': 'NegativeEntropy', 'weight': 0.1}], statistic='hard')"
+)
+PLAIN = "phi(statistic='hard')"
+TEXTS = ("mixed", "one-domain")
+_SHARES = (
+    ("loss", 3, "Validation loss"),
+    ("aim_gap", 3, "Distance from the shares"),
+    ("aim_maxvio", 2, "MaxVio over the shares"),
+    ("maxvio", 2, "MaxVio"),
+    ("mi", 3, "Domain MI"),
+)
+_GROUPS = (
+    ("loss", 3, "Validation loss"),
+    ("group_maxvio", 3, "MaxVio of devices"),
+    ("maxvio", 2, "MaxVio of experts"),
+    ("mi", 3, "Domain MI"),
+)
+
+
+def chapter(studies: Studies) -> Chapter:
+    """From the study of shares and the study of groups."""
+    shares, groups = studies["shares"], studies["groups"]
+    aimed, blind = setting_of(shares, AIMED), setting_of(shares, "phi")
+    nearer = {t: difference(shares, aimed, blind, "aim_gap", batching=t) for t in TEXTS}
+    levels, plain = setting_of(groups, LEVELS), setting_of(groups, PLAIN)
+    devices = difference(groups, levels, plain, "group_maxvio", batching="one-domain")
+    freer = difference(groups, levels, plain, "mi", batching="one-domain")
+    met = all(found is not None and found.sign == -1 for found in nearer.values())
+    free = devices is not None and freer is not None and devices.sign != 1 and freer.sign == 1
+    verdict = (
+        Verdict.HOLDS if met and free else Verdict.IN_PART if met or free else Verdict.NOT_HERE
+    )
+    closer = "; ".join(f"{text} {in_words(found)}" for text, found in nearer.items())
+    return Chapter(
+        slug="shares",
+        title="Unequal loads and groups",
+        claim="Our own claim: relative to shares φ-balancing brings unequal loads about, and "
+        "balanced strongly between devices but weakly within them, experts specialise more while "
+        "devices are as even.",
+        verdict=verdict,
+        because="Distance of the hard load from shares that are four times larger for 8 of 32 "
+        f"experts, φ relative to them − plain φ: {closer}. Levels − plain φ of the hard load, "
+        f"one-domain micro-batches: MaxVio of the four devices {in_words(devices)}, domain MI "
+        f"{in_words(freer)}. (Rule: the first part holds if φ is nearer to the shares beyond seed "
+        "noise on both kinds of text; the second if devices are not less even and MI is higher "
+        "beyond seed noise; *in part* if one of them does.)",
+        body="\n\n".join(
+            [
+                "Distance: half the sum of |load − share|, the part of the assignments that would "
+                "have to move. A device holds 8 neighbouring experts. Three seeds.",
+                *(_table(shares, text, _SHARES, "Shares") for text in TEXTS),
+                *(_table(groups, text, _GROUPS, "Groups") for text in TEXTS),
+            ]
+        ),
+        figures={
+            "loads": (
+                _figure(shares, groups),
+                "Left: loss against the distance from the shares; filled marks know them. Right: "
+                "specialisation against the balance of devices; filled marks balance by groups.",
+            )
+        },
+    )
+
+
+def _table(study: Study, text: str, metrics: tuple[tuple[str, int, str], ...], title: str) -> str:
+    rows = [
+        [f"`{setting}`", *(estimate(study, setting, m, d, batching=text) for m, d, _ in metrics)]
+        for setting in study.settings()
+    ]
+    heads = ["Method", *(head for _, _, head in metrics)]
+    return f"### {title}, {text} micro-batches\n\n{table(heads, rows)}"
+
+
+def _figure(shares: Study, groups: Study) -> Any:
+    figure, axes = panels(2, height=3.4)
+    sides = (
+        (shares, "mixed", "aim_gap", "loss", "shares="),
+        (groups, "one-domain", "group_maxvio", "mi", "groups"),
+    )
+    for ax, (study, text, x, y, knows) in zip(axes, sides, strict=True):
+        here = replace(study, results=study.select(batching=text))
+        for setting in here.settings():
+            fill = {} if knows in setting else {"markerfacecolor": "white"}
+            method = here.select(setting)[0].method
+            point(ax, here, setting, x, y, label=_short(setting), **look(method), **fill)
+        logarithmic(ax, x=True)
+    titles(axes[0], "Shares, mixed text", "distance from the shares", "validation loss, nats/byte")
+    titles(axes[1], "Groups, one domain a batch", "MaxVio of devices", "domain MI, nats")
+    legend_below(figure, axes[0], columns=3)
+    return figure
+
+
+def _short(setting: str) -> str:
+    """A setting as a legend has room for it."""
+    word = setting.partition("(")[0]
+    both = word + ("+loss-free" if "+loss-free" in setting else "")
+    return both + (" to shares" if "shares=" in setting else "")

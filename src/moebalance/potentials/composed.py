@@ -1,0 +1,252 @@
+"""Potentials made of potentials: toward given shares, of groups of experts, on several levels.
+
+Each is convex with price ∇φ as any other, so that φ-balancing, the plug-in loss and a goal on top
+of them work unchanged:
+
+    Relative    D_φ(m ‖ ρ) = φ(m) − φ(ρ) − ⟨∇φ(ρ), m − ρ⟩      price ∇φ(m) − ∇φ(ρ)
+    Grouped     φ(A m), A (G, E) summing the experts of a group   price Aᵀ ∇φ(A m)
+    Combined    Σ_i w_i φ_i(m)                                     price Σ_i w_i ∇φ_i(m)
+
+D_φ is the Bregman divergence of φ, least at m = ρ and nowhere else: the Kullback–Leibler divergence
+for negative entropy, half the squared distance for Euclidean. With equal shares ∇φ(ρ) is constant,
+which no centred price shows, and with one group an expert A is the identity: both are then the
+potential itself. Groups and moving averages commute, A·m is the average of the groups' own loads;
+one group of all experts has a constant price, hence no gradient.
+"""
+# ruff: noqa: D102 - `Potential` documents the methods; each class's docstring gives its formulas.
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moebalance.potentials.base import Potential, require
+from moebalance.shares import Shares, check_shares, constant, fractions, settle_shares
+
+
+@dataclass(frozen=True)
+class Relative(Potential):
+    """D_φ(m ‖ ρ), 0 at the shares ρ and positive elsewhere, for experts of unequal parts.
+
+    φ_ρ*(q) = φ*(q + ∇φ(ρ)) − φ*(∇φ(ρ)) and its gradient ∇φ*(q + ∇φ(ρ)): the domain is that of φ*
+    shifted. The slope at the uniform load is φ's, for the Hessians are the same.
+
+    Args:
+        potential: φ.
+        shares: ρ (E,), positive; only the proportions matter.
+
+    >>> from moebalance.potentials import NegativeEntropy
+    >>> aimed = NegativeEntropy().relative_to((2, 1, 1))
+    >>> aimed.grad(torch.tensor([0.5, 0.25, 0.25]))
+    tensor([0., 0., 0.])
+    """
+
+    potential: Potential
+    shares: Shares
+
+    def __post_init__(self) -> None:
+        settle_shares(self)
+
+    def value(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        rho = fractions(self.shares, m)
+        tangent = ((m - rho) * self.potential.grad(rho)).sum(-1)
+        return self.potential.value(m) - self.potential.value(rho) - tangent
+
+    def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        return self.potential.grad(m) - self._origin(m)
+
+    def conjugate(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        origin = self._origin(q)
+        return self.potential.conjugate(q + origin) - self.potential.conjugate(origin)
+
+    def conjugate_grad(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        return self.potential.conjugate_grad(q + self._origin(q))
+
+    def slope(self, num_experts: int) -> float:
+        return self.potential.slope(num_experts)
+
+    def check(self, num_experts: int) -> None:
+        check_shares(self.shares, num_experts)
+        self.potential.check(num_experts)
+
+    @property
+    def aim(self) -> Shares | None:
+        return self.shares
+
+    def _origin(self, like: Tensor) -> Tensor:
+        return self.potential.grad(fractions(self.shares, like))
+
+
+@dataclass(frozen=True)
+class Grouped(Potential):
+    """φ(A m): balance between groups of experts (devices, nodes), free within each.
+
+    Convex, not strictly: it does not see how a group's load is shared out. φ_G*(Aᵀ λ) = φ*(λ), and
+    +∞ for prices that differ within a group. Of the loads with prices Aᵀ λ `conjugate_grad` gives
+    the one that is even within the groups, which is the smallest. So grad ∘ conjugate_grad is the
+    identity, and conjugate_grad ∘ grad makes a load even within groups.
+
+    Args:
+        potential: φ, of the groups' loads (G,).
+        groups: G for as many blocks of E / G neighbours, as frameworks lay experts out on ranks; or
+            the group, 0 … G − 1, of each expert.
+
+    >>> from moebalance.potentials import Euclidean
+    >>> Euclidean().grouped(2).grad(torch.tensor([0.5, 0.25, 0.25, 0.0]))
+    tensor([0.7500, 0.7500, 0.2500, 0.2500])
+    """
+
+    potential: Potential
+    groups: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.groups, int):
+            require(self.groups >= 1, self, "give 1 group or more.")
+            return
+        object.__setattr__(self, "groups", tuple(self.groups))
+        numbers = set(range(len(set(self.groups))))
+        named = "number the groups of all experts from 0 on, leaving none out."
+        require(set(self.groups) == numbers != set(), self, named)
+
+    def value(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        return self.potential.value(self.loads(m))
+
+    def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        return self._spread(self.potential.grad(self.loads(m)), m.shape[-1])
+
+    def conjugate(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        inside = self._membership(q)
+        rows = q.unsqueeze(-2)
+        high = torch.where(inside, rows, -torch.inf).amax(-1)
+        low = torch.where(inside, rows, torch.inf).amin(-1)
+        return torch.where((high == low).all(-1), self.potential.conjugate(high), torch.inf)
+
+    def conjugate_grad(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        sizes = self._membership(q).sum(-1)
+        of_group = self.potential.conjugate_grad(self.loads(q) / sizes)
+        return self._spread(of_group / sizes, q.shape[-1])
+
+    def slope(self, num_experts: int) -> float:
+        """That between groups, of one size; within them it is 0."""
+        self.check(num_experts)
+        count = self._count
+        sizes = {num_experts // count}
+        if not isinstance(self.groups, int):
+            sizes = set(Counter(self.groups).values())
+        require(len(sizes) == 1, self, "groups of unequal size have no one slope at uniform load.")
+        return sizes.pop() * self.potential.slope(count) if count > 1 else 0.0
+
+    def check(self, num_experts: int) -> None:
+        if isinstance(self.groups, int):
+            even = num_experts % self.groups == 0
+            require(even, self, f"{num_experts} experts do not make {self.groups} equal groups.")
+        else:
+            named = len(self.groups)
+            wrong = f"it names groups of {named} experts, not {num_experts}."
+            require(named == num_experts, self, wrong)
+        self.potential.check(self._count)
+
+    def loads(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch G"]:
+        """A m, the load of each group."""
+        self.check(m.shape[-1])
+        if isinstance(self.groups, int):
+            return m.reshape(*m.shape[:-1], self.groups, -1).sum(-1)
+        # A product and a sum rather than a matrix product, which may be taken in lower precision.
+        return (self._membership(m) * m.unsqueeze(-2)).sum(-1)
+
+    @property
+    def _count(self) -> int:
+        return self.groups if isinstance(self.groups, int) else max(self.groups) + 1
+
+    def _spread(self, of_group: Tensor, num_experts: int) -> Tensor:
+        """Aᵀ u: each expert gets what its group has."""
+        if isinstance(self.groups, int):
+            size = num_experts // self.groups
+            return of_group.unsqueeze(-1).expand(*of_group.shape, size).flatten(-2)
+        return of_group.index_select(-1, self._index(of_group))
+
+    def _membership(self, like: Tensor) -> Tensor:
+        """A (G, E), as truth values."""
+        groups = torch.arange(self._count, device=like.device).unsqueeze(-1)
+        return groups == self._index(like)
+
+    def _index(self, like: Tensor) -> Int[Tensor, " E"]:
+        if isinstance(self.groups, int):
+            experts = torch.arange(like.shape[-1], device=like.device)
+            return experts // (like.shape[-1] // self.groups)
+        return constant(self.groups, dtype=torch.long, device=like.device)
+
+
+@dataclass(frozen=True)
+class Combined(Potential):
+    """Σ_i w_i φ_i: several levels at once, such as strong between nodes and weak within.
+
+    What `+` and `*` of potentials make. Of a sum the conjugate has no closed form; of one weighted
+    potential it is w φ*(q / w).
+
+    Args:
+        parts: the potentials.
+        weights: w_i > 0, one a part.
+
+    >>> from moebalance.potentials import Euclidean, NegativeEntropy
+    >>> levels = NegativeEntropy().grouped(4) + 0.1 * Euclidean()
+    >>> levels.parts
+    (Grouped(potential=NegativeEntropy(), groups=4), Euclidean())
+    >>> levels.weights
+    (1.0, 0.1)
+    """
+
+    parts: tuple[Potential, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("parts", "weights"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        pairs = len(self.parts) == len(self.weights) > 0
+        require(pairs, self, "give as many weights as potentials, one or more.")
+        positive = all(0 < w < math.inf for w in self.weights)
+        require(positive, self, "weights must be finite numbers above 0.")
+
+    def value(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        terms = [w * part.value(m) for w, part in zip(self.weights, self.parts, strict=True)]
+        return torch.stack(terms).sum(0)
+
+    def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        terms = [w * part.grad(m) for w, part in zip(self.weights, self.parts, strict=True)]
+        return torch.stack(terms).sum(0)
+
+    def conjugate(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        part, weight = self._only()
+        return weight * part.conjugate(q / weight)
+
+    def conjugate_grad(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        part, weight = self._only()
+        return part.conjugate_grad(q / weight)
+
+    def slope(self, num_experts: int) -> float:
+        """The largest, between the coarsest groups, where each level divides up the one above."""
+        pairs = zip(self.weights, self.parts, strict=True)
+        return sum(weight * part.slope(num_experts) for weight, part in pairs)
+
+    def check(self, num_experts: int) -> None:
+        for part in self.parts:
+            part.check(num_experts)
+
+    @property
+    def aim(self) -> Shares | None:
+        """That of the parts that have one, if it is one."""
+        found = {part.aim for part in self.parts if part.aim is not None}
+        return found.pop() if len(found) == 1 else None
+
+    def _only(self) -> tuple[Potential, float]:
+        if len(self.parts) > 1:
+            raise NotImplementedError(
+                f"{self!r}: the conjugate of a sum has no closed form. Nothing in training needs "
+                "it: m is averaged, and its price is `grad`."
+            )
+        return self.parts[0], self.weights[0]

@@ -1,0 +1,315 @@
+"""Shares of the load in methods, goals and metrics: equal ones change nothing, others are met."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases import OF_EIGHT, POTENTIALS, SHARES, one_batch, permute, random_routing, tensors
+from moebalance import metrics
+from moebalance.attachment import attach
+from moebalance.balancers import (
+    Balancer,
+    EmaSwitchLoss,
+    EntropyDeficit,
+    Gini,
+    GlobalBatchLoss,
+    LossFree,
+    MaxVio,
+    PhiBalancing,
+    PlugInLoss,
+    QuantileBalancing,
+    RankVio,
+    SequenceLoss,
+    Sinkhorn,
+    SwitchLoss,
+    Targeted,
+    Together,
+)
+from moebalance.experiments.methods import build_method
+from moebalance.layer import BalancedRouter
+from moebalance.potentials import NegativeEntropy, Relative
+from moebalance.routing import route
+from moebalance.shares import as_shares, per_share
+
+EQUAL = (3.0,) * 8
+RHO = torch.tensor(SHARES, dtype=torch.float64) / sum(SHARES)
+
+WITHOUT: dict[str, Balancer] = {
+    "switch": SwitchLoss(strength=0.03),
+    "global-batch": GlobalBatchLoss(strength=0.02),
+    "sequence": SequenceLoss(strength=0.04),
+    "ema-switch": EmaSwitchLoss(strength=0.03, rate=0.4),
+    "loss-free": LossFree(),
+    "loss-free-proportional": LossFree(rate=0.02, rule="proportional"),
+    "quantile": QuantileBalancing(bins=64),
+    "sinkhorn": Sinkhorn(),
+    **{f"phi-{name}": PhiBalancing(p, strength=0.05) for name, p in POTENTIALS.items()},
+    "plug-in": PlugInLoss(strength=0.03),
+}
+
+
+def with_shares(balancer: Balancer, shares: Any) -> Balancer:
+    if isinstance(balancer, PhiBalancing | PlugInLoss):
+        return replace(balancer, potential=balancer.potential.relative_to(shares))
+    return replace(balancer, shares=shares)
+
+
+def history(balancer: Balancer, seeds=range(4)) -> list[torch.Tensor]:
+    """Everything that a method says over some steps."""
+    state, said = balancer.init(8), []
+    for seed in seeds:
+        routing = random_routing(96, 8, seed=seed, sequences=4)
+        batch = one_batch(balancer, state, routing)
+        state = balancer.update(state, batch.sums)
+        preferred = balancer.preference(
+            state, routing.gate, routing.logits, mask=None, training=True
+        )
+        said += [balancer.logit_gradient(state, batch), preferred, *tensors(state)]
+    return [tensor for tensor in said if tensor is not None]
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_equal_shares_change_nothing(name):
+    plain = history(WITHOUT[name])
+    shared = history(with_shares(WITHOUT[name], EQUAL))
+    assert plain
+    for mine, theirs in zip(shared, plain, strict=True):
+        scale = max(theirs.abs().max().item(), 1e-12)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_only_the_proportions_matter(name):
+    once, twice = (
+        history(with_shares(WITHOUT[name], tuple(k * s for s in SHARES))) for k in (1, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def renumbered(value: Any, order: list[int]) -> Any:
+    """A method whose shares are those of renumbered experts."""
+    if not is_dataclass(value):
+        return value
+    changes = {
+        f.name: tuple(value.shares[e] for e in order)
+        if f.name == "shares" and value.shares
+        else renumbered(getattr(value, f.name), order)
+        for f in fields(value)
+        if f.name != "parts"
+    }
+    return replace(value, **changes)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_EIGHT if "groups" not in name])
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=3, deadline=None, derandomize=True)
+def test_renumbering_experts_with_their_shares_renumbers_every_result(name, seed):
+    balancer = OF_EIGHT[name]
+    if name == "phi-levels":
+        balancer = replace(balancer, potential=balancer.potential.parts[1])
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+    other = renumbered(balancer, order.tolist())
+    routing = random_routing(36, 8, seed=seed, sequences=3)
+    twin = route(
+        routing.logits[:, order], order.argsort()[routing.experts], routing.gate, sequences=3
+    )
+    state = balancer.init(8)
+    batch, twin_batch = one_batch(balancer, state, routing), one_batch(other, state, twin)
+    after = balancer.update(state, batch.sums)
+    for x, y in zip(
+        tensors(permute(after, order)), tensors(other.update(state, twin_batch.sums)), strict=True
+    ):
+        torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6)
+    gradient = balancer.logit_gradient(after, batch)
+    if gradient is not None:
+        found = other.logit_gradient(permute(after, order), twin_batch)
+        torch.testing.assert_close(found, gradient[:, order], rtol=1e-4, atol=1e-7)
+
+
+# --- shares are met -----------------------------------------------------------------------------
+
+
+STRONG: dict[str, Balancer] = {
+    "phi": PhiBalancing(NegativeEntropy().relative_to(SHARES), strength=1.0),
+    "switch": SwitchLoss(strength=1.0, shares=SHARES),
+    "ema-switch": EmaSwitchLoss(strength=1.0, shares=SHARES),
+    "sequence": SequenceLoss(strength=1.0, shares=SHARES),
+    "loss-free": LossFree(rate=0.02, rule="proportional", shares=SHARES),
+    "quantile": QuantileBalancing(shares=SHARES),
+}
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_a_router_that_may_only_shift_its_logits_comes_to_the_shares(name):
+    """Soft load for those that charge, but for Switch, which knows the hard one."""
+    balancer = STRONG[name]
+    router = BalancedRouter(balancer, 8, 2)
+    handle = attach(router)
+    noise = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
+    shift = torch.linspace(-1, 1, 8).requires_grad_()
+    for _ in range(300):
+        weights, _ = router(noise + shift)
+        (0 * weights.sum()).backward()
+        handle.step()
+        with torch.no_grad():
+            shift -= shift.grad
+        shift.grad = None
+    found = handle.metrics()
+    hard, soft = handle.loads()["router"]
+    load = hard if "phi" not in name else soft
+    # A moving average hunts around its goal by a few per cent.
+    torch.testing.assert_close(load.double(), RHO, rtol=0.08, atol=0)
+    assert found["aim_maxvio"] == pytest.approx((hard.double() / RHO).max().item() - 1, abs=1e-5)
+    assert found["aim_gap"] == pytest.approx((hard.double() - RHO).abs().sum().item() / 2, abs=1e-6)
+
+
+def test_sinkhorn_gives_each_expert_its_share_of_the_plan():
+    balancer = Sinkhorn(iterations=100, shares=SHARES)
+    routing = random_routing(512, 8, dtype=torch.float64)
+    ranked = balancer.preference((), routing.gate, routing.logits, mask=None, training=True)
+    torch.testing.assert_close(ranked.softmax(-1).mean(0), RHO, rtol=1e-6, atol=0)
+
+
+def test_no_price_is_charged_where_the_load_is_at_the_shares():
+    potential = Relative(NegativeEntropy(), SHARES)
+    assert potential.grad(RHO).abs().max() < 1e-12
+    even = per_share(RHO, SHARES)
+    torch.testing.assert_close(even, torch.full_like(RHO, 1 / 8))
+
+
+@pytest.mark.parametrize("name", OF_EIGHT)
+def test_methods_with_shares_or_groups_train_in_a_router(name):
+    """The update goes through vmap, the charge through the router's own backward."""
+    router = BalancedRouter(OF_EIGHT[name], 8, 2)
+    handle = attach(router)
+    for seed in range(3):
+        logits = random_routing(32, 8, seed=seed).logits.view(4, 8, 8).requires_grad_()
+        router(logits)[0].square().sum().backward()
+        assert torch.isfinite(logits.grad).all()
+        handle.step()
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(router.state))
+    assert ("aim_gap" in handle.metrics()) == (OF_EIGHT[name].aim is not None)
+
+
+# --- goals and metrics --------------------------------------------------------------------------
+
+LOAD = torch.tensor([0.2, 0.1, 0.05, 0.05, 0.25, 0.05, 0.1, 0.2], dtype=torch.float64)
+
+
+def test_goals_measure_relative_to_their_shares():
+    ratio = (LOAD / RHO).numpy()
+    rho = RHO.numpy()
+    pairs = rho[:, None] * rho[None] * np.abs(ratio[:, None] - ratio[None])
+    ranks = LOAD.view(2, 4).sum(-1) / RHO.view(2, 4).sum(-1)
+    for goal, expected in (
+        (MaxVio(1.0, shares=SHARES), ratio.max() - 1),
+        (Gini(1.0, shares=SHARES), pairs.sum() / 2),
+        (
+            EntropyDeficit(1.0, shares=SHARES),
+            scipy.special.rel_entr(LOAD.numpy(), rho).sum() / np.log(8),
+        ),
+        (RankVio(1.0, ranks=2, shares=SHARES), ranks.max().item() - 1),
+    ):
+        assert goal.measure(LOAD).item() == pytest.approx(expected)
+        assert goal.measure(RHO).item() == pytest.approx(0, abs=1e-12)
+        plain = replace(goal, shares=None)
+        assert replace(goal, shares=EQUAL).measure(LOAD).item() == pytest.approx(
+            plain.measure(LOAD).item()
+        )
+
+
+def test_a_steered_method_is_left_alone_at_its_shares():
+    hard = PhiBalancing(NegativeEntropy().relative_to(SHARES), statistic="hard", strength=0.05)
+    aimed = Targeted(hard, MaxVio(0.3), gain=0.1)
+    assert aimed.goal == MaxVio(0.3, shares=SHARES)
+    blind = replace(aimed, goal=MaxVio(0.3, shares=EQUAL))
+    multipliers = []
+    for method in (aimed, blind):
+        state = method.init(8)
+        counts = (RHO * 1000).float()
+        sums = one_batch(method, state, random_routing(500, 8)).sums._replace(counts=counts)
+        for _ in range(20):
+            state = method.update(state, sums)
+        multipliers.append(method.multiplier(state).item())
+    assert multipliers[0] < 1 < multipliers[1]
+
+
+def test_what_experts_with_spare_room_serve():
+    load = torch.tensor([0.5, 0.3, 0.1, 0.1])
+    assert metrics.served_fraction(load, 1.2).item() == pytest.approx(0.3 + 0.3 + 0.1 + 0.1)
+    assert metrics.served_fraction(load, 2.0).item() == pytest.approx(1)
+
+
+# --- words and errors ---------------------------------------------------------------------------
+
+
+def test_shares_in_words_reach_method_potential_and_goal():
+    words = "phi(shares='2x4, 6x1', target=0.3)+loss-free(shares='2x4, 6x1')"
+    shares = (4.0, 4.0, *[1.0] * 6)
+    method = build_method(words)
+    phi = PhiBalancing(NegativeEntropy().relative_to(shares))
+    assert method == Together(Targeted(phi, MaxVio(0.3, shares=shares)), LossFree(shares=shares))
+    goal = "{'name': 'Gini', 'at_most': 0.1, 'shares': '4x1, 4x2'}"
+    assert build_method(f"switch(shares=[1, 2], target={goal})") == Targeted(
+        SwitchLoss(shares=(1, 2)), Gini(0.1, shares=(1.0,) * 4 + (2.0,) * 4)
+    )
+    table = {"name": "Tsallis", "unit_slope": True, "groups": 2, "shares": "4x1", "weight": 3}
+    expected = 3 * POTENTIALS["tsallis"].unit_slope().grouped(2).relative_to((1.0,) * 4)
+    built = build_method("plug-in", {"plug-in": {"potential": {**table, "alpha": 1.3}}})
+    assert built == PlugInLoss(expected)
+    levels = "[{'name': 'NegativeEntropy', 'groups': 4}, {'name': 'Euclidean', 'weight': 0.1}]"
+    assert build_method(f"phi(potential={levels})") == PhiBalancing(
+        NegativeEntropy().grouped(4) + 0.1 * POTENTIALS["euclidean"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: SwitchLoss(shares=(1, 0)), "finite number above 0.*taken out of the layer"),
+        (lambda: SwitchLoss(shares=(1, float("inf"))), "finite number above 0"),
+        (lambda: LossFree(shares=(1,)), "one for each expert"),
+        (lambda: LossFree(shares=(1, 2)).init(8), "2 experts for a layer of 8"),
+        (lambda: BalancedRouter(SwitchLoss(shares=(1, 2)), 8, 2), "2 experts for a layer of 8"),
+        (lambda: BalancedRouter(Sinkhorn(shares=(1, 2)), 8, 2), "2 experts for a layer of 8"),
+        (
+            lambda: Targeted(SwitchLoss(), MaxVio(0.1, shares=(1, 2))).init(8),
+            "2 experts for a layer of 8",
+        ),
+        (lambda: build_method("switch(shares='8y4')"), "write them like '8x4, 24x1'"),
+        (lambda: build_method("z-loss(shares='8x4')"), "no option 'shares'"),
+        (lambda: build_method("phi(potential=[])"), "one or more"),
+    ],
+)
+def test_impossible_shares_are_refused(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+@pytest.mark.parametrize("given", ["12", torch.ones(2), 3, (1, "a"), (True, 1)])
+def test_shares_are_numbers_in_a_row(given):
+    with pytest.raises(TypeError, match="shares="):
+        as_shares(given)
+
+
+PAGE = (Path(__file__).parents[1] / "docs/targets.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL))
+def test_python_on_the_page_about_targets_runs(block):
+    exec(compile(block, "docs/targets.md", "exec"), {})
+
+
+def test_methods_without_shares_are_called_as_before():
+    assert repr(LossFree()) == "LossFree(rate=0.001, rule='sign', recentre=False)"
+    assert repr(MaxVio(0.3)) == "MaxVio(at_most=0.3, load='hard')"
