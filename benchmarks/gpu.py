@@ -37,7 +37,7 @@ from moebalance.routing import Gate, Sigmoid, Softmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"  # a rehearsal, by Triton's interpreter, of everything but the numbers
-LIMIT_S = {"correct": 80, "silent": 40, "router": 190, "on": 50, "speed": 50, "step": 120}
+LIMIT_S = {"correct": 90, "silent": 40, "router": 180, "on": 50, "speed": 50, "step": 120}
 METHODS = {
     "φ": mb.PhiBalancing(),
     "Switch": mb.SwitchLoss(),
