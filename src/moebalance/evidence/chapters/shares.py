@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from moebalance.evidence.chapter import (
@@ -24,7 +23,6 @@ LEVELS = (
     "{'name': 'NegativeEntropy', 'weight': 0.1}], statistic='hard')"
 )
 PLAIN = "phi(statistic='hard')"
-TEXTS = ("mixed", "one-domain")
 _SHARES = (
     ("loss", 3, "Validation loss"),
     ("aim_gap", 3, "Distance from the shares"),
@@ -44,16 +42,15 @@ def chapter(studies: Studies) -> Chapter:
     """From the study of shares and the study of groups."""
     shares, groups = studies["shares"], studies["groups"]
     aimed, blind = setting_of(shares, AIMED), setting_of(shares, "phi")
-    nearer = {t: difference(shares, aimed, blind, "aim_gap", batching=t) for t in TEXTS}
+    nearer = difference(shares, aimed, blind, "aim_gap")
     levels, plain = setting_of(groups, LEVELS), setting_of(groups, PLAIN)
-    devices = difference(groups, levels, plain, "group_maxvio", batching="one-domain")
-    freer = difference(groups, levels, plain, "mi", batching="one-domain")
-    met = all(found is not None and found.sign == -1 for found in nearer.values())
+    devices = difference(groups, levels, plain, "group_maxvio")
+    freer = difference(groups, levels, plain, "mi")
+    met = nearer is not None and nearer.sign == -1
     free = devices is not None and freer is not None and devices.sign != 1 and freer.sign == 1
     verdict = (
         Verdict.HOLDS if met and free else Verdict.IN_PART if met or free else Verdict.NOT_HERE
     )
-    closer = "; ".join(f"{text} {in_words(found)}" for text, found in nearer.items())
     return Chapter(
         slug="shares",
         title="Unequal loads and groups",
@@ -62,17 +59,17 @@ def chapter(studies: Studies) -> Chapter:
         "devices are as even.",
         verdict=verdict,
         because="Distance of the hard load from shares that are four times larger for 8 of 32 "
-        f"experts, φ relative to them − plain φ: {closer}. Levels − plain φ of the hard load, "
-        f"one-domain micro-batches: MaxVio of the four devices {in_words(devices)}, domain MI "
-        f"{in_words(freer)}. (Rule: the first part holds if φ is nearer to the shares beyond seed "
-        "noise on both kinds of text; the second if devices are not less even and MI is higher "
-        "beyond seed noise; *in part* if one of them does.)",
+        f"experts, φ relative to them − plain φ: {in_words(nearer)}. Levels − plain φ of the hard "
+        f"load, one-domain micro-batches: MaxVio of the four devices {in_words(devices)}, domain "
+        f"MI {in_words(freer)}. (Rule: the first part holds if φ is nearer to the shares beyond "
+        "seed noise; the second if devices are not less even and MI is higher beyond seed noise; "
+        "*in part* if one of them does.)",
         body="\n\n".join(
             [
                 "Distance: half the sum of |load − share|, the part of the assignments that would "
                 "have to move. A device holds 8 neighbouring experts. Three seeds.",
-                *(_table(shares, text, _SHARES, "Shares") for text in TEXTS),
-                *(_table(groups, text, _GROUPS, "Groups") for text in TEXTS),
+                _table(shares, _SHARES, "Shares, mixed micro-batches"),
+                _table(groups, _GROUPS, "Groups, one-domain micro-batches"),
             ]
         ),
         figures={
@@ -85,27 +82,26 @@ def chapter(studies: Studies) -> Chapter:
     )
 
 
-def _table(study: Study, text: str, metrics: tuple[tuple[str, int, str], ...], title: str) -> str:
+def _table(study: Study, metrics: tuple[tuple[str, int, str], ...], title: str) -> str:
     rows = [
-        [f"`{setting}`", *(estimate(study, setting, m, d, batching=text) for m, d, _ in metrics)]
+        [f"`{setting}`", *(estimate(study, setting, m, d) for m, d, _ in metrics)]
         for setting in study.settings()
     ]
     heads = ["Method", *(head for _, _, head in metrics)]
-    return f"### {title}, {text} micro-batches\n\n{table(heads, rows)}"
+    return f"### {title}\n\n{table(heads, rows)}"
 
 
 def _figure(shares: Study, groups: Study) -> Any:
     figure, axes = panels(2, height=3.4)
     sides = (
-        (shares, "mixed", "aim_gap", "loss", "shares="),
-        (groups, "one-domain", "group_maxvio", "mi", "groups"),
+        (shares, "aim_gap", "loss", "shares="),
+        (groups, "group_maxvio", "mi", "groups"),
     )
-    for ax, (study, text, x, y, knows) in zip(axes, sides, strict=True):
-        here = replace(study, results=study.select(batching=text))
-        for setting in here.settings():
+    for ax, (study, x, y, knows) in zip(axes, sides, strict=True):
+        for setting in study.settings():
             fill = {} if knows in setting else {"markerfacecolor": "white"}
-            method = here.select(setting)[0].method
-            point(ax, here, setting, x, y, label=_short(setting), **look(method), **fill)
+            method = study.select(setting)[0].method
+            point(ax, study, setting, x, y, label=_short(setting), **look(method), **fill)
         logarithmic(ax, x=True)
     titles(axes[0], "Shares, mixed text", "distance from the shares", "validation loss, nats/byte")
     titles(axes[1], "Groups, one domain a batch", "MaxVio of devices", "domain MI, nats")
