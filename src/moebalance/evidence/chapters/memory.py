@@ -65,7 +65,7 @@ def chapter(studies: Studies) -> Chapter:
             [
                 "One-domain micro-batches of 512 tokens, one and eight of them a step, 410 "
                 "thousand tokens in all, three seeds. Larger steps are fewer, so compare settings "
-                "within a size. At 1024 tokens a step a rate of 0.1 would be a memory of 9719 tokens.",
+                "within a size. At 1024 tokens a step a rate of 0.1 is a memory of 9719 tokens.",
                 *(_table(study) for study in sizes),
                 "### The adapted rate",
                 "What `rate='auto'` ended with (geometric mean over seeds and layers of the last "
