@@ -184,7 +184,7 @@ def _count(
     """The packed sums of a batch (see `pack`), each written where it lies."""
     rows, num_experts = real.shape
     packed = real.new_zeros(2 * num_experts + 2)
-    scores, counts, tokens, one = packed.split((num_experts, num_experts, 1, 1))
+    scores, counts, tokens, one = torch.split(packed, [num_experts, num_experts, 1, 1])
     one.fill_(1)
     if row_scale is None:
         torch.sum(real, dim=0, out=scores)
