@@ -113,3 +113,24 @@ def test_the_fused_form_is_taken_where_it_runs_and_off_by_one_keyword(interprete
     assert "_Fused" in interpreted(node_of, fused=True)
     assert "_Plain" in interpreted(node_of, fused=False)
     assert "_Plain" in node_of(fused=True)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("gate", [Softmax(), Sigmoid()])
+def test_a_backward_inside_an_autocast_region_is_as_exact_as_outside(gate: Gate, attached: bool):
+    """A price formed in bfloat16 would be off by three digits after the second."""
+
+    def gradient(*, inside: bool) -> torch.Tensor:
+        layer = BalancedRouter(PhiBalancing(strength=1.0), 16, 2, gate=gate)
+        logits = random_logits(64, 16, seed=3).requires_grad_()
+        if attached:
+            chosen, experts = gate.affinities(logits).topk(2)
+            weights = layer.inject(chosen, logits, experts)
+        else:
+            weights, _ = layer(logits)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            weights.sum().backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    torch.testing.assert_close(gradient(inside=True), gradient(inside=False), rtol=0, atol=1e-7)

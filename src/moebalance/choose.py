@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moebalance import kernels
 from moebalance.balancers.base import Balancer, State, per_token, read
-from moebalance.inject import Tally, place, real_tokens, unpack
+from moebalance.inject import Tally, exactly, place, real_tokens, unpack
 from moebalance.routing import Gate, real_rows
 
 _SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
@@ -115,7 +115,7 @@ class _Plain(torch.autograd.Function):
         return weights.clone() if how.normalize else weights, experts
 
     @staticmethod
-    @torch.no_grad()
+    @exactly
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         upstream, _ = gradients
         affinities, experts, mask, weights, total = ctx.saved_tensors
@@ -157,7 +157,7 @@ class _Fused(torch.autograd.Function):
         return found.weights, found.experts
 
     @staticmethod
-    @torch.no_grad()
+    @exactly
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         upstream, _ = gradients
         logits, experts, normaliser, mask = ctx.saved_tensors

@@ -15,6 +15,8 @@ choice, and none of the penalty's own graph.
 size), read by `follow`, so that a strength means the same under all of them.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,27 @@ from torch import Tensor
 
 from moebalance.balancers.base import Balancer, State, read
 from moebalance.routing import Batch, Gate, Sums, route
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def exactly(backward: Backward) -> Backward:
+    """Run a backward without recording it, and without the autocast of whoever called it.
+
+    A forward is meant to end its autocast region before the loss goes back, but not every loop does
+    so, and sums and prices are float32.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        device = gradients[0].device.type
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(device):
+                return backward(ctx, *gradients)
+            with torch.autocast(device, enabled=False):
+                return backward(ctx, *gradients)
+
+    return run
 
 
 class Tally(NamedTuple):
@@ -173,7 +196,7 @@ class _Inject(torch.autograd.Function):
         return carrier.clone()
 
     @staticmethod
-    @torch.no_grad()
+    @exactly
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = gradients
         logits, experts, mask, weight = ctx.saved_tensors
