@@ -55,8 +55,10 @@ def test_a_family_without_a_bias_is_told_what_that_means_for_export() -> None:
     assert any("does not leave with save_pretrained" in note for note in notes)
 
 
-def test_routers_that_moebalance_refuses_are_an_error() -> None:
-    found = diagnose("doge")
+def test_routers_that_moebalance_refuses_are_an_error(tmp_path: Path) -> None:
+    # Without is_moe, its default, a Doge is a dense model.
+    (tmp_path / "config.json").write_text('{"model_type": "doge", "is_moe": true}')
+    found = diagnose(tmp_path / "config.json")
     assert found.failed
     assert found.routers == ()
     assert "product keys" in worst(found)[1]
@@ -66,9 +68,9 @@ def test_routers_that_moebalance_refuses_are_an_error() -> None:
 def test_experts_that_compute_nothing_need_shares(family: str) -> None:
     found = diagnose(family)
     assert not found.failed
-    (warning,) = texts(found, Severity.WARNING)
-    assert "equal use of all would" in warning
-    assert "shares" in warning
+    (warning,) = [f for f in found.findings if f.severity is Severity.WARNING]
+    assert "equal use of all would" in warning.text
+    assert "a method without shares is refused" in warning.remedy
 
 
 def test_a_dense_model_is_an_error() -> None:

@@ -13,7 +13,7 @@ from moebalance.evidence.chapter import (
     in_words,
     table,
 )
-from moebalance.evidence.chapters.rivals import TEXTS, ran, setting_of
+from moebalance.evidence.chapters.rivals import ran, setting_of, there
 from moebalance.evidence.figures import logarithmic, look, panels, titles
 from moebalance.evidence.results import Study
 
@@ -36,7 +36,7 @@ def chapter(studies: Studies) -> Chapter:
         else "No recipe tried here lowers MaxVio without a higher loss."
     )
     parts = []
-    for name, batching in TEXTS.items():
+    for name, batching in there(studies).items():
         each = studies[name]
         rows = [
             [f"`{setting}`", *(estimate(each, setting, m, d) for m, d in _METRICS)]

@@ -13,7 +13,7 @@ from moebalance.evidence.chapter import (
     in_words,
     table,
 )
-from moebalance.evidence.chapters.rivals import TEXTS, ran, setting_of
+from moebalance.evidence.chapters.rivals import ran, setting_of, there
 from moebalance.evidence.figures import legend_below, logarithmic, look, panels, point, titles
 from moebalance.report.methods import display_name
 
@@ -25,7 +25,7 @@ _SHOWN = ("none", "switch", "global-batch", "loss-free", "phi", "phi+loss-free")
 def chapter(studies: Studies) -> Chapter:
     """From the runs against the rivals."""
     signs, words = [], []
-    for name, batching in TEXTS.items():
+    for name, batching in there(studies).items():
         study = studies[name]
         phi = setting_of(study, "phi")
         for rival in ("switch", "loss-free"):
@@ -37,7 +37,7 @@ def chapter(studies: Studies) -> Chapter:
     if 1 in against_switch:
         verdict = Verdict.HOLDS if all(s == 1 for s in against_switch) else Verdict.IN_PART
     parts = []
-    for name, batching in TEXTS.items():
+    for name, batching in there(studies).items():
         study = studies[name]
         rows = [
             [f"`{setting}`", *(estimate(study, setting, m, d) for m, d in _METRICS)]
@@ -69,8 +69,8 @@ def chapter(studies: Studies) -> Chapter:
 
 
 def _figure(studies: Studies) -> Any:
-    figure, axes = panels(len(TEXTS), height=3.4, width=9.4)
-    for ax, (name, batching) in zip(axes, TEXTS.items(), strict=True):
+    figure, axes = panels(len(there(studies)), height=3.4, width=9.4)
+    for ax, (name, batching) in zip(axes, there(studies).items(), strict=True):
         study = studies[name]
         for wanted in ran(study, _SHOWN):
             setting = setting_of(study, wanted)
