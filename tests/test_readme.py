@@ -29,3 +29,20 @@ def test_the_layout_figure_in_the_readme_is_the_one_measured_of_phi() -> None:
     assert f"by up to {max(differences)} of its size" in README
     assert mb.PhiBalancing().coupling == "batch"
     assert mb.PhiBalancing(peek=False).coupling == "token"
+
+
+def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
+    from moebalance.evidence.results import read
+
+    study = read(ROOT / "benchmarks/results/evidence/rivals.jsonl")
+    names = {
+        "no balancing": "none",
+        "Switch loss": "switch(strength=0.1)",
+        "loss-free bias": "loss-free(rate=0.001)",
+        "φ-balancing, as published": "phi(strength=0.001)",
+        "**φ-balancing with a loss-free bias**": "phi(strength=0.0003)+loss-free",
+    }
+    metrics = (("loss", 3), ("maxvio", 2), ("dead_experts", 0), ("mi", 2))
+    for name, setting in names.items():
+        numbers = [f"{study.mean(setting, metric):.{digits}f}" for metric, digits in metrics]
+        assert f"| {name} | {' | '.join(numbers)} |" in README
