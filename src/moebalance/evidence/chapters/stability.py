@@ -56,10 +56,10 @@ def chapter(studies: Studies) -> Chapter:
                 table(["Method", *steps], churn),
                 "### A change of text",
                 "Half-way the text changes from code and prose to tables and names. "
-                "MaxVio of training batches (means over 20 steps): before the change, at its peak "
-                "within 200 steps after it, and at the end; the steps until it is back within a "
-                "quarter of the value before (– if never). Churn is that of the last "
-                "100 steps.",
+                "MaxVio of training batches (means over a fortieth of a run): before the change, "
+                "at its peak within 200 steps after it, and at the end; the steps until it is back "
+                "within a quarter of the value before (– if never). Churn is that of the last 100 "
+                "steps.",
                 table(
                     ["Method", "Before", "Peak", "At the end", "Steps to recover", "Churn"], rows
                 ),
