@@ -56,6 +56,12 @@ def test_memory(gain, verdict):
     assert "| 4096 | −0.05" in found.body
 
 
+def test_a_claim_whose_recipes_were_not_run_says_so():
+    found = memory.chapter({})
+    assert found.verdict is Verdict.OPEN
+    assert "`recipes/evidence/memory_large.toml` can be run" in found.because
+
+
 def test_the_recipes_of_the_memory_have_its_settings_and_equal_tokens():
     recipes = [Recipe.read(ROOT / f"recipes/evidence/{name}.toml") for name in memory.SIZES]
     tokens = [r.train.steps * r.train.batch_size * r.train.accumulation * 128 for r in recipes]

@@ -25,6 +25,7 @@ class Verdict(Enum):
     IN_PART = "holds in part"
     NOT_HERE = "does not hold here"
     UNTESTED = "cannot be tested at this size"
+    OPEN = "not run yet"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class Chapter:
     because: str
     body: str
     figures: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
+
+
+def not_run(slug: str, title: str, claim: str, names: Sequence[str]) -> Chapter:
+    """A claim whose recipes are there and whose results are not."""
+    recipes = " and ".join(f"`recipes/evidence/{name}.toml`" for name in names)
+    words = f"{recipes} can be run; no results of them are committed."
+    return Chapter(slug, title, claim, Verdict.OPEN, words, "")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ from moebalance.evidence.chapter import (
     difference,
     estimate,
     in_words,
+    not_run,
     table,
 )
 from moebalance.evidence.chapters.rate import tokens_a_step
@@ -34,12 +35,19 @@ _WORDS = {
     ADAPTED: "adapted rate",
     SCHEDULED: "memory, scheduled strength",
 }
+SLUG, TITLE = "memory", "A memory in tokens"
+CLAIM = (
+    "With `memory_tokens=` a recipe keeps its balance at another batch size, where a rate does "
+    "not; and the rate can be found from the loads (ours)."
+)
 _METRICS = (("loss", 3), ("maxvio", 2), ("soft_maxvio", 2), ("mi", 3))
 _HEADS = ("Validation loss", "MaxVio", "Soft MaxVio", "Domain MI")
 
 
 def chapter(studies: Studies) -> Chapter:
     """From one setting at two sizes of a step, the tokens in all being equal."""
+    if any(name not in studies for name in SIZES):
+        return not_run(SLUG, TITLE, CLAIM, SIZES)
     sizes = [studies[name] for name in SIZES]
     gained = [difference(study, MEMORY, RATE, "soft_maxvio") for study in sizes]
     better = [d is not None and d.half is not None and d.mean + d.half < 0 for d in gained]
@@ -51,10 +59,9 @@ def chapter(studies: Studies) -> Chapter:
         f"{tokens_a_step(study)}: {in_words(d)}" for study, d in zip(sizes, gained, strict=True)
     )
     return Chapter(
-        slug="memory",
-        title="A memory in tokens",
-        claim="With `memory_tokens=` a recipe keeps its balance at another batch size, where a "
-        "rate does not; and the rate can be found from the loads (ours).",
+        slug=SLUG,
+        title=TITLE,
+        claim=CLAIM,
         verdict=verdict,
         because="Soft MaxVio, which the price steers, with a memory less that with a rate, on "
         "either side of the size at which the two are one setting, by tokens a step: "
