@@ -84,9 +84,9 @@ BALANCERS: dict[str, Balancer] = {
     "z-loss": ZLoss(strength=0.02),
     "phi-targeted": Targeted(PhiBalancing(strength=0.05, statistic="hard"), MaxVio(0.3), gain=0.5),
     "sequence-targeted": Targeted(SequenceLoss(strength=0.04), MaxVio(0.2, load="soft"), gain=0.5),
-    "phi-warmed-up": Scheduled(PhiBalancing(strength=0.05), warmup_tokens=400),
+    "phi-warmed-up": Scheduled(PhiBalancing(strength=0.05), warmup_tokens=400.0),
     "switch-relaxed": Scheduled(
-        SwitchLoss(strength=0.03), relax_after=100, relax_tokens=400, floor=0.1
+        SwitchLoss(strength=0.03), relax_after=100.0, relax_tokens=400.0, floor=0.1
     ),
     "none": NoBalancing(),
     "phi-and-loss-free": Together(PhiBalancing(strength=0.05), LossFree(rate=0.01)),

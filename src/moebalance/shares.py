@@ -93,7 +93,7 @@ def per_share(load: Float[Tensor, "*batch E"], shares: Shares | None) -> Float[T
     return load if shares is None else load / (load.shape[-1] * fractions(shares, load))
 
 
-def constant(values: Sequence[float], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(values: Sequence[int | float], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector of numbers known beforehand, made on its device, a kernel a run of equal ones.
 
     Nothing is copied from the host, which a CUDA graph could not record, and nothing is kept.

@@ -20,9 +20,9 @@ from moebalance.routing import Gate
 
 
 class Ema(NamedTuple):
-    """Mean over the steps seen, `mean` (E,), and its accumulated `weight` (), float32."""
+    """Mean over the steps seen, `mean` (E,) or (), and its accumulated `weight` (), float32."""
 
-    mean: Float[Tensor, "E"]
+    mean: Float[Tensor, "*E"]
     weight: Float[Tensor, ""]
 
     @classmethod
@@ -32,7 +32,7 @@ class Ema(NamedTuple):
         # The least weight there is: nothing seen and nothing new is a gain of 0, not 0/0.
         return cls(uniform, torch.full((), _TINY, dtype=torch.float32))
 
-    def toward(self, value: Float[Tensor, "E"], rate: float | Tensor) -> "Ema":
+    def toward(self, value: Float[Tensor, "*E"], rate: float | Tensor) -> "Ema":
         """Move by `rate` toward `value`; a rate of 0 leaves all as it was."""
         weight = (self.weight + rate * (1 - self.weight)).to(self.weight.dtype)
         gain = (rate / weight).to(self.mean.dtype)

@@ -15,7 +15,7 @@ from moebalance.evidence.chapter import (
     in_words,
     table,
 )
-from moebalance.evidence.figures import CYCLE, legend_below, logarithmic, panels, titles
+from moebalance.evidence.figures import CYCLE, legend_below, panels, titles
 from moebalance.evidence.results import Study
 from moebalance.report.estimates import Estimate
 from moebalance.report.verdict import Difference
@@ -161,7 +161,6 @@ def _figure(mixes: Sequence[Mix]) -> Any:
                     color=CYCLE[0] if last else CYCLE[1 + i],
                     label="target" if last else "α = " + setting.split("strength=")[1].rstrip(")"),
                 )
-        logarithmic(ax, x=True)
         titles(ax, mix.name.replace(", ", "\n"), "MaxVio", "loss" if mix is mixes[0] else "")
     legend_below(figure, axes[0])
     return figure
