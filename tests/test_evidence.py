@@ -469,5 +469,5 @@ def test_shares_and_groups(gap, mi, verdict):
         studies[name] = study(name, tuple(recipe.compare.methods), plant, seeds=3, batchings=both)
     found = shares.chapter(studies)
     assert found.verdict is verdict
-    assert found.body.count("| `none` |") == 1
+    assert found.body.count("| `phi(strength=0.001)` |") == 1
     assert "one-domain" in found.because
