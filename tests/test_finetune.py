@@ -116,7 +116,8 @@ def loss_of(model: torch.nn.Module, balancing: mb.Balancing, recipe: Recipe) -> 
 def without_times(path: Path) -> list[dict[str, object]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [
-        {k: v for k, v in row.items() if k not in ("step_time_s", "wall_s")}
+        # Churn is since the last evaluation of the process, of which a resumed one has none.
+        {k: v for k, v in row.items() if k not in ("step_time_s", "wall_s", "churn")}
         for row in rows
         if row["kind"] != "end"
     ]

@@ -155,7 +155,8 @@ def test_a_checkpoint_gets_a_gentle_learning_rate_and_its_own_tokeniser(table):
 
 def test_the_recipe_in_the_documentation_is_one():
     text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text("utf-8")
-    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    section = text.partition("## Fine-tuning")[2].partition("\n## ")[0]
+    (example,) = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
     recipe = Recipe.parse(tomllib.loads(example), source="docs/recipes.md")
     assert recipe.lora is not None
     assert recipe.old_data is not None

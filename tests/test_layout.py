@@ -47,7 +47,7 @@ FEW = (
     "phi-negative-entropy",
     "phi-no-peek",
     "phi-hard",
-    "sequence",
+    *COUPLED["sequence"],
     "ema-switch",
     "loss-free",
     "quantile",
