@@ -13,22 +13,18 @@ from moebalance.evidence.aims import Aim, aim_of
 from moebalance.evidence.chapter import Verdict
 from moebalance.evidence.chapters import (
     finetuning,
-    gap,
     population,
     potentials,
     rate,
     rivals,
     scale,
-    shares,
     specialisation,
     stability,
-    target,
 )
 from moebalance.evidence.choose import Cell, cell, choose, family
 from moebalance.evidence.population import plug_in_bias, simulated_scores
 from moebalance.evidence.results import gather, read
 from moebalance.experiments.compare import run_name
-from moebalance.experiments.recipe import Recipe
 from moebalance.report.diagnosis.oscillation import swing
 from moebalance.runlog import read_run
 from synthetic_runs import write_run
@@ -385,89 +381,3 @@ def test_scale(gaps, verdict):
     found = scale.chapter(ladder)
     assert found.verdict is verdict
     assert "ready to run: `recipes/evidence/scale_large.toml`" in found.because
-
-
-STRENGTHS = ("phi(strength=0.001)", "phi(strength=0.01)", "phi(strength=0.001, target=0.3)")
-
-
-@pytest.mark.parametrize(
-    ("maxvio", "loss", "verdict"),
-    [
-        ((0.28, 0.33), (2.0, 2.0), Verdict.HOLDS),
-        ((0.28, 0.60), (2.0, 2.0), Verdict.IN_PART),  # the target is missed on one mix
-        ((0.28, 0.33), (2.0, 2.1), Verdict.IN_PART),  # or costs loss there
-        ((0.10, 0.60), (2.0, 2.0), Verdict.NOT_HERE),
-    ],
-)
-def test_target(maxvio, loss, verdict):
-    """The strength 0.01 keeps the target, 0.001 does not."""
-
-    def plant(i: int):
-        fixed = {STRENGTHS[0]: (0.9, 1.9), STRENGTHS[1]: (0.2, 2.0)}
-
-        def planted(setting: str, seed: int, batching: str):
-            found = fixed.get(setting, (maxvio[i], loss[i]))
-            return {"maxvio": found[0], "loss": found[1] + jitter(seed)}
-
-        return planted
-
-    studies = {
-        name: study(
-            name,
-            STRENGTHS,
-            plant(min(i, 1)),
-            seeds=3,
-            batchings=("mixed", "one-domain") if i == 0 else ("mixed",),
-            about={"model": {"architecture": name}},
-        )
-        for i, name in enumerate(target.STUDIES)
-    }
-    found = target.chapter(studies)
-    assert found.verdict is verdict
-    assert (
-        f"target_qwen, one-domain: MaxVio {maxvio[0]:.2f}, loss relative to `phi(strength=0.01)`"
-        in (found.because)
-    )
-
-
-def test_gap_recommends_what_balances_at_no_loss():
-    def plant(setting: str, seed: int, batching: str):
-        noise = 0.001 * ((seed + len(setting)) % 3 - 1)
-        hard = {"phi": 1.0, "phi+loss-free": 0.2, "phi(statistic='hard')": 0.1}
-        costs = 0.1 if family(setting) == "phi(statistic='hard')" else 0.0
-        return {"maxvio": hard.get(family(setting), 0.5) + noise, "loss": 2.0 + costs + noise}
-
-    found = gap.chapter({name: study(name, GRID, plant) for name in rivals.TEXTS})
-    assert found.verdict is Verdict.HOLDS
-    assert "The recommendation is `phi(strength=0.001)+loss-free`: MaxVio 0.20" in found.because
-
-
-@pytest.mark.parametrize(
-    ("gap", "mi", "verdict"),
-    [
-        (-0.1, 0.2, Verdict.HOLDS),
-        (-0.1, 0.0, Verdict.IN_PART),
-        (0.0, 0.2, Verdict.IN_PART),
-        (0.0, 0.0, Verdict.NOT_HERE),
-    ],
-)
-def test_shares_and_groups(gap, mi, verdict):
-    def plant(setting: str, seed: int, batching: str):
-        noise = 0.001 * ((seed + len(setting)) % 3 - 1)
-        return {
-            "loss": 2.0 + noise,
-            "aim_gap": 0.3 + noise + gap * ("shares=" in setting),
-            "aim_maxvio": 0.5,
-            "group_maxvio": 0.2 + noise,
-            "mi": 0.3 + noise + mi * ("groups" in setting),
-        }
-
-    studies = {}
-    for name in ("shares", "groups"):
-        recipe = Recipe.read(ROOT / f"recipes/evidence/{name}.toml")
-        both = tuple(recipe.compare.batching)
-        studies[name] = study(name, tuple(recipe.compare.methods), plant, seeds=3, batchings=both)
-    found = shares.chapter(studies)
-    assert found.verdict is verdict
-    assert found.body.count("| `phi(strength=0.001)` |") == 1
-    assert "one-domain" in found.because
