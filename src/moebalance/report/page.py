@@ -11,6 +11,7 @@ from moebalance.report.columns import METRICS, Metric
 from moebalance.report.configuration import run_rows, settings, what_was_run
 from moebalance.report.cost import CostCell
 from moebalance.report.estimates import Estimate, MethodSummary, number
+from moebalance.report.findings import counted, remarks
 from moebalance.report.heatmap import BINS
 from moebalance.report.methods import Look, display_name, looks
 from moebalance.report.pictures import pictures
@@ -122,6 +123,7 @@ def _section(section: Section, ink: Ink, look: dict[str, Look]) -> dict[str, Any
         "slots": section.num_slots,
         "before_after": _before_after(section, ink),
         "cost": _cost(section, ink),
+        "findings": _findings(section, ink),
         "floor": None if floor is None else number(floor, 2 if floor >= 0.1 else 3),
         "rows": [_row(method, section, ink) for method in section.methods],
         "legend": [(m, display_name(m), ink.methods[m], marker(m)) for m in present],
@@ -166,6 +168,27 @@ def _cost(section: Section, ink: Ink) -> dict[str, Any] | None:
         look = {"colour": ink.methods[method], "marker": marker(method)}
         rows.append({"label": line.method.label, **look, "cells": cells})
     return {"sizes": found.ep_sizes, "caption": found.caption, "rows": rows}
+
+
+def _findings(section: Section, ink: Ink) -> dict[str, Any] | None:
+    """What the doctor says of the section's runs; None where it finds nothing."""
+    found = remarks(section.methods)
+    if not found:
+        return None
+    rows = [
+        {
+            "label": remark.method.label,
+            "colour": ink.methods[remark.method.method],
+            "marker": marker(remark.method.method),
+            "severity": remark.finding.severity.value,
+            "what": remark.finding.what,
+            "because": remark.finding.because,
+            "do": remark.finding.do,
+            "where": remark.where,
+        }
+        for remark in found
+    ]
+    return {"counted": counted(found), "rows": rows}
 
 
 def _cost_cell(cell: CostCell | None) -> dict[str, str]:

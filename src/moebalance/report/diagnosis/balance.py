@@ -51,8 +51,10 @@ def dead(log: Reading) -> Iterator[Finding]:
         load = log.late_load(layer)
         model = log.run.header.get("model")
         top_k = model.get("top_k", 1) if isinstance(model, dict) else 1
-        if log.late_tokens * top_k / len(load) < _EXPECTED:
+        tokens = log.late_tokens
+        if tokens * top_k / len(load) < _EXPECTED:
             continue
+        over = "" if math.isnan(tokens) else f", over the last {tokens:,.0f} tokens counted"
         idle: list[int] = np.flatnonzero(load < _DEAD).tolist()
         if not idle:
             continue
@@ -65,8 +67,7 @@ def dead(log: Reading) -> Iterator[Finding]:
             "dead",
             Severity.WARNING,
             f"{log.names[layer]} has {_experts(idle)} dead{when}.",
-            f"{len(idle)} of {len(load)} experts below a hundredth of an even share over the last "
-            f"{log.late_tokens:,.0f} tokens counted",
+            f"{len(idle)} of {len(load)} experts below a hundredth of an even share{over}",
             _revive(log, since, early=early),
             (layer,),
         )
