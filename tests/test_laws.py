@@ -205,7 +205,10 @@ def test_renumbering_the_experts_renumbers_every_result(balancer, seed, num_expe
     batch, twin = one_batch(balancer, state, routing), one_batch(balancer, other, renumbered)
 
     close(twin.sums, permute(batch.sums, order))
-    close(balancer.update(other, twin.sums), permute(balancer.update(state, batch.sums), order))
+    # Squares of small differences, as an adaptive rate keeps, carry the rounding of the sums twice.
+    tolerance = 1e-4 if getattr(balancer, "rate", None) == "auto" else 1e-6
+    after = balancer.update(other, twin.sums)
+    close(after, permute(balancer.update(state, batch.sums), order), tolerance)
     for mine, theirs in [
         (balancer.penalty(state, batch), balancer.penalty(other, twin)),
         (columns(balancer.charged(state, batch), order), balancer.charged(other, twin)),

@@ -1,7 +1,7 @@
 """How even a load shall be: what `Targeted` steers a method's strength by.
 
-A goal measures a load as its metric does and says by how much it misses, relative to what is
-allowed: 0 at the goal, positive for a load that is less even, −1 for a perfectly even one. With
+A goal measures a load as its metric does, and relative to what is allowed: 1 at the goal, more for
+a load that is less even, 0 for a perfectly even one. With
 shares ρ "even" means in their proportion: f_e / ρ_e is then the same for all experts.
 """
 
@@ -54,9 +54,9 @@ class Goal(ABC):
             ValueError: the goal is for another number of experts.
         """
 
-    def miss(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
-        """(measure − at_most) / at_most."""
-        return self.measure(load) / self.at_most - 1
+    def ratio(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+        """measure / at_most."""
+        return self.measure(load) / self.at_most
 
     def of(self, sums: Sums) -> Float[Tensor, "E"]:
         """The load that the goal is about."""
@@ -76,8 +76,8 @@ class MaxVio(Goal):
     """The busiest expert at most so far above its share: max_e f_e / ρ_e − 1, ρ_e = 1/E if even.
 
     >>> import torch
-    >>> MaxVio(0.5).miss(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
-    1.0
+    >>> MaxVio(0.5).ratio(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
+    2.0
     """
 
     def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
@@ -90,8 +90,8 @@ class Gini(Goal):
     """Inequality at most so large.
 
     >>> import torch
-    >>> round(Gini(0.25).miss(torch.tensor([0.5, 0.5, 0.0, 0.0])).item(), 6)
-    1.0
+    >>> round(Gini(0.25).ratio(torch.tensor([0.5, 0.5, 0.0, 0.0])).item(), 6)
+    2.0
     """
 
     def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
@@ -106,8 +106,8 @@ class EntropyDeficit(Goal):
     With shares, the divergence from them in the same unit: Σ_e f_e log(f_e / ρ_e) / log E.
 
     >>> import torch
-    >>> round(EntropyDeficit(0.25).miss(torch.tensor([0.5, 0.5, 0.0, 0.0])).item(), 6)
-    1.0
+    >>> round(EntropyDeficit(0.25).ratio(torch.tensor([0.5, 0.5, 0.0, 0.0])).item(), 6)
+    2.0
     """
 
     def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
@@ -127,8 +127,8 @@ class RankVio(Goal):
         ranks: R; rank r holds the r-th block of E / R experts.
 
     >>> import torch
-    >>> RankVio(0.5, ranks=2).miss(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
-    0.0
+    >>> RankVio(0.5, ranks=2).ratio(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
+    1.0
     """
 
     ranks: int = 8

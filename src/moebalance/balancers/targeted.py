@@ -1,17 +1,21 @@
-"""Set the balance you want instead of a coefficient: a dual controller on a method's strength.
+"""Set the balance you want instead of a coefficient: a controller on a method's strength.
 
-Minimise the task loss subject to v(load) ≤ v*, v a measure of unevenness. The multiplier λ of that
-constraint is the strength, and ascends on the miss, once a step and for every layer by itself:
+Minimise the task loss subject to v(load) ≤ v*, v a measure of unevenness. The strength is the
+multiplier λ of that constraint times a penalty on missing it; both move once a step and for every
+layer by itself:
 
-    l ← (1 − η) l + η f                                       the load, averaged
-    log λ ← clip(log λ + κ · h · clip(v(l) / v* − 1, −1, 1))   exponentiated dual ascent
+    l ← (1 − η) l + η f                             the load, averaged
+    r = clip(v(l) / v*, 1/e, e)                     what it misses
+    log λ ← clip(log λ + κ h log r)                 exponentiated dual ascent
+    strength ← r λ · that of the method             never more than `ceiling` times the latter
 
 In the logarithm, because the right strength differs by orders of magnitude between layers, models
 and stages of training; clipped, so that neither one bad step nor a goal out of reach can wind λ up;
-at its lower end λ is 0, and a layer that is balanced anyway is left alone.
+at its lower end λ is 0, and a layer that is balanced anyway is left alone. λ alone would oscillate:
+an integral that answers a router which is nearly another. r brakes it, as the load comes close.
 
-A router takes hundreds of steps to follow a price, most of all while its learning rate is high. An
-integral alone would wind up all that time and then overshoot. So h in [0, 1] holds λ while the load
+A router moves only so fast, however hard it is pushed (Adam divides by the size of the gradient),
+and takes hundreds of steps. λ would wind up all that time. So h in [0, 1] holds it while the load
 is already on its way: 1 while log v stays where it was of late, 0 once it moves toward the goal by
 a tenth or more.
 """
@@ -31,12 +35,12 @@ from moebalance.balancers.scaled import Scaled
 from moebalance.routing import Sums
 
 _FLOOR = 1e-3
-_LATELY = 0.02  # what the last 50 steps or so were like
+_LATELY = 0.01  # what the last 100 steps or so were like
 _MOVING = 0.1  # of log v: a load that moves toward its goal by a tenth is on its way
 
 
 class Steered(NamedTuple):
-    """State of the method, the averaged load, log v of late, and log λ ().
+    """State of the method, the averaged load, log v of late (), log λ () and r λ ().
 
     λ is relative to the method's own strength.
     """
@@ -44,7 +48,8 @@ class Steered(NamedTuple):
     inner: Any
     load: Ema
     lately: Float[Tensor, ""]
-    log_multiplier: Float[Tensor, ""]
+    log_dual: Float[Tensor, ""]
+    multiplier: Float[Tensor, ""]
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,13 @@ class Targeted(Scaled):
     """A loss-lever method whose strength is steered to a goal, layer by layer.
 
     Args:
-        balancer: any method that charges in the loss. Its own strength is where λ starts.
+        balancer: any method that charges in the loss. λ starts at its own strength.
         goal: what is allowed, for example `MaxVio(0.3)`. A goal without shares takes over those
             that the method aims at.
         gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
             `metrics.sampling_floor` at (2 − η) / η steps' tokens.
-        ceiling: the largest λ, as a multiple of the method's strength; the smallest is a thousandth
+        ceiling: the most that the method's strength is multiplied by; the least λ is a thousandth
             of that strength, and counts as 0.
 
     Raises:
@@ -90,34 +95,35 @@ class Targeted(Scaled):
 
     def init(self, num_experts: int) -> Steered:
         """λ starts at the method's own strength."""
-        zero, load = torch.zeros((), dtype=torch.float32), Ema.empty(num_experts)
+        load = Ema.empty(num_experts)
         self.goal.measure(load.mean)  # raises where the goal is for other layers
-        return Steered(self.balancer.init(num_experts), load, zero, zero)
+        zero, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
+        return Steered(self.balancer.init(num_experts), load, zero, zero, one)
 
     def update(self, state: Steered, sums: Sums) -> Steered:
-        """Advance the method and the load, then log λ by what the load misses."""
-        seen = (sums.tokens > 0).to(state.log_multiplier.dtype)
+        """Advance the method and the load, then λ and r by what the load misses."""
+        seen = (sums.tokens > 0).to(state.multiplier.dtype)
         first = state.load.weight < self.rate / 2  # it is the rate itself after one step
         load = state.load.toward(self.goal.of(sums), self.rate * seen)
         # A load without any unevenness has no logarithm; nobody asks for less than this.
-        now = self.goal.measure(load.mean).clamp(min=1e-6).log()
+        now = self.goal.ratio(load.mean).clamp(min=1e-6).log()
         lately = torch.where(first, now, state.lately + _LATELY * (now - state.lately))
-        miss = self.goal.miss(load.mean).clamp(-1.0, 1.0)
-        coming = (lately - now) * miss.sign()
-        held = (1 - coming / _MOVING).clamp(0.0, 1.0)
-        moved = state.log_multiplier + self.gain * held * miss
-        bounded = moved.clamp(log(_FLOOR), log(self.ceiling))
+        miss = now.clamp(-1.0, 1.0)
+        held = (1 - (lately - now) * miss.sign() / _MOVING).clamp(0.0, 1.0)
+        dual = (state.log_dual + self.gain * held * miss).clamp(log(_FLOOR), log(self.ceiling))
+        pushed = (dual + miss).exp().clamp(max=self.ceiling)
+        multiplier = torch.where(dual > log(_FLOOR), pushed, 0.0)
         return Steered(
             self.balancer.update(state.inner, sums),
             load,
             where_seen(sums.tokens, lately, state.lately),
-            where_seen(sums.tokens, bounded, state.log_multiplier),
+            where_seen(sums.tokens, dual, state.log_dual),
+            where_seen(sums.tokens, multiplier, state.multiplier),
         )
 
     def multiplier(self, state: Steered) -> Float[Tensor, ""]:
-        """λ as a multiple of the method's strength; 0 at its lower end."""
-        active = state.log_multiplier > log(_FLOOR)
-        return torch.where(active, state.log_multiplier.exp(), 0.0)
+        """r λ, as a multiple of the method's strength; 0 at the lower end of λ."""
+        return state.multiplier
 
     @property
     def reads(self) -> frozenset[str]:
