@@ -76,11 +76,8 @@ class Run:
     @property
     def step_time_s(self) -> float | None:
         """Median time of a step; from the header where the step rows were archived away."""
-        times = [row["step_time_s"] for row in self.steps if row.get("step_time_s") is not None]
-        if times:
-            return float(statistics.median(times))
-        kept = self.header.get("step_time_s")
-        return None if kept is None else float(kept)
+        times = [s for row in self.steps if (s := _time(row.get("step_time_s"))) is not None]
+        return statistics.median(times) if times else _time(self.header.get("step_time_s"))
 
     @property
     def last_step(self) -> int:
@@ -376,6 +373,10 @@ def _problem(row: Any) -> str:
 def _seconds(end: Row) -> float:
     seconds = end.get("wall_s")
     return float(seconds) if isinstance(seconds, int | float) else 0.0
+
+
+def _time(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and 0 <= value < math.inf else None
 
 
 def _finite(value: Any) -> Any:

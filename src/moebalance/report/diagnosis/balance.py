@@ -49,10 +49,8 @@ def dead(log: Reading) -> Iterator[Finding]:
     """Experts that are hardly ever chosen, and since when."""
     for layer in range(log.layers):
         load = log.late_load(layer)
-        model = log.run.header.get("model")
-        top_k = model.get("top_k", 1) if isinstance(model, dict) else 1
-        tokens = log.late_tokens
-        if tokens * top_k / len(load) < _EXPECTED:
+        tokens, top_k = log.late_tokens, log.top_k
+        if tokens * (1 if math.isnan(top_k) else top_k) / len(load) < _EXPECTED:
             continue
         over = "" if math.isnan(tokens) else f", over the last {tokens:,.0f} tokens counted"
         idle: list[int] = np.flatnonzero(load < _DEAD).tolist()

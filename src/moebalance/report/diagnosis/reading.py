@@ -46,7 +46,7 @@ class Reading:
     @cached_property
     def snapshots(self) -> tuple[Row, ...]:
         """The snapshots that hold loads of one shape."""
-        held = [row for row in self.run.snapshots if row.get("load")]
+        held = [row for row in self.run.snapshots if _is_load(row.get("load"))]
         shape = [len(layer) for layer in held[-1]["load"]] if held else []
         return tuple(row for row in held if [len(layer) for layer in row["load"]] == shape)
 
@@ -84,7 +84,7 @@ class Reading:
     def late_tokens(self) -> float:
         """Tokens that the loads at the end were counted over; nan if not logged."""
         row = self._last_eval
-        if row is not None and row.get("load"):
+        if row is not None and _is_load(row.get("load")):
             return _number(row, "tokens")
         return float(self.tokens * len(self._late_snapshots))
 
@@ -94,10 +94,15 @@ class Reading:
         found = self.series("tokens")
         return float(np.nanmedian(found)) if np.isfinite(found).any() else math.nan
 
+    @property
+    def top_k(self) -> float:
+        """Experts of a token; nan if not logged."""
+        model = self.run.header.get("model")
+        return _number(model, "top_k") if isinstance(model, dict) else math.nan
+
     def floor(self, tokens: float) -> float:
         """MaxVio that chance alone leaves in so many tokens: √(2 ln E · E / (N K)); nan unknown."""
-        model = self.run.header.get("model")
-        top_k = _number(model, "top_k") if isinstance(model, dict) else math.nan
+        top_k = self.top_k
         experts = len(self._late("load")[0]) if self.layers else 0
         if experts < 2 or not tokens > 0 or not top_k > 0:
             return math.nan
@@ -144,10 +149,11 @@ class Reading:
 
     def _late(self, key: str) -> list[Any]:
         row = self._last_eval
-        if row is not None and isinstance(row.get(key), list):
+        if row is not None and _is_load(row.get(key)):
             return list(row[key])
-        rows = [row[key] for row in self._late_snapshots if row.get(key)]
-        return list(np.mean(np.array(rows, dtype=float), axis=0)) if rows else []
+        rows = [row[key] for row in self._late_snapshots if _is_load(row.get(key))]
+        layers = zip(*rows, strict=False)
+        return [np.mean([x for x in same if len(x) == len(same[-1])], axis=0) for same in layers]
 
 
 LEAST_STEPS = 100
@@ -174,10 +180,22 @@ def _mean(values: Array) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
+def _is_load(value: Any) -> bool:
+    """Whether this is a list of layers, each a list of finite numbers that add up to something."""
+    if not isinstance(value, list) or not value:
+        return False
+    numbers = (int, float)
+    return all(
+        isinstance(layer, list)
+        and all(type(x) in numbers and 0 <= x < math.inf for x in layer)
+        and sum(layer) > 0
+        for layer in value
+    )
+
+
 def _even_shares(load: Sequence[Any]) -> Array:
     share = np.asarray(load, dtype=float)
-    total = share.sum(axis=-1, keepdims=True)
-    return np.asarray(share * share.shape[-1] / np.where(total > 0, total, 1.0))
+    return np.asarray(share * share.shape[-1] / share.sum(axis=-1, keepdims=True))
 
 
 def _number(row: Any, key: str) -> float:
