@@ -36,10 +36,12 @@ _SHOWN = (
 )
 TEXTS = {"rivals": "mixed", "grid": "one-domain", "corpora": "one-domain, other text"}
 """Studies of φ and its rivals, with words for their micro-batches; the last may be missing."""
+SWEEPS = {"grid": "sweep", "rivals": "sweep_mixed"}
+"""All strengths in the micro-batches of a study; that of mixed ones may be missing."""
 
 
 def chapter(studies: Studies) -> Chapter:
-    """From the sweep (strengths) and the studies of `TEXTS`."""
+    """From the sweeps (strengths) and the studies of `TEXTS`."""
     verdict, because = _judge(studies)
     parts = [
         "Strengths were chosen on seeds 100 and 101 in one-domain micro-batches, by the rule "
@@ -53,7 +55,7 @@ def chapter(studies: Studies) -> Chapter:
         study = studies[name]
         title = f"### Micro-batches: {batching}, {len(study.seeds())} seeds"
         parts += [title, _methods(study)]
-    parts += ["### Which ingredient helps", _grid(studies["sweep"])]
+    parts += ["### Which ingredient helps", _grid(studies)]
     return Chapter(
         slug="rivals",
         title="Against the rivals",
@@ -131,7 +133,8 @@ def _methods(study: Study) -> str:
     return table(["Method", *_HEADS], rows)
 
 
-def _grid(sweep: Study) -> str:
+def _grid(studies: Studies) -> str:
+    sweep = studies["sweep"]
     grids = matched(sweep)
     middle = grids[len(grids) // 2]
     rows = []
@@ -140,21 +143,22 @@ def _grid(sweep: Study) -> str:
         name = f" ({NAMES[where]})" if where in NAMES else ""
         rows.append([f"{where}{name}", f"`{setting}`", *numbers])
     rows.sort()
-    heads = ["Ingredient", "Loss", "MaxVio", "Soft MaxVio", "Domain MI"]
-    return "\n\n".join(
-        [
-            "All twelve cells of {hard, soft} × {batch, step, EMA} × {linear, log}, in one-domain "
-            "micro-batches, from the sweep, whose strengths push alike: α for log, 32 α for "
-            "linear. Linear is the Euclidean potential, log negative entropy; Switch, "
-            "global-batch, EMA-Switch and both ends of φ-balancing are corners. At the middle one "
-            "of three strengths, two seeds:",
-            table(["Cell", "Setting", *_HEADS], rows),
-            "The effect of one ingredient, averaged over all cells that differ in nothing else "
-            "and over the three strengths, paired over seeds, with its 95 % interval. With two "
-            "seeds the intervals are wide:",
-            table(heads, _effects(sweep, grids)),
-        ]
-    )
+    parts = [
+        "All twelve cells of {hard, soft} × {batch, step, EMA} × {linear, log}, in one-domain "
+        "micro-batches, from the sweep, whose strengths push alike: α for log, 32 α for "
+        "linear. Linear is the Euclidean potential, log negative entropy; Switch, "
+        "global-batch, EMA-Switch and both ends of φ-balancing are corners. At the middle one "
+        "of three strengths, two seeds:",
+        table(["Cell", "Setting", *_HEADS], rows),
+        "The effect of one ingredient, averaged over all cells that differ in nothing else "
+        "and over the three strengths, paired over seeds, with its 95 % interval. With two "
+        "seeds the intervals are wide:",
+    ]
+    for study, name in SWEEPS.items():
+        if name in studies:
+            heads = [f"Ingredient, {TEXTS[study]}", "Loss", "MaxVio", "Soft MaxVio", "Domain MI"]
+            parts.append(table(heads, _effects(studies[name], matched(studies[name]))))
+    return "\n\n".join(parts)
 
 
 def matched(sweep: Study) -> list[dict[Cell, str]]:
@@ -209,8 +213,8 @@ def _pareto(studies: Studies) -> Any:
             style = look(study.select(setting)[0].method)
             hard = wanted == "phi(statistic='hard')"
             label = display_name(study.select(setting)[0].method) + (", hard" if hard else "")
-            if name == "grid":
-                _front(ax, studies["sweep"], wanted, style["color"])
+            if SWEEPS.get(name) in studies:
+                _front(ax, studies[SWEEPS[name]], wanted, style["color"])
             fill = {"markerfacecolor": "white"} if hard else {}
             point(ax, study, setting, "maxvio", "loss", label=label, **style, **fill)
         logarithmic(ax, x=True)
