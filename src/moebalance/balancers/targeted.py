@@ -60,7 +60,8 @@ class Targeted(Scaled):
         balancer: any method that charges in the loss. λ starts at its own strength.
         goal: what is allowed, for example `MaxVio(0.3)`. A goal without shares takes over those
             that the method aims at.
-        gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
+        gain: κ > 0, the most that log λ moves in a step; 0.005 takes 460 steps for a factor of
+            ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
             `metrics.sampling_floor` at (2 − η) / η steps' tokens.
         ceiling: the most that the method's strength is multiplied by; the least λ is a thousandth
@@ -76,7 +77,7 @@ class Targeted(Scaled):
     """
 
     goal: Goal
-    gain: float = 0.01
+    gain: float = 0.005
     rate: float = 0.05
     ceiling: float = 30.0
 
