@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -298,6 +299,59 @@ def test_ctrl_c_leaves_a_whole_log_and_a_report_that_works(text: Path, tmp_path:
     assert read_run(log).status == "interrupted"
     done = CliRunner().invoke(app, ["report", str(out)])
     assert done.exit_code == 0, done.output
+
+
+_ORPHAN = """
+import os, sys, time
+from pathlib import Path
+from moebalance.experiments.compare import end_with_parent
+
+end_with_parent(os.getppid(), grace=1.0)
+told = Path(sys.argv[1])
+told.write_text("running")
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        told.write_text("interrupted")
+"""
+_PARENT = """
+import subprocess, sys, time
+from pathlib import Path
+
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """One that is killed cannot tell its workers; without it they would train on, unseen."""
+    told = tmp_path / "told"
+    command = [sys.executable, "-c", _PARENT, _ORPHAN, str(told)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        wait_for(lambda: told.is_file() and told.read_text() == "running")
+        parent.kill()
+    wait_for(lambda: told.read_text() == "interrupted")
+    wait_for(lambda: not alive(worker))  # even one that has swallowed the interrupt
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")
+    return not state.is_file() or state.read_text().split()[2] != "Z"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_fresh_run_does_not_mix_with_an_earlier_one(recipe: Recipe, tmp_path: Path) -> None:

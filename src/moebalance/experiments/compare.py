@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -157,6 +158,25 @@ def _start(threads: int) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # those of several workers would run into each other
     # Ctrl-C must reach a worker as KeyboardInterrupt, so that it closes its log.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_with_parent(os.getppid())
+
+
+def end_with_parent(parent: int, grace: float = 30.0) -> None:
+    """End this process when `parent` does, which a scheduler may kill alone: Ctrl-C, then for good.
+
+    Args:
+        parent: its process id.
+        grace: seconds that a run has to close its log.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(grace)
+        os._exit(1)  # a worker of a pool without its parent would wait for work for ever
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(recipe: Recipe, job: Job, cache: Path) -> None:
