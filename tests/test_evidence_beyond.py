@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,35 @@ def test_target(maxvio, loss, verdict):
         f"target_qwen, one-domain: MaxVio {maxvio[0]:.2f}, loss relative to `phi(strength=0.01)`"
         in (found.because)
     )
+
+
+def test_a_target_says_when_its_price_is_paid():
+    """In words and numbers of the runs: the controller's own course, and the same without it."""
+    held, relaxed = "phi(strength=0.004)", "phi(strength=0.004, schedule={'floor': 0.3})"
+
+    def plant(setting: str, seed: int, batching: str):
+        noise = jitter(seed) * (1 if setting == held else 0.9)
+        return {"loss": 2.0 + noise, "maxvio": (0.2 if setting == held else 0.4) + noise}
+
+    studies = {
+        name: study(
+            name,
+            STRENGTHS,
+            plant,
+            about={"model": {"architecture": name}},
+        )
+        for name in target.STUDIES
+    }
+    first = studies["target_qwen"]
+    course = {"multiplier": [2.0, 4.0, 1.0]}
+    steered = [replace(r, curve={**r.curve, **course}) for r in first.results]
+    studies["target_qwen"] = replace(first, results=tuple(steered))
+    assert "When the price is paid" not in target.chapter(studies).body
+    studies[target.COURSE] = study(target.COURSE, (held, relaxed), plant)
+    body = target.chapter(studies).body
+    assert "raised the strength to 4.0 times where it starts" in body
+    assert "ended at 1.0 times" in body
+    assert "MaxVio 0.20 (0.20 to 0.20)" in body
 
 
 def test_gap_recommends_what_balances_at_no_loss():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from moebalance.report.estimates import Estimate
 from moebalance.report.verdict import Difference
 
 STUDIES = ("target_qwen", "target_olmoe", "target_glm")
+COURSE = "target_course"
+"""The first mix under the strength of the controller's rise, held or relaxed; may be missing."""
 TARGET = 0.3
 TOLERANCE = 0.2
 _METRICS = (("loss", 3), ("maxvio", 2), ("dead_experts", 1), ("mi", 3))
@@ -118,6 +121,7 @@ def chapter(studies: Studies) -> Chapter:
                 f"strengths, whose MaxVio differs by up to {spread:.1f} times from one mix to "
                 "another: a coefficient does not carry over.",
                 *(f"### {m.name}\n\n{_table(m)}" for m in mixes),
+                *_course(studies, mixes[0]),
             ]
         ),
         figures={
@@ -139,6 +143,40 @@ def _table(mix: Mix) -> str:
         ]
         rows.append([f"`{setting}`", *cells])
     return table(["Setting", *_HEADS], rows)
+
+
+def _course(studies: Studies, mix: Mix) -> list[str]:
+    """When the loss is paid: strengths that begin as the controller's did."""
+    if COURSE not in studies:
+        return []
+    study = studies[COURSE]
+    held, relaxed = study.settings()
+    rows = [
+        [words, *(estimate(of, setting, metric, digits) for metric, digits in _METRICS)]
+        for words, of, setting in (
+            ("held to the end", study, held),
+            ("relaxed to about a third after 300 steps", study, relaxed),
+        )
+    ]
+    cells = [
+        estimate(mix.study, mix.targeted, metric, digits, batching=mix.batching)
+        for metric, digits in _METRICS
+    ]
+    rows.append(["as the controller moved it", *cells])
+    courses = [r.curve["multiplier"] for r in mix.study.select(mix.targeted, batching=mix.batching)]
+    highest = statistics.fmean(max(course) for course in courses)
+    last = statistics.fmean(course[-1] for course in courses)
+    return [
+        "### When the price is paid",
+        f"The controller raised the strength to {highest:.1f} times where it starts while the load "
+        f"was far off, and ended at {last:.1f} times. Such a course without a controller, on "
+        f"{mix.name}, says what it costs. Relaxed less held, paired over seeds: loss "
+        f"{in_words(difference(study, relaxed, held, 'loss'))}, MaxVio "
+        f"{in_words(difference(study, relaxed, held, 'maxvio'), 2)}. What an early price costs in "
+        "loss a later relaxation does not give back, while the balance follows the late price: "
+        "start with a strength of the right order.",
+        table(["Strength", *_HEADS], rows),
+    ]
 
 
 def _figure(mixes: Sequence[Mix]) -> Any:
