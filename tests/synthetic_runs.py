@@ -100,6 +100,7 @@ def write_run(
         load = _loads(dice, experts, layers, maxvio, dead)
         numbers = {
             "loss": loss,
+            "tokens": 98_304,
             "maxvio": maxvio,
             "maxvio_batch": maxvio + 0.4,
             "soft_maxvio": maxvio / 3,

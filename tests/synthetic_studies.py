@@ -92,7 +92,7 @@ def study(
         for seed in range(seeds)
     ]
     common = {
-        "commit": "0" * 40,
+        "commits": ["0" * 40],
         "versions": {"moebalance": "0"},
         "model": {"active_parameters": 1000},
         "recipe": {"train": {"batch_size": 8, "accumulation": 1}, "data": {"seq_len": 128}},

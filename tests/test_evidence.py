@@ -218,6 +218,7 @@ def against(phi_loss: float, phi_maxvio: float, phi_mi: float = 0.3):
 
     return {
         "sweep": study("sweep", GRID, plant, seeds=2, batchings=("one-domain",)),
+        "sweep_mixed": study("sweep_mixed", GRID, plant, seeds=2),
         "grid": study("grid", GRID, plant, batchings=("one-domain",)),
         "corpora": study("corpora", GRID, plant, seeds=3, batchings=("one-domain",)),
         "rivals": study("rivals", GRID, plant),
@@ -236,6 +237,8 @@ def test_rivals(loss, maxvio, verdict, better):
     found = rivals.chapter(against(loss, maxvio))
     assert found.verdict is verdict
     assert f"φ is better in {better}," in found.because
+    for text in ("mixed", "one-domain"):
+        assert f"| Ingredient, {text} |" in found.body
 
 
 def test_the_effect_of_an_ingredient_is_the_difference_of_its_twins():

@@ -19,7 +19,7 @@ from moebalance import metrics
 from moebalance.cli import app
 from moebalance.experiments.batches import TokenDataset
 from moebalance.experiments.checkpoints import last_whole_checkpoint
-from moebalance.experiments.compare import compare, is_complete, plan
+from moebalance.experiments.compare import compare, end_with_parent, is_complete, plan
 from moebalance.experiments.evaluate import evaluate
 from moebalance.experiments.recipe import Recipe
 from moebalance.experiments.train import build_model, train_run
@@ -301,35 +301,40 @@ def test_ctrl_c_leaves_a_whole_log_and_a_report_that_works(text: Path, tmp_path:
     assert done.exit_code == 0, done.output
 
 
-_ORPHAN = """
-import os, sys, time
-from pathlib import Path
-from moebalance.experiments.compare import end_with_parent
-
-end_with_parent(os.getppid(), grace=1.0)
-told = Path(sys.argv[1])
-told.write_text("running")
-while True:
-    try:
-        time.sleep(60)
-    except KeyboardInterrupt:
-        told.write_text("interrupted")
-"""
 _PARENT = """
-import subprocess, sys, time
-from pathlib import Path
+import multiprocessing, sys, time
+from test_experiments import swallow
 
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
-print(child.pid, flush=True)
-time.sleep(60)
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=swallow, args=(sys.argv[1],))
+    worker.start()
+    print(worker.pid, flush=True)
+    time.sleep(60)
 """
+
+
+def swallow(told: str) -> None:
+    """A worker that says that it was interrupted, and goes on."""
+    end_with_parent(grace=1.0)
+    Path(told).write_text("running")
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            Path(told).write_text("interrupted")
 
 
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """One that is killed cannot tell its workers; without it they would train on, unseen."""
-    told = tmp_path / "told"
-    command = [sys.executable, "-c", _PARENT, _ORPHAN, str(told)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    script, told = tmp_path / "parent.py", tmp_path / "told"
+    script.write_text(_PARENT)
+    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(
+        [sys.executable, str(script), str(told)],
+        env={**os.environ, **path},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         wait_for(lambda: told.is_file() and told.read_text() == "running")
@@ -341,10 +346,9 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 def alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    state = Path(f"/proc/{process}/stat")
-    return not state.is_file() or state.read_text().split()[2] != "Z"
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -8,13 +8,13 @@ import random
 
 import pytest
 
-from moebalance.report import write_report
+from moebalance.report import diagnosis, write_report
 from moebalance.report.markdown import write_markdown
 from moebalance.runlog import LOG_NAME, find_runs
 from synthetic_runs import write_run
 
 DAMAGE = (
-    *(None, "x", "<hurt>", True, -1, 0, 10**30, float("nan"), float("inf")),
+    *(None, "x", "<hurt>", True, -1, 0, 10**30, 10**400, 1e308, -1e308, float("nan"), float("inf")),
     *([], {}, [None], [[]], [["x"]], {"a": 1}),
 )
 
@@ -80,5 +80,6 @@ def test_a_damaged_log_gives_a_page_or_is_refused_in_words(rows, tmp_path, batch
         assert page.rstrip().endswith("</html>")
         assert "<hurt>" not in page
         write_markdown(runs, tmp_path / "report.md", "Damaged")
+        assert all(diagnosis.render(*examined) for examined in diagnosis.examine(runs))
         shown += 1
     assert shown >= 8

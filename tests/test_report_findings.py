@@ -41,7 +41,15 @@ def test_the_worst_comes_first_and_the_page_shows_it_beside_the_numbers(tmp_path
     for remark in found:
         for words in (remark.finding.what, remark.finding.because, remark.finding.do):
             assert words in block
-    assert "nan" not in block
+    assert not re.search(r"\bnan\b", block)
+
+
+def test_a_run_that_failed_is_among_them_though_no_average_has_it(tmp_path):
+    folder = write_runs(tmp_path, methods=["switch"], seeds=[0, 1], batchings=["mixed"], steps=200)
+    write_run(folder / "failed", "switch", seed=2, steps=200, stop=120, end=False)
+    (remark,) = found_in(folder)
+    assert remark.finding.rule == "unfinished"
+    assert remark.where == "in 1 of 3 runs, here seed 2"
 
 
 def test_where_nothing_is_wrong_the_page_says_nothing(tmp_path):

@@ -64,6 +64,7 @@ def test_a_goal_is_about_the_load_that_it_names():
         (lambda: RankVio(0.1, ranks=3).measure(LOAD), "cannot be shared out to 3 ranks"),
         (lambda: Targeted(mb.LossFree(), MaxVio(0.1)), "no strength to steer"),
         (lambda: Targeted(mb.PhiBalancing(), MaxVio(0.1), gain=0.0), "gain=0.0"),
+        (lambda: Targeted(mb.PhiBalancing(), MaxVio(0.1), ceiling=0.5), "ceiling=0.5"),
         (lambda: Targeted(mb.PhiBalancing(), MaxVio(0.1), rate=2.0), r"rate=2\.0"),
     ],
 )
@@ -98,11 +99,24 @@ def test_a_load_that_stays_uneven_raises_the_strength_up_to_the_ceiling_and_no_f
     assert halfway == pytest.approx(math.exp(0.02 * 40 + 1), rel=1e-4)
     wound_up = steered([LOAD] * 400, method)
     assert method.multiplier(wound_up).item() == pytest.approx(20.0)
+    assert wound_up.log_dual.exp().item() == pytest.approx(20.0 / math.e)  # r can brake at once
     # No wind-up: it comes down as soon as the load is even, not after 320 steps more.
     even = [torch.full((4,), 0.25)] * 150
     for load in even:
         wound_up = method.update(wound_up, sums(load))
     assert method.multiplier(wound_up).item() < 2.5
+
+
+def test_an_even_stretch_is_forgotten_as_any_other():
+    """λ is not held as if a load were on its way because it had been perfectly even once."""
+    method = Targeted(mb.PhiBalancing(), MaxVio(0.4), gain=0.01, rate=1.0)
+    even = torch.full((4,), 0.25)
+    below = torch.tensor([1.16, 0.84, 1.0, 1.0]) / 4  # 0.4 of what is allowed
+    state = steered([even] * 300, method)
+    start = state.log_dual.item()
+    for _ in range(600):
+        state = method.update(state, sums(below))
+    assert state.log_dual.item() < start - 1.5
 
 
 def test_a_load_that_comes_close_is_braked():
@@ -140,17 +154,19 @@ def test_a_step_without_tokens_changes_nothing():
 
 
 def test_noise_of_sampling_alone_does_not_move_it_far():
-    """At the goal, in a random walk: λ stays within a factor of two over a thousand steps."""
+    """At the goal: λ stays within a factor of two over a thousand steps, r within its noise."""
     generator = torch.Generator().manual_seed(0)
     shares = torch.full((16,), 14.75 / 15 / 16)
     shares[0] = 1.25 / 16
     method = Targeted(mb.PhiBalancing(), MaxVio(0.25))
-    state = method.init(16)
+    state, course = method.init(16), []
     for _ in range(1000):
         drawn = torch.multinomial(shares, 2048, replacement=True, generator=generator)
         load = torch.bincount(drawn, minlength=16) / 2048
         state = method.update(state, sums(load))
-    assert 0.5 < method.multiplier(state).item() < 2
+        course.append((state.log_dual.item(), method.multiplier(state).log().item()))
+    assert max(abs(dual) for dual, _ in course) < math.log(2)
+    assert max(abs(both) for _, both in course[50:]) < math.log(2)
 
 
 class Follower:

@@ -349,12 +349,23 @@ def _check_header(file: Path, line: bytes, row: Row, problem: str) -> None:
 def _parse(line: bytes) -> tuple[dict[str, Any], str]:
     """The row and an empty string, or an empty row and what is wrong with it."""
     try:
-        # Python's reader would take NaN and Infinity, which are not JSON; read them as missing.
-        row = json.loads(line.decode("utf-8"), parse_constant=lambda _: None)
+        # Python's reader would take NaN and Infinity, which are not JSON, and integers of any
+        # length, of which nothing can be computed; read them as missing.
+        row = json.loads(
+            line.decode("utf-8"),
+            parse_constant=lambda _: None,
+            parse_int=lambda digits: _sane(int, digits),
+            parse_float=lambda digits: _sane(float, digits),
+        )
     except ValueError as error:
         return {}, f"not JSON ({error})"
     problem = _problem(row)
     return ({}, problem) if problem else (row, "")
+
+
+def _sane(kind: type[int] | type[float], digits: str) -> float | None:
+    # Far beyond what is measured, and its square and its sum with others are still numbers.
+    return kind(digits) if abs(float(digits)) < 1e100 else None
 
 
 def _problem(row: Any) -> str:

@@ -5,14 +5,15 @@ multiplier λ of that constraint times a penalty on missing it; both move once a
 layer by itself:
 
     l ← (1 − η) l + η f                             the load, averaged
-    r = clip(v(l) / v*, 1/e, e)                     what it misses
-    log λ ← clip(log λ + κ h log r)                 exponentiated dual ascent
-    strength ← r λ · that of the method             never more than `ceiling` times the latter
+    r = clip(v(l) / v*, 1/e, e)                     how many times what is allowed
+    log λ ← clip(log λ + κ h log r)                 exponentiated dual ascent, from λ = 1
+    strength ← min(r λ, ceiling) · that of the method
 
 In the logarithm, because the right strength differs by orders of magnitude between layers, models
-and stages of training; clipped, so that neither one bad step nor a goal out of reach can wind λ up;
-at its lower end λ is 0, and a layer that is balanced anyway is left alone. λ alone would oscillate:
-an integral that answers a router which is nearly another. r brakes it, as the load comes close.
+and stages of training; clipped, so that one bad step does little, and where r λ reaches `ceiling`,
+so that a goal out of reach cannot wind λ up; at its lower end λ is 0, and a layer that is balanced
+anyway is left alone. λ alone would oscillate: it is an integral, and the router that it steers is
+nearly one as well. r brakes as the load comes close.
 
 A router moves only so fast, however hard it is pushed (Adam divides by the size of the gradient),
 and takes hundreds of steps. λ would wind up all that time. So h in [0, 1] holds it while the load
@@ -34,7 +35,8 @@ from moebalance.balancers.goals import Goal
 from moebalance.balancers.scaled import Scaled
 from moebalance.routing import Sums
 
-_FLOOR = 1e-3
+_FLOOR = 1e-2  # of the method's own strength: as good as nothing
+_LEAST = 0.1  # of what is allowed: far below it all loads are alike
 _LATELY = 0.01  # what the last 100 steps or so were like
 _MOVING = 0.1  # of log v: a load that moves toward its goal by a tenth is on its way
 
@@ -42,7 +44,7 @@ _MOVING = 0.1  # of log v: a load that moves toward its goal by a tenth is on it
 class Steered(NamedTuple):
     """State of the method, the averaged load, log v of late (), log λ () and r λ ().
 
-    λ is relative to the method's own strength.
+    Both are relative to the method's own strength.
     """
 
     inner: Any
@@ -57,15 +59,15 @@ class Targeted(Scaled):
     """A loss-lever method whose strength is steered to a goal, layer by layer.
 
     Args:
-        balancer: any method that charges in the loss. λ starts at its own strength.
+        balancer: any method that charges in the loss. λ starts at 1, its own strength.
         goal: what is allowed, for example `MaxVio(0.3)`. A goal without shares takes over those
             that the method aims at.
         gain: κ > 0, the most that log λ moves in a step; 0.005 takes 460 steps for a factor of
             ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
             `metrics.sampling_floor` at (2 − η) / η steps' tokens.
-        ceiling: the most that the method's strength is multiplied by; the least λ is a thousandth
-            of that strength, and counts as 0.
+        ceiling: the most that the method's strength is multiplied by, at least 1; the least λ is a
+            hundredth, and counts as 0.
 
     Raises:
         TypeError, ValueError: not a method that charges, not a goal, or a number out of range.
@@ -92,10 +94,15 @@ class Targeted(Scaled):
             object.__setattr__(self, "goal", replace(self.goal, shares=self.balancer.aim))
         check_positive("gain", self.gain, zero=False)
         check_positive("ceiling", self.ceiling, zero=False)
+        if self.ceiling < 1:
+            raise ValueError(
+                f"ceiling={self.ceiling!r}: must be at least 1, where λ starts; give the method a "
+                "smaller strength."
+            )
         check_rate("rate", self.rate)
 
     def init(self, num_experts: int) -> Steered:
-        """λ starts at the method's own strength."""
+        """λ starts at 1: the method's own strength."""
         load = Ema.empty(num_experts)
         self.goal.measure(load.mean)  # raises where the goal is for other layers
         zero, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
@@ -106,12 +113,13 @@ class Targeted(Scaled):
         seen = (sums.tokens > 0).to(state.multiplier.dtype)
         first = state.load.weight < self.rate / 2  # it is the rate itself after one step
         load = state.load.toward(self.goal.of(sums), self.rate * seen)
-        # A load without any unevenness has no logarithm; nobody asks for less than this.
-        now = self.goal.ratio(load.mean).clamp(min=1e-6).log()
+        now = self.goal.ratio(load.mean).clamp(min=_LEAST).log()
         lately = torch.where(first, now, state.lately + _LATELY * (now - state.lately))
         miss = now.clamp(-1.0, 1.0)
         held = (1 - (lately - now) * miss.sign() / _MOVING).clamp(0.0, 1.0)
-        dual = (state.log_dual + self.gain * held * miss).clamp(log(_FLOOR), log(self.ceiling))
+        most = torch.maximum(state.log_dual, log(self.ceiling) - miss)
+        dual = torch.minimum(state.log_dual + self.gain * held * miss, most)
+        dual = dual.clamp(log(_FLOOR), log(self.ceiling))
         pushed = (dual + miss).exp().clamp(max=self.ceiling)
         multiplier = torch.where(dual > log(_FLOOR), pushed, 0.0)
         return Steered(

@@ -77,7 +77,7 @@ def _chapter(number: int, chapter: Chapter, page: Path) -> str:
 
 
 def _made_with(studies: Studies) -> str:
-    commits = {str(s.about["commit"])[:9] for s in studies.values() if s.about.get("commit")}
+    commits = {commit[:9] for study in studies.values() for commit in study.about["commits"]}
     runs = sum(len(study.results) for study in studies.values())
     versions = next(s.about["versions"] for s in studies.values() if "versions" in s.about)
     made = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -120,7 +120,8 @@ def gather(name: str, folder: Path, settings: Iterable[str], file: Path) -> Stud
         found.append(thin(run, setting, aim))
     order = list(dict.fromkeys(settings))
     found.sort(key=lambda r: (r.batching, order.index(r.setting), r.seed))
-    study = Study(name, about(runs[0]), tuple(found))
+    commits = sorted({str(run.header["commit"]) for run in runs if run.path.parent.name in named})
+    study = Study(name, {**about(runs[0]), "commits": commits}, tuple(found))
     write(study, file)
     return study
 
@@ -176,10 +177,10 @@ def read(file: Path) -> Study:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """What all runs of a study have in common: model, data, training, versions, commit."""
+    """What all runs of a study have in common: model, data, training, versions."""
     recipe = run.header["recipe"]
     kept = {key: recipe[key] for key in ("model", "data", "train")}
-    keys = ("steps", "versions", "commit", "model", "data")
+    keys = ("steps", "versions", "model", "data")
     return {"recipe": kept, **{key: run.header[key] for key in keys}}
 
 

@@ -6,6 +6,7 @@ interrupted comparison goes on where it stopped.
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -14,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,8 @@ def is_complete(job: Job, recipe: Recipe) -> bool:
         return False
     if run.status != "complete" or not _same_start(run, recipe):
         return False
+    if run.balancer != repr(build_method(job.method, recipe.methods)):
+        return False  # a default of the method was another then
     if recipe.compare.save_models and not (job.folder / FINAL).is_dir():
         return False
     return bool(_relevant(then, job) == _relevant(recipe, job))
@@ -120,7 +122,10 @@ def _run(
     threads = max(1, (os.cpu_count() or 1) // workers)
     # spawn: a forked child would share torch's thread pools in an undefined state.
     with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(threads,)
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(threads,),
     ) as pool:
         futures = {job: pool.submit(_work, recipe, job, cache) for job in todo}
         try:
@@ -151,37 +156,43 @@ def _tell(
 
 
 def _start(threads: int) -> None:
+    # Ctrl-C must reach a worker as KeyboardInterrupt, so that it closes its log.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_with_parent()
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     torch.set_num_threads(threads)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # those of several workers would run into each other
-    # Ctrl-C must reach a worker as KeyboardInterrupt, so that it closes its log.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    end_with_parent(os.getppid())
 
 
-def end_with_parent(parent: int, grace: float = 30.0) -> None:
-    """End this process when `parent` does, which a scheduler may kill alone: Ctrl-C, then for good.
+def end_with_parent(grace: float = 30.0) -> None:
+    """End this worker when its parent does, which a scheduler may kill alone.
 
     Args:
-        parent: its process id.
-        grace: seconds that a run has to close its log.
+        grace: seconds that a run has to close its log after an interrupt like that of Ctrl-C.
     """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        parent.join()
+        _ORPHANED.set()
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(grace)
-        os._exit(1)  # a worker of a pool without its parent would wait for work for ever
+        os._exit(1)  # a worker without its pool would wait for work for ever
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+_ORPHANED = threading.Event()
 
 
 def _work(recipe: Recipe, job: Job, cache: Path) -> None:
     from moebalance.experiments.train import train_run
 
+    if _ORPHANED.is_set():
+        os._exit(1)  # a pool hands out one run more than it has workers
     train_run(
         recipe,
         method=job.method,

@@ -27,15 +27,15 @@ class Remark:
 
 
 def remarks(methods: Sequence[MethodSummary]) -> tuple[Remark, ...]:
-    """Examine the runs that a section's averages are of, each beside the others.
+    """Examine a section's runs, each beside the others.
 
     Returns:
         The worst first; those of one severity in the order of the methods.
     """
-    examined = iter(examine([run for method in methods for run in method.used]))
+    examined = iter(examine([run for method in methods for run in method.runs]))
     found = []
     for method in methods:
-        of_runs = [next(examined) for _ in method.used]
+        of_runs = [next(examined) for _ in method.runs]
         rules = dict.fromkeys(f.rule for _, findings in of_runs for f in findings)
         for rule in rules:
             alike = [
@@ -60,6 +60,6 @@ def counted(found: Sequence[Remark]) -> str:
 
 
 def _where(count: int, runs: int, seed: int | None) -> str:
-    if runs == 1 or seed is None:
+    if runs == 1:
         return ""
-    return f"in {count} of {runs} runs, here seed {seed}"
+    return f"in {count} of {runs} runs" + ("" if seed is None else f", here seed {seed}")

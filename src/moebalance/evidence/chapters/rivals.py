@@ -67,7 +67,7 @@ def chapter(studies: Studies) -> Chapter:
         figures={
             "pareto": (
                 _pareto(studies),
-                "Loss against MaxVio. Lines: every strength of the sweep (two seeds). Marks: the "
+                "Loss against MaxVio. Lines: every strength of the sweeps (two seeds). Marks: the "
                 "chosen strengths on other seeds, with ± sd.",
             )
         },

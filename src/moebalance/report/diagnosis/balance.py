@@ -49,10 +49,9 @@ def dead(log: Reading) -> Iterator[Finding]:
     """Experts that are hardly ever chosen, and since when."""
     for layer in range(log.layers):
         load = log.late_load(layer)
-        tokens, top_k = log.late_tokens, log.top_k
-        if tokens * (1 if math.isnan(top_k) else top_k) / len(load) < _EXPECTED:
+        tokens = log.late_tokens
+        if not tokens * log.top_k / len(load) >= _EXPECTED:  # or not known
             continue
-        over = "" if math.isnan(tokens) else f", over the last {tokens:,.0f} tokens counted"
         idle: list[int] = np.flatnonzero(load < _DEAD).tolist()
         if not idle:
             continue
@@ -65,7 +64,8 @@ def dead(log: Reading) -> Iterator[Finding]:
             "dead",
             Severity.WARNING,
             f"{log.names[layer]} has {_experts(idle)} dead{when}.",
-            f"{len(idle)} of {len(load)} experts below a hundredth of an even share{over}",
+            f"{len(idle)} of {len(load)} experts below a hundredth of an even share over the last "
+            f"{tokens:,.0f} tokens counted",
             _revive(log, since, early=early),
             (layer,),
         )

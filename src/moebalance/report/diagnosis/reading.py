@@ -148,6 +148,15 @@ class Reading:
         return [row for row in self.snapshots if row["step"] > 2 / 3 * self.run.last_step]
 
     def _late(self, key: str) -> list[Any]:
+        if key not in self._kept:
+            self._kept[key] = self._load_of_the_end(key)
+        return self._kept[key]
+
+    @cached_property
+    def _kept(self) -> dict[str, list[Any]]:
+        return {}
+
+    def _load_of_the_end(self, key: str) -> list[Any]:
         row = self._last_eval
         if row is not None and _is_load(row.get(key)):
             return list(row[key])
