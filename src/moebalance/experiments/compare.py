@@ -156,8 +156,6 @@ def _tell(
 
 
 def _start(threads: int) -> None:
-    # Ctrl-C must reach a worker as KeyboardInterrupt, so that it closes its log.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     end_with_parent()
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -174,6 +172,9 @@ def end_with_parent(grace: float = 30.0) -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
+    # An interrupt must come as KeyboardInterrupt, so that a run closes its log; a shell that starts
+    # a job in the background has its children ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def watch() -> None:
         parent.join()

@@ -67,7 +67,8 @@ def chapter(studies: Studies) -> Chapter:
         body="\n\n".join(
             [
                 "Distance: half the sum of |load − share|, the part of the assignments that would "
-                "have to move. A device holds 8 neighbouring experts. Three seeds.",
+                "have to move. A device holds 8 neighbouring experts. "
+                f"{len(shares.seeds())} seeds.",
                 _table(shares, _SHARES, "Shares, mixed micro-batches"),
                 _table(groups, _GROUPS, "Groups, one-domain micro-batches"),
             ]
