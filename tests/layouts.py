@@ -311,7 +311,7 @@ class Difference(NamedTuple):
     """How far a layout's outcome lies from that of one process, the largest of layers and ranks.
 
     Attributes:
-        state: absolute.
+        state: absolute, and relative where a state is larger than 1.
         sums: of the step's scores and counts, relative to the largest.
         gradient: of the router's gradient, relative.
         effective: of the balancing term's part of it, or of the whole where there is no term.
@@ -331,7 +331,10 @@ def difference(
     for rank in ranks:
         for name, seen in rank.items():
             own = one[name]
-            states = [(seen.state[key] - own.state[key]).abs().max() for key in own.state]
+            states = [
+                (seen.state[key] - state).abs().max() / state.abs().max().clamp(min=1)
+                for key, state in own.state.items()
+            ]
             sums = [_relative(a, b) for a, b in zip(seen.sums, own.sums, strict=True)]
             gradient = _relative(seen.gradient, own.gradient)
             effective = _relative(seen.term, own.term) if balancer.charges else gradient
