@@ -46,7 +46,7 @@ def chapter(studies: Studies) -> Chapter:
         "everywhere.)",
         body="\n\n".join(
             [
-                f"MaxVio over the evaluation set, seeds: {len(study.seeds())}; in one-domain runs "
+                f"Over the evaluation set, seeds: {len(study.seeds())}; in one-domain runs "
                 "a whole step is of one domain.",
                 *(_map(study, batching, strengths, rates) for batching in ("mixed", "one-domain")),
                 "### Oscillation",
@@ -117,15 +117,20 @@ def _maxvio(study: Study, strength: float, rate: float, batching: str) -> float:
 def _map(study: Study, batching: str, strengths: list[float], rates: list[float]) -> str:
     rows = [
         [
-            f"{batching}, α = {a}",
+            f"{words}, α = {a}",
             *(
-                estimate(study, _setting(study, a, r), "maxvio", 2, batching=batching)
+                estimate(study, _setting(study, a, r), metric, digits, batching=batching)
                 for r in rates
             ),
         ]
+        for words, metric, digits in (
+            ("MaxVio", "maxvio", 2),
+            ("loss", "loss", 3),
+            ("dead experts", "dead_experts", 1),
+        )
         for a in strengths
     ]
-    return table(["MaxVio", *(f"η = {r}" for r in rates)], rows)
+    return table([batching, *(f"η = {r}" for r in rates)], rows)
 
 
 def tokens_a_step(study: Study) -> int:
