@@ -67,7 +67,8 @@ def chapter(studies: Studies) -> Chapter:
         figures={
             "pareto": (
                 _pareto(studies),
-                "Loss against MaxVio. Lines: every strength of the sweeps (two seeds). Marks: the "
+                "Loss against MaxVio. Lines: every strength of the sweeps (two other seeds: read "
+                "their shape, not their level). Marks: the "
                 "chosen strengths on other seeds, with ± sd.",
             )
         },
