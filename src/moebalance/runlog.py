@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -145,7 +146,7 @@ class RunLog:
         kept, earlier_s = [], 0.0
         for line, row in _whole_lines(file)[0]:
             if row["kind"] == "end":
-                earlier_s += _seconds(row)
+                earlier_s += _time(row.get("wall_s")) or 0.0
             elif row.get("step", 0) <= step:
                 kept.append(line)
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -351,12 +352,9 @@ def _parse(line: bytes) -> tuple[dict[str, Any], str]:
     try:
         # Python's reader would take NaN and Infinity, which are not JSON, and integers of any
         # length, of which nothing can be computed; read them as missing.
-        row = json.loads(
-            line.decode("utf-8"),
-            parse_constant=lambda _: None,
-            parse_int=lambda digits: _sane(int, digits),
-            parse_float=lambda digits: _sane(float, digits),
-        )
+        whole, real = partial(_sane, int), partial(_sane, float)
+        text = line.decode("utf-8")
+        row = json.loads(text, parse_constant=lambda _: None, parse_int=whole, parse_float=real)
     except ValueError as error:
         return {}, f"not JSON ({error})"
     problem = _problem(row)
@@ -379,11 +377,6 @@ def _problem(row: Any) -> str:
         if not isinstance(row.get("method"), str):
             return f'a header needs a "method", got {row.get("method")!r}'
     return ""
-
-
-def _seconds(end: Row) -> float:
-    seconds = end.get("wall_s")
-    return float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
 def _time(value: Any) -> float | None:
