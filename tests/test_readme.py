@@ -46,3 +46,26 @@ def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
     for name, setting in names.items():
         numbers = [f"{study.mean(setting, metric):.{digits}f}" for metric, digits in metrics]
         assert f"| {name} | {' | '.join(numbers)} |" in README
+
+
+def test_elsewhere_too_the_recommendation_is_as_even_and_costs_no_loss() -> None:
+    from moebalance.evidence.chapter import difference
+    from moebalance.evidence.results import read
+
+    ours, reached = "phi(strength=0.0003)+loss-free", []
+    for name in ("grid", "corpora"):
+        study = read(ROOT / f"benchmarks/results/evidence/{name}.jsonl")
+        reached.append(f"{study.mean(ours, 'maxvio'):.2f}")
+        costs = difference(study, ours, "none", "loss")
+        assert costs is not None
+        assert costs.sign == 0
+    assert f"it reaches MaxVio {' and '.join(reached)} at the loss" in README.replace("\n", " ")
+
+
+def test_the_time_of_a_step_in_the_readme_is_the_measured_one() -> None:
+    text = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+    steps = text[text.index("## A whole training step") : text.index("## At scale")]
+    ours = [float(ratio) for ratio in re.findall(r"^\| phi \| ([\d.]+)", steps, flags=re.MULTILINE)]
+    null = re.findall(r"^\| bare again .* \| ([\d.]+) \|.*–", steps, flags=re.MULTILINE)
+    said = f"takes {min(ours):.2f} to {max(ours):.2f} (null control {float(null[0]):.2f})"
+    assert said in README.replace("\n", " ")
