@@ -111,6 +111,7 @@ def test_a_study_is_kept_and_read_back(tmp_path):
     made = gather("s", tmp_path / "runs", ["phi"], tmp_path / "s.jsonl")
     again = read(tmp_path / "s.jsonl")
     assert [r.seed for r in again.results] == [0, 1]
+    assert again.about["commits"] == ["0123abc"]
     assert again.name == "s"
     assert again.mean("phi", "maxvio") == pytest.approx(made.mean("phi", "maxvio"), rel=1e-4)
     curve = again.results[0].curve

@@ -194,6 +194,12 @@ def test_a_comparison_keeps_what_is_complete_and_runs_what_is_not(
     assert "kept" in seen[-1]
     longer = replace(recipe, train=replace(recipe.train, steps=7))
     assert not any(is_complete(job, longer) for job in plan(longer, tmp_path))
+    # The words are the same, and a default of the method was another then.
+    kept, changed = plan(recipe, tmp_path)
+    log = changed.folder / LOG_NAME
+    log.write_text(log.read_text().replace("rate=0.1", "rate=0.2", 1))
+    assert is_complete(kept, recipe)
+    assert not is_complete(changed, recipe)
 
 
 def test_a_failing_run_is_named_and_the_others_stay(recipe: Recipe, tmp_path: Path) -> None:
