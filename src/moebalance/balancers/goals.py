@@ -1,8 +1,8 @@
 """How even a load shall be: what `Targeted` steers a method's strength by.
 
 A goal measures a load as its metric does, and relative to what is allowed: 1 at the goal, more for
-a load that is less even, 0 for a perfectly even one. With
-shares ρ "even" means in their proportion: f_e / ρ_e is then the same for all experts.
+a load that is less even, 0 for a perfectly even one. With shares ρ "even" means in their
+proportion: f_e / ρ_e is then the same for all experts.
 """
 
 import math
