@@ -170,13 +170,15 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
         exact = "float32" in row["case"]
         assert row["sums"] < 1e-5
         assert row["gradient"] < (1e-5 if exact else 1e-2)
+        assert row["attached sums"] < 1e-5
+        assert row["attached gradient"] < (1e-5 if exact else 1e-2)
     assert set(found["step"][0]["variants"]) == {BARE, NULL, "φ", "none"}
     assert {"device", "commit", "torch", "triton", "cuda"} <= set(found["machine"])
     reached = {line["what"]: line for line in found["targets"]}
     (on, whole) = reached.values()  # of the parts that ran
-    assert on["all"] == {r["case"]: round(r["variants"]["φ"]["ratio"], 3) for r in found["on"]}
+    assert on["all"] == {r["case"]: round(r["variants"]["φ"]["ratio"], 4) for r in found["on"]}
     assert on["worst"] == max(on["all"].values())
-    assert whole["worst"] == round(found["step"][0]["variants"]["φ"]["interval"][1], 3)
+    assert whole["worst"] == round(found["step"][0]["variants"]["φ"]["interval"][1], 4)
 
 
 def test_the_script_for_a_gpu_ends_within_nine_minutes_and_judges_all_its_parts():
@@ -188,17 +190,26 @@ def test_the_script_for_a_gpu_ends_within_nine_minutes_and_judges_all_its_parts(
 
     def row(case, **ratios):
         interval = [0.9, 1.3]
-        variants = {n: {"ratio": r, "interval": interval} for n, r in ratios.items()}
-        return {"case": case, "variants": variants, "backward_tb_per_s": ratios["φ"]}
+        variants = {
+            name: {"ratio": ratio, "interval": interval, "device": {"ratio": ratio - 0.5}}
+            for name, ratio in ratios.items()
+        }
+        return {"case": case, "variants": variants, "pull_back": {"tb_per_s": ratios["φ"]}}
 
-    theirs = {"Transformers' function": 3.0}
-    rows = [row("a", φ=1.1, **theirs), row("b", φ=1.4, **theirs), row("sigmoid", φ=1.2)]
+    theirs = {"Transformers' function": 3.5}
+    rows = [
+        row("a", φ=1.1, **{"φ, attached": 1.6}, **theirs),
+        row("b", φ=1.4, **{"φ, attached": 1.9}, **theirs),
+        row("sigmoid", φ=1.2, **{"φ, attached": 2.5}),
+    ]
+    rows[0]["variants"]["Transformers' function"]["device"] = None  # it could not be captured
     results = dict.fromkeys(("router", "on", "speed", "step"), rows)
     found = {line["what"]: (line["worst"], line["at"]) for line in script.targets(results)}
     assert found == {
         "φ over counting alone, fused": (1.4, "b"),
-        "fused φ over the bare router": (1.4, "b"),
-        "what Transformers' function adds over φ": (5.0, "b"),
+        "fused φ over the bare router, on the device": (0.9, "b"),
+        "fused φ over the bare router, with the host that starts it": (1.4, "b"),
+        "what Transformers' function adds over φ attached": (5.0, "b"),
         "backward, TB/s": (1.1, "a"),
         "a whole step with φ, upper end of its 95 % interval": (1.3, "a"),
     }

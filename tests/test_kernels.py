@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_processes import caller, process
-from moebalance.kernels import Groups, choose, plain, pull_back, router, supported
+from moebalance.kernels import Groups, choose, plain, pull_back, router, supported, tiling
 from moebalance.routing import Sigmoid, Softmax, SqrtSoftplus
 
 GATES = [Softmax(), Sigmoid()]
@@ -47,7 +47,7 @@ def test_a_priced_batch_with_padding_is_that_of_the_plain_form(
 )
 def test_the_widest_router_is_that_of_the_plain_form(gate, top_k, dtype, groups, interpreted):
     compare(
-        interpreted, gate, router.MAX_EXPERTS, top_k, 2, dtype=dtype, groups=groups, priced=True
+        interpreted, gate, tiling.MAX_EXPERTS, top_k, 2, dtype=dtype, groups=groups, priced=True
     )
 
 

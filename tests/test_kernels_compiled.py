@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kernel_processes import caller, process
-from moebalance.kernels import Groups, router
+from moebalance.kernels import Groups
+from moebalance.kernels.tiling import next_power, tile
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -20,7 +21,7 @@ from moebalance.kernels import Groups, router
 )
 def test_registers_of_an_h100_hold_what_a_program_holds(experts, top_k, groups, dtype, compiler):
     spilled = compiler(spills, experts, top_k, groups, dtype)
-    assert spilled == {"choose": 0, "pull_back": 0}
+    assert spilled == {"choose": 0, "pull_back": 0, "count": 0, "pull": 0}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def spills_of_the_price(experts):
 
 def spills(experts, top_k, groups, dtype):
     """Bytes of stack that each program takes on compute capability 9.0, by its name."""
-    from moebalance.kernels import programs
+    from moebalance.kernels import attached_programs, programs
 
     logits = torch.empty(4, experts, dtype=dtype)
     element = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
@@ -58,12 +59,19 @@ def spills(experts, top_k, groups, dtype):
     types |= dict.fromkeys(["price", "charge", "normaliser", "partials"], "*fp32")
     types |= {"experts": "*i64", "mask": "*u8", "rows": "i32", "zero": "i32"}
     flags = {"sigmoid": groups is not None, "normalize": True, "has_mask": True}
+    flags |= {"top_k": top_k, "slots": next_power(top_k)}
     flags |= {"has_price": groups is not None, "has_charge": True}
     flags |= {"kept": groups.kept if groups else 0, "best": groups.best if groups else 1}
     found = {}
-    for program in (programs.choose, programs.pull_back):
-        ranks = program is programs.choose
-        tiling = router.tile(logits, top_k, groups if ranks else None, ranks=ranks)
+    for program in (
+        programs.choose,
+        programs.pull_back,
+        attached_programs.count,
+        attached_programs.pull,
+    ):
+        sums = program in (programs.choose, attached_programs.count)
+        limits = groups if program is programs.choose else None
+        tiling = tile(logits, limits, sums=sums)
         names = program.arg_names
         sizes = {n: v for n, v in (tiling.sizes | flags).items() if n in names}
         signature = {n: types.get(n, "constexpr") for n in names}

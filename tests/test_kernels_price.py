@@ -10,12 +10,10 @@ from kernel_processes import caller, process
 from moebalance import BalancedRouter, kernels
 from moebalance.balancers import Balancer, LossFree, NoBalancing, PhiBalancing, SwitchLoss, Together
 from moebalance.bench.traffic import traffic
-from moebalance.choose import Pass, _charge
-from moebalance.inject import Tally
+from moebalance.inject import Tally, settle
 from moebalance.kernels import price as launched
 from moebalance.kernels import router as passes
 from moebalance.potentials import Euclidean, NegativeEntropy, Softplus
-from moebalance.routing import Softmax
 
 STEPS = {"first step": (0, 0), "one batch a step": (64, 1), "four batches a step": (200, 4)}
 
@@ -37,8 +35,8 @@ def charged(
     packed[-2], packed[-1] = tokens, 1
     running = torch.rand(2 * experts + 2, generator=generator)
     tally = Tally(running, torch.tensor(last_step).float(), torch.tensor(0.7))
-    how = Pass(method, Softmax(), 2, True, skewed_state(method, experts), tally)
-    price = _charge(how, packed, None, fused=fused)
+    state = skewed_state(method, experts)
+    price = settle(method, state, tally, packed, known=None, fused=fused)
     assert price is not None
     return price, running
 

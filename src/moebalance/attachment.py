@@ -17,6 +17,7 @@ def attach(
     *,
     group: Group | None = None,
     keep_native_loss: bool = False,
+    fused: bool = True,
 ) -> Balancing:
     """Balance every MoE router of a model, without changing the model.
 
@@ -26,11 +27,11 @@ def attach(
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
         balancer: the method. Left out for a model of `BalancedRouter`s, which carry their own.
-
         group: the ranks that hold these layers and disjoint tokens; None for the default process
             group where there is one.
         keep_native_loss: leave a Transformers model's own balancing loss on, as one who only
             watches would.
+        fused: whether to take the fused kernels where they run: on an NVIDIA GPU with Triton.
 
     Returns:
         The handle: `step()` after each optimizer step, `metrics()`, `state_dict()`, `detach()`.
@@ -48,7 +49,7 @@ def attach(
         )
     routers = {n: m for n, m in model.named_modules() if isinstance(m, BalancedRouter)}
     if routers:
-        return _own(model, routers, balancer, group)
+        return _own(model, routers, balancer, group, fused=fused)
     # Asking for Transformers would import it; a model of its kind can only exist if it is there.
     if "transformers" in sys.modules:
         from moebalance.integrations import huggingface
@@ -57,7 +58,7 @@ def attach(
             if balancer is None:
                 raise TypeError("attach(model, balancer): a Transformers model needs a balancer.")
             return huggingface.attach(
-                model, balancer, group=group, keep_native_loss=keep_native_loss
+                model, balancer, group=group, keep_native_loss=keep_native_loss, fused=fused
             )
     raise ValueError(
         f"{type(model).__name__} is neither a Transformers model nor has it a "
@@ -72,6 +73,8 @@ def _own(
     routers: dict[str, BalancedRouter],
     balancer: Balancer | None,
     group: Group | None,
+    *,
+    fused: bool,
 ) -> Balancing:
     methods = {router.balancer for router in routers.values()}
     if balancer is not None:
@@ -85,5 +88,6 @@ def _own(
     for wrapped, router in routers.items():
         name = bare_name(model, wrapped)
         router.name = name or router.name
+        router.fused &= fused
         layers[name or "router"] = router
     return Balancing(methods.pop(), layers, group=group)

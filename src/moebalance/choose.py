@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance import kernels
-from moebalance.balancers.base import Balancer, State, per_token, read
-from moebalance.inject import Tally, exactly, place, real_tokens, unpack
+from moebalance.balancers.base import Balancer, State
+from moebalance.inject import Tally, exactly, real_tokens, settle
 from moebalance.routing import Gate, real_rows
 
 _SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
@@ -123,7 +123,8 @@ class _Plain(torch.autograd.Function):
         real = real_rows(affinities, mask)
         row_scale = how.gate.row_scale(real)
         packed = _count(real, row_scale, experts, mask)
-        charge = _charge(how, packed, real_tokens(len(experts), mask))
+        known = real_tokens(len(experts), mask)
+        charge = settle(how.balancer, how.state, how.tally, packed, known=known)
         if charge is None:
             gradient = torch.zeros_like(affinities)
         else:
@@ -162,6 +163,8 @@ class _Fused(torch.autograd.Function):
         upstream, _ = gradients
         logits, experts, normaliser, mask = ctx.saved_tensors
         how = ctx.how
+        known = real_tokens(len(experts), mask)
+        charge = settle(how.balancer, how.state, how.tally, ctx.packed, known=known, fused=True)
         gradient = kernels.pull_back(
             upstream,
             logits,
@@ -169,7 +172,7 @@ class _Fused(torch.autograd.Function):
             normaliser,
             how.gate,
             normalize=how.normalize,
-            charge=_charge(how, ctx.packed, real_tokens(len(experts), mask), fused=True),
+            charge=charge,
             mask=mask,
         )
         return None, None, None, gradient
@@ -199,20 +202,3 @@ def _count(
         ones = mask.to(real.dtype).unsqueeze(-1).expand_as(experts).reshape(-1)
     counts.scatter_add_(0, experts.reshape(-1), ones)
     return packed
-
-
-def _charge(
-    how: Pass, packed: Float[Tensor, "sums"], known: int | None, *, fused: bool = False
-) -> Float[Tensor, "E"] | None:
-    """Add the batch to its step, and say what a token's scores are charged, (E,)."""
-    balancer, tally = how.balancer, how.tally
-    form = balancer.mean_price
-    if fused and form is not None and kernels.forms(form):
-        return kernels.charge(form, packed, **how.state._asdict(), **tally._asdict())
-    tally.running.add_(packed)
-    if not balancer.charges:
-        return None
-    sums = unpack(packed, balancer, packed.shape[0] // 2 - 1)
-    batch = place(balancer, tally, sums, known=known)
-    price = balancer.charged(how.state, batch)
-    return None if price is None else price * per_token(batch, read(tally.scale))

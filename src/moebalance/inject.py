@@ -9,7 +9,8 @@ handed to the logits beside whatever the task sends. Backward runs exactly once 
 training, under both kinds of activation checkpointing and under torch.compile, whereas forward may
 run twice or under no_grad; hence a batch is counted once, and evaluation never. (Asking for the
 same backward twice, with `retain_graph`, counts twice.) Kept for backward are the logits and the
-choice, and none of the penalty's own graph.
+choice, and none of the penalty's own graph. On a GPU a method whose price is formed `from_sums`
+takes two fused passes over the logits (`kernels`).
 
 `scale` is the gradient that the trainer put on the task loss (gradient scaler, accumulation, world
 size), read by `follow`, so that a strength means the same under all of them.
@@ -23,7 +24,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, State, read
+from moebalance import kernels
+from moebalance.balancers.base import Balancer, State, per_token, read
 from moebalance.routing import Batch, Gate, Sums, route
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -74,6 +76,7 @@ def inject(
     gate: Gate,
     state: State,
     tally: Tally,
+    fused: bool = True,
 ) -> Tensor:
     """Return `carrier` unchanged, tied to a backward that counts this batch and charges it.
 
@@ -88,9 +91,12 @@ def inject(
         gate: how scores come from logits.
         state: the method's state, constant during a step.
         tally: tensors that the backward pass reads and writes.
+        fused: whether to take the fused kernels where they run.
     """
     static = (balancer, gate, sequences)
-    carried: Tensor = _Inject.apply(  # type: ignore[no-untyped-call]
+    fits = fused and balancer.from_sums and kernels.supported(logits, gate, experts.shape[-1])
+    node = _InjectFused if fits else _Inject
+    carried: Tensor = node.apply(  # type: ignore[no-untyped-call]
         static, state, tally, mask, weight, experts, logits, carrier
     )
     return carried
@@ -122,6 +128,37 @@ def place(
     if coupling in ("batch", "step"):
         share = _share(sums.tokens, known, tally.last_step)
     return Batch(routing, sums, step, share, known)
+
+
+def settle(
+    balancer: Balancer,
+    state: State,
+    tally: Tally,
+    packed: Float[Tensor, "sums"],
+    *,
+    known: int | None,
+    fused: bool = False,
+) -> Float[Tensor, "E"] | None:
+    """Add a batch to its step, and say what a token's scores are charged by a method `from_sums`.
+
+    Args:
+        balancer: the method.
+        state: the method's.
+        tally: the layer's.
+        packed: sums of the batch.
+        known: number of its tokens, if the host knows it.
+        fused: whether to do it in one launch where the price has such a form.
+    """
+    form = balancer.mean_price
+    if fused and form is not None and kernels.forms(form):
+        return kernels.charge(form, packed, **state._asdict(), **tally._asdict())
+    tally.running.add_(packed)
+    if not balancer.charges:
+        return None
+    sums = unpack(packed, balancer, packed.shape[0] // 2 - 1)
+    batch = place(balancer, tally, sums, known=known)
+    price = balancer.charged(state, batch)
+    return None if price is None else price * per_token(batch, read(tally.scale))
 
 
 def real_tokens(rows: int, mask: Tensor | None) -> int | None:
@@ -210,6 +247,25 @@ class _Inject(torch.autograd.Function):
         charge = balancer.logit_gradient(ctx.state, batch, scale)
         charge = None if charge is None else charge.to(logits.dtype)
         return None, None, None, None, None, None, charge, upstream
+
+
+class _InjectFused(_Inject):
+    @staticmethod
+    @exactly
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = gradients
+        logits, experts, mask, weight = ctx.saved_tensors
+        balancer, gate, _ = ctx.static
+        tally = ctx.tally
+        if weight is not None:
+            tally = tally._replace(scale=tally.scale * weight)
+        packed, normaliser = kernels.count(logits, experts, gate, mask=mask)
+        known = real_tokens(len(logits), mask)
+        charge = settle(balancer, ctx.state, tally, packed, known=known, fused=True)
+        gradient = None
+        if charge is not None:
+            gradient = kernels.pull(logits, normaliser, gate, charge, mask=mask)
+        return None, None, None, None, None, None, gradient, upstream
 
 
 class _Follow(torch.autograd.Function):

@@ -27,11 +27,18 @@ class LayerBalance(nn.Module):
         balancer: the method.
         num_experts: E.
         gate: how this layer's scores come from its logits.
+        fused: whether to run as one kernel each way where that can be (`kernels.supported`).
         name: what errors and logs call this layer.
     """
 
     def __init__(
-        self, balancer: Balancer, num_experts: int, *, gate: Gate = _SOFTMAX, name: str = "router"
+        self,
+        balancer: Balancer,
+        num_experts: int,
+        *,
+        gate: Gate = _SOFTMAX,
+        fused: bool = True,
+        name: str = "router",
     ) -> None:
         super().__init__()
         if not isinstance(balancer, Balancer):
@@ -40,7 +47,8 @@ class LayerBalance(nn.Module):
             )
         if num_experts < 2:
             raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
-        self.balancer, self.num_experts, self.gate, self.name = balancer, num_experts, gate, name
+        self.balancer, self.num_experts = balancer, num_experts
+        self.gate, self.fused, self.name = gate, fused, name
         self.last_step: Tensor
         self.last_total: Tensor | None
         self.watched: Sums | None = None
@@ -102,6 +110,7 @@ class LayerBalance(nn.Module):
             gate=self.gate,
             state=self.state,
             tally=Tally(self.running, self.last_step, self.loss_scale),
+            fused=self.fused,
         )
 
     def count(self, sums: Sums) -> None:
@@ -267,12 +276,12 @@ class BalancedRouter(LayerBalance):
         fused: bool = True,
         name: str = "router",
     ) -> None:
-        super().__init__(balancer, num_experts, gate=gate, name=name)
+        super().__init__(balancer, num_experts, gate=gate, fused=fused, name=name)
         if not 1 <= top_k <= num_experts:
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
             )
-        self.top_k, self.normalize, self.fused = top_k, normalize, fused
+        self.top_k, self.normalize = top_k, normalize
 
     def forward(
         self, logits: Float[Tensor, "*tokens E"], mask: Bool[Tensor, "*tokens"] | None = None

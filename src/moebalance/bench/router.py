@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moebalance.balancers import Balancer
-from moebalance.bench.timing import BARE, NULL, interleaved, keep_freed_memory
+from moebalance.bench.timing import BARE, NULL, captured, interleaved, keep_freed_memory
 from moebalance.bench.traffic import kept_for_backward, traffic
 from moebalance.bench.variants import Attached, BareRouter, Ours, Outputs, Rule, others
 
@@ -58,7 +58,8 @@ def measure_routers(
         A row a case: its sizes and, by variant, `ratio` (median), `low` and `high` (quartiles),
         `time_ms`, `bytes` (moved more than by the bare router, per element of (T, E)), `kernels`
         (more than the bare router's, over tokens and in all), `kept` (bytes kept for backward,
-        per element of (T, E)).
+        per element of (T, E)). On a CUDA device also `device`: the same as `ratio`, `low`, `high`
+        and `time_ms`, of replays of a CUDA graph; None where there cannot be one.
     """
     keep_freed_memory()
     rows = []
@@ -91,6 +92,7 @@ def _measure(
 
     calls = {name: call(weigh) for name, weigh in variants.items()}
     timed = interleaved(calls, rounds=rounds, device=device)
+    replayed = _replayed(calls, device, rounds)
     counted = {name: traffic(once, rows=case.tokens) for name, once in calls.items()}
     elements = case.tokens * case.experts
     found = {}
@@ -103,9 +105,22 @@ def _measure(
             "bytes": round(more / elements, 2),
             "kernels": [large, large + small],
             "kept": round(kept_for_backward(calls[name]) / elements, 2),
+            **replayed.get(name, {}),
         }
     sizes = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
     return {"case": str(case), **sizes, "variants": found}
+
+
+def _replayed(
+    calls: Mapping[str, Callable[[], object]], device: str, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Time on the device alone, where the device is one that can be told apart from its host."""
+    if not device.startswith("cuda"):
+        return {}
+    graphs = {name: captured(once) for name, once in calls.items()}
+    known = {name: graph for name, graph in graphs.items() if graph is not None}
+    timed = interleaved(known, rounds=rounds, repeats=5, device=device)
+    return {name: {"device": asdict(timed[name]) if name in timed else None} for name in calls}
 
 
 def _variants(
@@ -116,8 +131,6 @@ def _variants(
     for name, balancer in methods.items():
         own = Ours(balancer, case.experts, case.top_k, case.rule)
         own.router.to(device)
-        attached = Attached(balancer, case.experts, case.top_k, case.rule)
-        attached.layer.to(device)
         found[name] = own
         if device.startswith("cuda"):
             found[f"{name}, not fused"] = plain = Ours(
@@ -125,5 +138,8 @@ def _variants(
             )
             plain.router.to(device)
         if balancer.charges and not balancer.selects:
-            found[f"{name}, attached"] = attached
+            found[f"{name}, attached"] = attached = Attached(
+                balancer, case.experts, case.top_k, case.rule
+            )
+            attached.layer.to(device)
     return {**found, **others(case.experts, case.top_k, case.rule)}

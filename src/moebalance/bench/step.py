@@ -1,9 +1,10 @@
 """A whole training step of a Transformers MoE model, with a method attached and without.
 
-One model serves all variants, so that they differ in nothing else; a step is forward, backward and
-`Balancing.step()`.
+Variants are twins of one model that share its parameters, each attached once and for all; a step is
+forward, backward and `Balancing.step()`.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def measure_steps(
         model = _build(case).to(device)
         ids = torch.randint(0, 256, (case.tokens // case.length, case.length), device=device)
         named: dict[str, Balancer | None] = {BARE: None, NULL: None, **methods}
-        calls = {name: _step(model, ids, balancer) for name, balancer in named.items()}
+        calls = {name: _step(_twin(model), ids, balancer) for name, balancer in named.items()}
         timed = interleaved(calls, rounds=rounds, device=device)
         sizes = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
         variants = {name: asdict(found) for name, found in timed.items()}
@@ -81,7 +82,7 @@ def _build(case: StepCase) -> nn.Module:
         intermediate_size=2 * case.hidden,
         moe_intermediate_size=case.hidden // 2,
         num_hidden_layers=case.layers,
-        num_attention_heads=4,
+        num_attention_heads=max(4, case.hidden // 128),
         num_key_value_heads=4,
         num_experts=case.experts,
         num_experts_per_tok=case.top_k,
@@ -93,16 +94,19 @@ def _build(case: StepCase) -> nn.Module:
     return found
 
 
+def _twin(model: nn.Module) -> nn.Module:
+    """A model with modules of its own, for hooks of its own, on the same parameters and buffers."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
 def _step(model: nn.Module, ids: Tensor, balancer: Balancer | None) -> Callable[[], object]:
-    def bare() -> None:
+    balancing = None if balancer is None else attach(model, balancer)
+
+    def step() -> None:
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-
-    def balanced() -> None:
-        # Attached for this call alone: the same model is bare in the next.
-        assert balancer is not None
-        with attach(model, balancer) as balancing:
-            bare()
+        if balancing is not None:
             balancing.step()
 
-    return bare if balancer is None else balanced
+    return step

@@ -67,6 +67,26 @@ def interleaved(
     return {name: _against(times[name], times[BARE]) for name in variants}
 
 
+def captured(call: Callable[[], object]) -> Callable[[], object] | None:
+    """The replay of a CUDA graph of `call`: what the device does, without the host that starts it.
+
+    None if `call` waits for the device or cannot be captured for another reason.
+    """
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        return None
+    return graph.replay
+
+
 def keep_freed_memory() -> bool:
     """Tell glibc's allocator to keep what is freed, as a process in mid-training does anyway.
 

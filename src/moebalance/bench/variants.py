@@ -69,10 +69,12 @@ class Ours:
 class Attached:
     """A bare router of somebody else's model, with a method attached to its outputs."""
 
-    def __init__(self, balancer: Balancer, experts: int, top_k: int, rule: Rule) -> None:
+    def __init__(
+        self, balancer: Balancer, experts: int, top_k: int, rule: Rule, *, fused: bool = True
+    ) -> None:
         self.bare = BareRouter(rule, top_k)
         gate: Gate = Sigmoid() if self.bare.sigmoid else Softmax()
-        self.layer = LayerBalance(balancer, experts, gate=gate)
+        self.layer = LayerBalance(balancer, experts, gate=gate, fused=fused)
 
     def __call__(self, logits: Tensor) -> Outputs:
         """Weights, charged on the way back."""
@@ -117,12 +119,11 @@ class BiasRouter(BareRouter):
         """Weights by affinity, choice by affinity plus bias."""
         wide = logits.float()
         affinities = wide.sigmoid() if self.sigmoid else wide.softmax(dim=-1)
-        bias = self.bias.to(logits.device)
-        _, experts = (affinities + bias).topk(self.top_k, dim=-1)
-        places = experts.reshape(-1).float()
-        self.counts = self.counts.to(logits.device)
+        self.bias, self.counts = self.bias.to(logits.device), self.counts.to(logits.device)
+        _, experts = (affinities + self.bias).topk(self.top_k, dim=-1)
+        places, last = experts.reshape(-1).float(), len(self.bias) - 1
         with torch.no_grad():
-            self.counts += torch.histc(places, len(bias), 0, len(bias) - 1)
+            self.counts += torch.histc(places, last + 1, 0, last)
         return self._weigh(affinities.gather(1, experts)), None
 
 

@@ -13,7 +13,8 @@ where a reduction of floats or of pairs takes five shuffles or ten. A NaN sorts 
 Arithmetic is float32. exp(min(z, 0)) / (1 + exp(−|z|)) is σ(z) without overflow; divided by its
 largest it does not underflow either.
 
-This module and `price_program.py` import Triton; nothing else in the library does.
+This module, `attached_programs.py` and `price_program.py` import Triton; nothing else in the
+library does.
 """
 # mypy: ignore-errors
 # Triton reads these functions as a language of its own, in which arguments carry no types.
@@ -65,7 +66,7 @@ def choose(
         # thread then loads one logit of a group at a time, and a warp holds one row, not four.
         logits += zero
         price += zero
-    expert, exists = _experts(chunks, step, width, num_experts)
+    expert, exists = experts_of(chunks, step, width, num_experts)
     slot = tl.arange(0, slots)[None, :]
     scores = tl.zeros((chunks, block, width), tl.float32)
     counts = tl.zeros((chunks, block, width), tl.int32)
@@ -78,23 +79,19 @@ def choose(
         if has_mask:
             real = tl.load(mask + row, mask=inside, other=0) != 0
         begin = row.to(tl.int64) * stride
-        at, here = _flat(start, rows, stride, chunks, step, width, block, num_experts)
+        at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
         z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
         z = tl.reshape(z, (chunks, block, width))
-        peak = tl.max(tl.max(z, axis=0), axis=1)
-        relative = _relative(z, peak[None, :, None], sigmoid)
-        total = tl.sum(tl.sum(relative, axis=0), axis=1)
-        score = relative * (1.0 / total)[None, :, None]
+        score, norm = scores_of(z, sigmoid)
         scores += tl.where(real[None, :, None], score, 0.0)
         tokens += real.to(tl.int32)
-        norm = tl.log(total) + (tl.minimum(peak, 0.0) if sigmoid else peak)
         tl.store(normaliser + row, norm, mask=inside)
 
         rank = z
         if has_price or kept > 0:
-            rank = _sigmoid(z) if sigmoid else score
+            rank = sigmoid_of(z) if sigmoid else score
         if has_price:
-            rank -= _on_every_row(price, chunks, step, width, block, num_experts)
+            rank -= on_every_row(price, chunks, step, width, block, num_experts)
         key = tl.where(exists, _key(rank), DEAD)
         if kept > 0:
             key = _limit(key, exists, chunks, width, kept, best)
@@ -113,20 +110,14 @@ def choose(
         if normalize:
             weight = _shares(z_chosen, sigmoid)
         elif sigmoid:
-            weight = _sigmoid(z_chosen)
+            weight = sigmoid_of(z_chosen)
         else:
             weight = tl.exp(z_chosen - norm[:, None])
         place = row.to(tl.int64)[:, None] * top_k + slot
         tl.store(weights + place, weight, mask=wanted)
         tl.store(experts + place, choice.to(tl.int64), mask=wanted)
 
-    own = partials + tl.program_id(0).to(tl.int64) * (2 * num_experts + 2)
-    score_sum = tl.sum(scores, axis=1, keep_dims=True)
-    count_sum = tl.sum(counts, axis=1, keep_dims=True).to(tl.float32)
-    tl.store(own + expert, score_sum, mask=exists)
-    tl.store(own + num_experts + expert, count_sum, mask=exists)
-    tl.store(own + 2 * num_experts, tl.sum(tokens, axis=0).to(tl.float32))
-    tl.store(own + 2 * num_experts + 1, (tl.program_id(0) == 0).to(tl.float32))
+    write_sums(partials, scores, counts, tokens, expert, exists, num_experts)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -180,7 +171,7 @@ def pull_back(
     z_chosen = z_chosen.to(tl.float32)
     at_chosen = tl.zeros((block, slots), tl.float32)
     if needs_scores:
-        score_chosen = _score(z_chosen, norm[:, None], sigmoid)
+        score_chosen = score_of(z_chosen, norm[:, None], sigmoid)
     if of_scores:
         inner += tl.sum(tl.where(wanted, score_chosen * sent, 0.0), axis=1)
         at_chosen = score_chosen * sent
@@ -190,20 +181,20 @@ def pull_back(
             mean = tl.sum(tl.where(wanted, share * sent, 0.0), axis=1)
             at_chosen = share * (sent - mean[:, None])
             if sigmoid:
-                at_chosen *= _sigmoid(-z_chosen)
+                at_chosen *= sigmoid_of(-z_chosen)
         else:
-            at_chosen = sent * _sigmoid(z_chosen) * _sigmoid(-z_chosen)
+            at_chosen = sent * sigmoid_of(z_chosen) * sigmoid_of(-z_chosen)
 
     slope = tl.zeros((chunks, block, width), tl.float32)
     if needs_scores:
-        at, here = _flat(start, rows, stride, chunks, step, width, block, num_experts)
+        at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
         z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
         z = tl.reshape(z, (chunks, block, width))
-        score = _score(z, norm[None, :, None], sigmoid)
+        score = score_of(z, norm[None, :, None], sigmoid)
         cost = tl.zeros((chunks, block, width), tl.float32)
         cost_chosen = tl.zeros((block, slots), tl.float32)
         if has_charge:
-            cost = _on_every_row(charge, chunks, step, width, block, num_experts)
+            cost = on_every_row(charge, chunks, step, width, block, num_experts)
             cost = tl.where(real[None, :, None], cost, 0.0)
             inner += tl.sum(tl.sum(score * cost, axis=0), axis=1)
             cost_chosen = tl.load(charge + choice, mask=wanted, other=0.0)
@@ -211,15 +202,15 @@ def pull_back(
         slope = score * (cost - inner[None, :, None])
         slope_chosen = score_chosen * (cost_chosen - inner[:, None])
         if sigmoid:
-            slope *= _sigmoid(-z)
-            slope_chosen *= _sigmoid(-z_chosen)
+            slope *= sigmoid_of(-z)
+            slope_chosen *= sigmoid_of(-z_chosen)
         if not of_scores:
             # Whatever a padded row holds: 0 · NaN would be NaN.
             slope = tl.where(real[None, :, None], slope, 0.0)
             slope_chosen = tl.where(real[:, None], slope_chosen, 0.0)
         at_chosen += slope_chosen
     out = row.to(tl.int64) * num_experts
-    at, here = _flat(start, rows, num_experts, chunks, step, width, block, num_experts)
+    at, here = flat(start, rows, num_experts, chunks, step, width, block, num_experts)
     tl.store(gradient + at, tl.reshape(slope, (chunks * block, width)), mask=here)
     # Other threads wrote these places a moment ago.
     tl.debug_barrier()
@@ -227,7 +218,19 @@ def pull_back(
 
 
 @triton.jit
-def _experts(
+def write_sums(partials, scores, counts, tokens, expert, exists, num_experts: tl.constexpr):
+    """Write this program's sums over its rows as its own row of `partials`."""
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * num_experts + 2)
+    score_sum = tl.sum(scores, axis=1, keep_dims=True)
+    count_sum = tl.sum(counts, axis=1, keep_dims=True).to(tl.float32)
+    tl.store(own + expert, score_sum, mask=exists)
+    tl.store(own + num_experts + expert, count_sum, mask=exists)
+    tl.store(own + 2 * num_experts, tl.sum(tokens, axis=0).to(tl.float32))
+    tl.store(own + 2 * num_experts + 1, (tl.program_id(0) == 0).to(tl.float32))
+
+
+@triton.jit
+def experts_of(
     chunks: tl.constexpr, step: tl.constexpr, width: tl.constexpr, num_experts: tl.constexpr
 ):
     """Which expert (chunks, 1, width) a position holds, and whether any."""
@@ -237,7 +240,7 @@ def _experts(
 
 
 @triton.jit
-def _flat(
+def flat(
     start,
     rows,
     stride: tl.constexpr,
@@ -257,7 +260,7 @@ def _flat(
 
 
 @triton.jit
-def _on_every_row(
+def on_every_row(
     values,
     chunks: tl.constexpr,
     step: tl.constexpr,
@@ -266,7 +269,7 @@ def _on_every_row(
     num_experts: tl.constexpr,
 ):
     """A row of values by expert, loaded for each row of the tile where that row lies."""
-    at, here = _flat(0, block, 0, chunks, step, width, block, num_experts)
+    at, here = flat(0, block, 0, chunks, step, width, block, num_experts)
     return tl.reshape(tl.load(values + at, mask=here, other=0.0), (chunks, block, width))
 
 
@@ -309,7 +312,8 @@ def _limit(
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid_of(z):
+    """σ(z), without overflow."""
     small = tl.exp(-tl.abs(z))
     return tl.where(z < 0, small, 1.0) / (1.0 + small)
 
@@ -324,7 +328,17 @@ def _relative(z, peak, sigmoid: tl.constexpr):
 
 
 @triton.jit
-def _score(z, norm, sigmoid: tl.constexpr):
+def scores_of(z, sigmoid: tl.constexpr):
+    """The scores of a tile of logits, and the normaliser of each of its rows."""
+    peak = tl.max(tl.max(z, axis=0), axis=1)
+    relative = _relative(z, peak[None, :, None], sigmoid)
+    total = tl.sum(tl.sum(relative, axis=0), axis=1)
+    norm = tl.log(total) + (tl.minimum(peak, 0.0) if sigmoid else peak)
+    return relative * (1.0 / total)[None, :, None], norm
+
+
+@triton.jit
+def score_of(z, norm, sigmoid: tl.constexpr):
     """The score p = exp(a(z) − norm)."""
     if sigmoid:
         return tl.exp(tl.minimum(z, 0.0) - norm) / (1.0 + tl.exp(-tl.abs(z)))

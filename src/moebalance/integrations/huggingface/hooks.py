@@ -39,6 +39,7 @@ def attach(
     *,
     group: Group | None = None,
     keep_native_loss: bool = False,
+    fused: bool = True,
 ) -> Balancing:
     """Balance every router of a Transformers model; see `moebalance.attach`."""
     inner = transformers_model(model)
@@ -59,7 +60,9 @@ def attach(
 
     layers = {}
     for site in sites:
-        layer = LayerBalance(balancer, site.num_experts, gate=site.gate, name=site.name)
+        layer = LayerBalance(
+            balancer, site.num_experts, gate=site.gate, fused=fused, name=site.name
+        )
         layers[site.name] = layer.to(next(site.router.parameters()).device)
     balancing = Balancing(balancer, layers, group=group)
     try:
