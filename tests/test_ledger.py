@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import BALANCERS, random_routing, tensors
 from moebalance import ledger
@@ -13,7 +14,7 @@ from moebalance.balancers import LossFree, PhiBalancing, Together
 from moebalance.balancing import Balancing
 from moebalance.bench.traffic import traffic
 from moebalance.inject import pack, unpack
-from moebalance.layer import LayerBalance
+from moebalance.layer import LayerBalance, commit_rows
 
 BOTH = Together(PhiBalancing(), LossFree())
 
@@ -75,6 +76,35 @@ def test_a_step_reads_nothing_back_from_the_device_but_its_verdict():
     _, started = kernels(5)
     assert started.count("aten::_local_scalar_dense") <= 1
     assert "aten::nonzero" not in started
+
+
+class Crossings(TorchDispatchMode):
+    """Notes what is copied from one device to another: from a host to a GPU each waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            devices = {a.device for a in args if isinstance(a, torch.Tensor) and a.dim()}
+            if devices - {found.device}:
+                self.seen.append(str(func))
+        return found
+
+
+def test_nothing_is_brought_to_the_device_to_end_a_step_there():
+    layers = {f"layer{i}": LayerBalance(BOTH, 8).to("meta") for i in range(3)}
+    balancing = Balancing(BOTH, layers)
+    with Crossings() as crossings:
+        banks, flags = balancing._ledger._totals()
+        for bank in banks:
+            commit_rows(bank.layers, bank.sums, good=flags[2].all())
+    assert not crossings.seen
+    with Crossings() as crossings:  # the control
+        torch.zeros(1).to("meta")
+    assert crossings.seen
 
 
 @pytest.fixture

@@ -162,7 +162,8 @@ class Ledger:
         """The sums over all ranks (what is not shared is this rank's own), and flags (5, L)."""
         banks = now = self._banks()
         own = [torch.isfinite(bank.sums).all(dim=1) for bank in now]
-        notice = torch.zeros(1)
+        # Made where it is read: a copy from the host would wait for the device.
+        notice = torch.zeros(1, device=banks[0].sums.device)
         if self._reduction is not None:
             banks, self._sent = self._sent, []
         timely = [a.batches == b.batches for a, b in zip(banks, now, strict=True)]
