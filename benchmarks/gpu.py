@@ -39,6 +39,7 @@ import moebalance as mb
 from moebalance import kernels
 from moebalance.bench import Case, StepCase, describe_machine, measure_routers, measure_steps
 from moebalance.bench.timing import BARE, NULL, captured, interleaved
+from moebalance.bench.variants import Ours
 from moebalance.routing import Gate, Sigmoid, Softmax, real_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +83,7 @@ def _compare(experts: int, top_k: int, gate: Gate, dtype: torch.dtype) -> dict[s
         mask=mask,
     )
     counted = kernels.count(logits, found.experts, gate, mask=mask)
-    charged = kernels.pull(logits, counted.normaliser, gate, charge, mask=mask)
+    charged = kernels.pull(logits, gate, charge, mask=mask)
     wide = logits.double().requires_grad_()
     plain = kernels.plain.choose(wide, gate, top_k, normalize=True, mask=mask)
     value = (plain.weights * upstream).sum() + (plain.packed[:experts] * charge).sum()
@@ -95,7 +96,7 @@ def _compare(experts: int, top_k: int, gate: Gate, dtype: torch.dtype) -> dict[s
         "weights": _error(found.weights[alike], plain.weights[alike]),
         "sums": _error(found.packed[:experts], plain.packed[:experts]),
         "gradient": _error(gradient[alike], expected[alike]),
-        "attached sums": _error(counted.packed, found.packed),
+        "attached sums": _error(counted, found.packed),
         "attached gradient": _error(charged, alone),
         "other_choice": (~alike).double().mean().item(),
     }
@@ -159,27 +160,30 @@ def router() -> list[dict[str, Any]]:
 
 def on() -> list[dict[str, Any]]:
     """A training batch of one fused router, with φ and with counting alone as the bare one."""
-    sizes = ((16, 4),) if SMALL else ((64, 8), (256, 8))
-    rows = []
-    for experts, top_k in sizes:
-        for tokens in (64,) if SMALL else (16384, 65536):
-            for dtype in (torch.float32, torch.bfloat16):
-                case = Case(tokens, experts, top_k, "softmax, normalised", dtype)
-                logits = torch.randn(tokens, experts, device=DEVICE).to(dtype).requires_grad_()
-                upstream = torch.randn(tokens, top_k, device=DEVICE).to(dtype)
+    sizes, counts = (((16, 4),), (64,)) if SMALL else (((64, 8), (256, 8)), (16384, 65536))
+    cases = [
+        Case(tokens, experts, top_k, rule, dtype)
+        for experts, top_k in sizes
+        for tokens in counts
+        for rule in ("softmax", "softmax, normalised")
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    return [_compare_on(case) for case in cases]
 
-                def batch(
-                    name: str, z: Any = logits, u: Any = upstream, e: int = experts, k: int = top_k
-                ) -> Callable[[], object]:
-                    routed = mb.BalancedRouter(METHODS[name], e, k).to(DEVICE)
-                    return _replayed([lambda: torch.autograd.grad(routed(z)[0], z, u)])
 
-                calls = {BARE: batch("none"), NULL: batch("none"), "φ": batch("φ")}
-                repeats = {"rounds": 2, "repeats": 1} if SMALL else {"rounds": 41, "repeats": 20}
-                timed = interleaved(calls, device=DEVICE, **repeats)
-                variants = {name: asdict(found) for name, found in timed.items()}
-                rows.append({"case": str(case), "variants": variants})
-    return rows
+def _compare_on(case: Case) -> dict[str, Any]:
+    logits = torch.randn(case.tokens, case.experts, device=DEVICE).to(case.dtype).requires_grad_()
+    upstream = torch.randn(case.tokens, case.top_k, device=DEVICE).to(case.dtype)
+
+    def batch(name: str) -> Callable[[], object]:
+        ours = Ours(METHODS[name], case.experts, case.top_k, case.rule)
+        ours.router.to(DEVICE)
+        return _replayed([lambda: torch.autograd.grad(ours(logits)[0], logits, upstream)])
+
+    calls = {BARE: batch("none"), NULL: batch("none"), "φ": batch("φ")}
+    rounds, repeats = (2, 1) if SMALL else (41, 20)
+    timed = interleaved(calls, device=DEVICE, rounds=rounds, repeats=repeats)
+    return {"case": str(case), "variants": {name: asdict(found) for name, found in timed.items()}}
 
 
 def speed() -> list[dict[str, Any]]:
@@ -204,7 +208,7 @@ def speed() -> list[dict[str, Any]]:
                 back = partial(kernels.pull_back, u, z, f.experts, f.normaliser, gate)
                 calls["pull_back"].append(partial(back, normalize=True, charge=charge))
                 calls["count"].append(partial(kernels.count, z, f.experts, gate))
-                calls["pull"].append(partial(kernels.pull, z, f.normaliser, gate, charge))
+                calls["pull"].append(partial(kernels.pull, z, gate, charge))
             row: dict[str, Any] = {"case": f"T {tokens}, E {experts}, K {top_k}, {dtype}"}
             for name, each in calls.items():
                 replay = _replayed(each)
@@ -245,7 +249,7 @@ def step() -> list[dict[str, Any]]:
             StepCase(tokens, 128, 8, layers=4, hidden=2048, length=2048, dtype=torch.bfloat16)
             for tokens in (16384, 32768)
         ]
-    methods = {"φ": METHODS["φ"], "none": METHODS["none"]}
+    methods = {"φ": METHODS["φ"]}
     return measure_steps(cases, methods, device=DEVICE, rounds=2 if SMALL else 61, tell=print)
 
 

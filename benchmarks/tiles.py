@@ -30,7 +30,7 @@ TOKENS, TOP_K = 65536, 8
 SIZES = (64, 256, 512, 2304)
 DTYPES = (torch.bfloat16, torch.float32)
 PROGRAMS = ("choose", "pull_back", "count", "pull")
-WARPS, PER_THREAD, WAVES = (2, 4, 8), (4, 8, 16, 32), (264, 528, 1056, 2112)
+WARPS, PER_THREAD, WAVES = (2, 4), (8, 16, 32), (528, 1056, 1584, 2112)
 
 
 class Layout(NamedTuple):
@@ -78,7 +78,7 @@ def calls(
                 "choose": partial(kernels.choose, z, gate, top_k, normalize=True),
                 "pull_back": partial(back, normalize=True, charge=charge),
                 "count": partial(kernels.count, z, chosen, gate),
-                "pull": partial(kernels.pull, z, norm, gate, charge),
+                "pull": partial(kernels.pull, z, gate, charge),
             }[program]
         )
     return found

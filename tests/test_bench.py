@@ -172,7 +172,7 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
         assert row["gradient"] < (1e-5 if exact else 1e-2)
         assert row["attached sums"] < 1e-5
         assert row["attached gradient"] < (1e-5 if exact else 1e-2)
-    assert set(found["step"][0]["variants"]) == {BARE, NULL, "φ", "none"}
+    assert set(found["step"][0]["variants"]) == {BARE, NULL, "φ"}
     assert {"device", "commit", "torch", "triton", "cuda"} <= set(found["machine"])
     reached = {line["what"]: line for line in found["targets"]}
     (on, whole) = reached.values()  # of the parts that ran

@@ -45,8 +45,8 @@ def test_any_batch_is_counted_and_charged_as_in_torch(interpreted, data):
     counted, gradient = interpreted(both, logits, chosen, gate, charge, mask)
 
     routing = route(logits.double(), chosen, gate, mask=mask)
-    close(counted.packed, pack(measure(routing)), 1e-5)
-    assert torch.equal(counted.packed[experts:].double(), pack(measure(routing))[experts:])
+    close(counted, pack(measure(routing)), 1e-5)
+    assert torch.equal(counted[experts:].double(), pack(measure(routing))[experts:])
     expected = real_rows(gate.pull_back(charge.double(), routing.scores, routing.logits), mask)
     assert gradient.dtype == dtype
     assert gradient.is_contiguous()
@@ -61,7 +61,7 @@ def test_what_padding_holds_reaches_nothing(interpreted):
     chosen, charge = torch.rand(9, 60).topk(4).indices, torch.randn(60)
     counted, gradient = interpreted(both, logits, chosen, Softmax(), charge, mask)
     alone, _ = interpreted(both, logits[mask], chosen[mask], Softmax(), charge, None)
-    assert torch.equal(counted.packed, alone.packed)
+    assert torch.equal(counted, alone)
     assert (gradient[~mask] == 0).all()
     assert gradient.isfinite().all()
 
@@ -138,7 +138,7 @@ def test_attach_switches_it_off_by_one_keyword():
 
 def both(logits, experts, gate, charge, mask):
     counted = kernels.count(logits, experts, gate, mask=mask)
-    return counted, kernels.pull(logits, counted.normaliser, gate, charge, mask=mask)
+    return counted, kernels.pull(logits, gate, charge, mask=mask)
 
 
 def two_batches(method, batches, mask, weight, *, fused):

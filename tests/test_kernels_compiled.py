@@ -59,7 +59,8 @@ def spills(experts, top_k, groups, dtype):
     types |= dict.fromkeys(["price", "charge", "normaliser", "partials"], "*fp32")
     types |= {"experts": "*i64", "mask": "*u8", "rows": "i32", "zero": "i32"}
     flags = {"sigmoid": groups is not None, "normalize": True, "has_mask": True}
-    flags |= {"top_k": top_k, "slots": next_power(top_k)}
+    flags |= {"top_k": top_k, "slots": next_power(top_k), "slab": 1024}
+    flags |= {"bins": next_power(experts + 1)}
     flags |= {"has_price": groups is not None, "has_charge": True}
     flags |= {"kept": groups.kept if groups else 0, "best": groups.best if groups else 1}
     found = {}

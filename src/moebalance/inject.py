@@ -259,12 +259,12 @@ class _InjectFused(_Inject):
         tally = ctx.tally
         if weight is not None:
             tally = tally._replace(scale=tally.scale * weight)
-        packed, normaliser = kernels.count(logits, experts, gate, mask=mask)
+        packed = kernels.count(logits, experts, gate, mask=mask)
         known = real_tokens(len(logits), mask)
         charge = settle(balancer, ctx.state, tally, packed, known=known, fused=True)
         gradient = None
         if charge is not None:
-            gradient = kernels.pull(logits, normaliser, gate, charge, mask=mask)
+            gradient = kernels.pull(logits, gate, charge, mask=mask)
         return None, None, None, None, None, None, gradient, upstream
 
 

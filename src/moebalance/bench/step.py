@@ -60,7 +60,8 @@ def measure_steps(
     rows = []
     for case in cases:
         tell(str(case))
-        model = _build(case).to(device)
+        with torch.device(device):  # random numbers of a large model take minutes on a processor
+            model = _build(case)
         ids = torch.randint(0, 256, (case.tokens // case.length, case.length), device=device)
         named: dict[str, Balancer | None] = {BARE: None, NULL: None, **methods}
         calls = {name: _step(_twin(model), ids, balancer) for name, balancer in named.items()}

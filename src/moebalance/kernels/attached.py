@@ -1,34 +1,22 @@
 """Launching what is attached to a router of somebody else's: two passes, both on the way back.
 
-    count   z, chosen experts → packed sums (2E + 2,), normaliser (T,)
-    pull    z, normaliser, charge q → ∂/∂z of ⟨q, Σ_t p_t⟩
+    count   z, chosen experts → packed sums (2E + 2,)
+    pull    z, charge q → ∂/∂z of ⟨q, Σ_t p_t⟩
 
 Between them the batch's price is formed. Each pass reads the logits once, and the second writes
 their gradient: three times the logits' bytes in all. Their plain form is `routing.measure` and
 `Gate.pull_back`. Sums are deterministic, as those of `router.choose` are.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance.kernels.launch import launch
-from moebalance.kernels.tiling import bytes_of, row_of, tile
+from moebalance.kernels.tiling import bytes_of, next_power, row_of, tile
 from moebalance.routing import Gate, Sigmoid
 
-
-class Counted(NamedTuple):
-    """What one pass over logits and choice finds.
-
-    Attributes:
-        packed: (2E + 2,) scores Σ_t p_t, counts, tokens and a 1 that counts the batch.
-        normaliser: (T,) log Σ_e exp a(z_e).
-    """
-
-    packed: Float[Tensor, "sums"]
-    normaliser: Float[Tensor, "T"]
+_SLAB = 1024  # choices that a program counts at once
 
 
 def count(
@@ -37,7 +25,7 @@ def count(
     gate: Gate,
     *,
     mask: Bool[Tensor, "T"] | None = None,
-) -> Counted:
+) -> Float[Tensor, "sums"]:
     """Sum what a router did, in one pass over its logits.
 
     Args:
@@ -45,9 +33,11 @@ def count(
         experts: (T, K), the K different experts of each token.
         gate: `Softmax()` or `Sigmoid()`.
         mask: (T,) True for real tokens. Padded rows are not summed.
+
+    Returns:
+        (2E + 2,) scores Σ_t p_t, counts, tokens and a 1 that counts the batch.
     """
     rows, num_experts = logits.shape
-    normaliser = logits.new_empty(rows, dtype=torch.float32)
     tiling = tile(logits, sums=True)
     programs = max(1, min(tiling.blocks(rows), tiling.programs))
     partials = logits.new_empty(programs, 2 * num_experts + 2, dtype=torch.float32)
@@ -58,20 +48,20 @@ def count(
         logits,
         experts.contiguous(),
         bytes_of(mask, logits),
-        normaliser,
         partials,
         rows,
         **tiling.options,
         top_k=experts.shape[1],
+        bins=next_power(num_experts + 1),  # one for choices that do not count
+        slab=_SLAB,
         sigmoid=isinstance(gate, Sigmoid),
         has_mask=mask is not None,
     )
-    return Counted(partials.sum(dim=0), normaliser)
+    return partials.sum(dim=0)
 
 
 def pull(
     logits: Float[Tensor, "T E"],
-    normaliser: Float[Tensor, "T"],
     gate: Gate,
     charge: Float[Tensor, "E"],
     *,
@@ -81,7 +71,6 @@ def pull(
 
     Args:
         logits: (T, E), as given to `count`.
-        normaliser: (T,), as `count` returned it.
         gate: as given to `count`.
         charge: q (E,), gradient of the loss with respect to Σ_t p_t over real tokens.
         mask: (T,) as given to `count`; padded rows are charged nothing.
@@ -98,7 +87,6 @@ def pull(
             logits.device,
             tiling.blocks(rows),
             logits,
-            normaliser,
             row_of(charge, logits),
             bytes_of(mask, logits),
             gradient,

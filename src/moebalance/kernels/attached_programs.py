@@ -9,10 +9,9 @@ from moebalance.kernels.programs import (
     experts_of,
     flat,
     on_every_row,
-    score_of,
     scores_of,
     sigmoid_of,
-    write_sums,
+    write_tokens,
 )
 
 
@@ -21,7 +20,6 @@ def count(
     logits,
     experts,
     mask,
-    normaliser,
     partials,
     rows,
     stride: tl.constexpr,
@@ -31,13 +29,13 @@ def count(
     step: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,
+    bins: tl.constexpr,
+    slab: tl.constexpr,
     sigmoid: tl.constexpr,
     has_mask: tl.constexpr,
 ):
     """Sum scores, counts and tokens per program; programs stride over the blocks of rows."""
-    expert, exists = experts_of(chunks, step, width, num_experts)
     scores = tl.zeros((chunks, block, width), tl.float32)
-    counts = tl.zeros((chunks, block, width), tl.int32)
     tokens = tl.zeros((block,), tl.int32)
     for start in range(tl.program_id(0) * block, rows, tl.num_programs(0) * block):
         row = start + tl.arange(0, block)
@@ -47,21 +45,32 @@ def count(
             real = tl.load(mask + row, mask=inside, other=0) != 0
         at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
         z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
-        z = tl.reshape(z, (chunks, block, width))
-        score, norm = scores_of(z, sigmoid)
+        score, _ = scores_of(tl.reshape(z, (chunks, block, width)), sigmoid)
         scores += tl.where(real[None, :, None], score, 0.0)
         tokens += real.to(tl.int32)
-        tl.store(normaliser + row, norm, mask=inside)
-        for k in tl.static_range(top_k):
-            choice = tl.load(experts + row.to(tl.int64) * top_k + k, mask=real, other=-1)
-            counts += (expert == choice.to(tl.int32)[None, :, None]).to(tl.int32)
-    write_sums(partials, scores, counts, tokens, expert, exists, num_experts)
+
+    # The choices are a list of their own: which program counts which of them does not matter.
+    counts = tl.zeros((bins,), tl.int32)
+    for start in range(tl.program_id(0) * slab, rows * top_k, tl.num_programs(0) * slab):
+        place = start + tl.arange(0, slab)
+        real = place < rows * top_k
+        choice = tl.load(experts + place, mask=real, other=num_experts).to(tl.int32)
+        if has_mask:
+            real = tl.load(mask + place // top_k, mask=real, other=0) != 0
+            choice = tl.where(real, choice, num_experts)
+        counts += tl.histogram(choice, bins)
+
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * num_experts + 2)
+    expert, exists = experts_of(chunks, step, width, num_experts)
+    tl.store(own + expert, tl.sum(scores, axis=1, keep_dims=True), mask=exists)
+    bin = tl.arange(0, bins)
+    tl.store(own + num_experts + bin, counts.to(tl.float32), mask=bin < num_experts)
+    write_tokens(own, tokens, num_experts)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def pull(
     logits,
-    normaliser,
     charge,
     mask,
     gradient,
@@ -82,8 +91,7 @@ def pull(
     at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
     z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
     z = tl.reshape(z, (chunks, block, width))
-    norm = tl.load(normaliser + row, mask=inside, other=0.0)
-    score = score_of(z, norm[None, :, None], sigmoid)
+    score, _ = scores_of(z, sigmoid)
     cost = on_every_row(charge, chunks, step, width, block, num_experts)
     inner = tl.sum(tl.sum(score * cost, axis=0), axis=1)
     slope = score * (cost - inner[None, :, None])

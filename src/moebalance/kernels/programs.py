@@ -26,6 +26,8 @@ DEAD = tl.constexpr(-2147483647)
 """Key of a position that cannot be chosen; below the key of every float."""
 TAKEN = tl.constexpr(-2147483648)
 """Key of what has been chosen."""
+LOW = tl.constexpr(4095)
+"""Bits that are 0 in every bfloat16 or float16 widened to float32, enough to number the experts."""
 NOBODY = tl.constexpr(2147483647)
 """Above every index; as a key, that of NaN."""
 
@@ -66,6 +68,10 @@ def choose(
         # thread then loads one logit of a group at a time, and a warp holds one row, not four.
         logits += zero
         price += zero
+    # The low bits of a float32 that was a shorter float are free to say which expert it is of.
+    packs: tl.constexpr = (
+        logits.dtype.element_ty.primitive_bitwidth == 16 and not has_price and kept == 0
+    )
     expert, exists = experts_of(chunks, step, width, num_experts)
     slot = tl.arange(0, slots)[None, :]
     scores = tl.zeros((chunks, block, width), tl.float32)
@@ -92,15 +98,23 @@ def choose(
             rank = sigmoid_of(z) if sigmoid else score
         if has_price:
             rank -= on_every_row(price, chunks, step, width, block, num_experts)
-        key = tl.where(exists, _key(rank), DEAD)
+        key = _key(rank)
+        if packs:
+            key = (key & ~LOW) | (LOW - expert)
+        key = tl.where(exists, key, DEAD)
         if kept > 0:
             key = _limit(key, exists, chunks, width, kept, best)
         choice = tl.zeros((block, slots), tl.int32)
         for k in range(top_k):
             largest = tl.max(tl.max(key, axis=0), axis=1)
-            found = tl.where(key == largest[None, :, None], expert, NOBODY)
-            found = tl.min(tl.min(found, axis=0), axis=1)
-            key = tl.where(expert == found[None, :, None], TAKEN, key)
+            best_one = key == largest[None, :, None]
+            if packs:
+                found = LOW - (largest & LOW)
+            else:
+                found = tl.where(best_one, expert, NOBODY)
+                found = tl.min(tl.min(found, axis=0), axis=1)
+                best_one = expert == found[None, :, None]
+            key = tl.where(best_one, TAKEN, key)
             choice = tl.where(slot == k, found[:, None], choice)
         counts += ((key == TAKEN) & real[None, :, None]).to(tl.int32)
 
@@ -117,7 +131,12 @@ def choose(
         tl.store(weights + place, weight, mask=wanted)
         tl.store(experts + place, choice.to(tl.int64), mask=wanted)
 
-    write_sums(partials, scores, counts, tokens, expert, exists, num_experts)
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * num_experts + 2)
+    score_sum = tl.sum(scores, axis=1, keep_dims=True)
+    count_sum = tl.sum(counts, axis=1, keep_dims=True).to(tl.float32)
+    tl.store(own + expert, score_sum, mask=exists)
+    tl.store(own + num_experts + expert, count_sum, mask=exists)
+    write_tokens(own, tokens, num_experts)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -218,13 +237,8 @@ def pull_back(
 
 
 @triton.jit
-def write_sums(partials, scores, counts, tokens, expert, exists, num_experts: tl.constexpr):
-    """Write this program's sums over its rows as its own row of `partials`."""
-    own = partials + tl.program_id(0).to(tl.int64) * (2 * num_experts + 2)
-    score_sum = tl.sum(scores, axis=1, keep_dims=True)
-    count_sum = tl.sum(counts, axis=1, keep_dims=True).to(tl.float32)
-    tl.store(own + expert, score_sum, mask=exists)
-    tl.store(own + num_experts + expert, count_sum, mask=exists)
+def write_tokens(own, tokens, num_experts: tl.constexpr):
+    """Write what follows scores and counts in a program's own sums: tokens, and a single batch."""
     tl.store(own + 2 * num_experts, tl.sum(tokens, axis=0).to(tl.float32))
     tl.store(own + 2 * num_experts + 1, (tl.program_id(0) == 0).to(tl.float32))
 

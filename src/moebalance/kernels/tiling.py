@@ -70,13 +70,25 @@ def tile(logits: Float[Tensor, "T E"], groups: Groups | None = None, *, sums: bo
         groups: as given to `router.choose`.
         sums: whether the program holds sums beside the logits, and should hold few rows.
     """
-    num_experts, stride = logits.shape[1], logits.stride(0)
+    return _tile(
+        logits.shape[1],
+        logits.stride(0),
+        int(logits.storage_offset()),
+        logits.itemsize,
+        groups,
+        sums,
+    )
+
+
+@cache
+def _tile(
+    num_experts: int, stride: int, offset: int, itemsize: int, groups: Groups | None, sums: bool
+) -> Tiling:
     # What one thread loads at once: 16 bytes, or as much as the rows' alignment allows.
-    vector = min(16 // logits.itemsize, _two_power_in(stride))
-    vector = min(vector, _two_power_in(int(logits.storage_offset())))
+    vector = min(16 // itemsize, _two_power_in(stride), _two_power_in(offset))
     if groups is None:
         columns = next_power(num_experts)
-        warps = 4 if columns <= 1024 else 8
+        warps = 4 if sums and columns > 1024 else 2
         width = step = min(columns, 32 * vector * (1 if columns <= 1024 else warps))
         chunks = columns // width
     else:
@@ -85,7 +97,7 @@ def tile(logits: Float[Tensor, "T E"], groups: Groups | None = None, *, sums: bo
         columns = chunks * width
         warps = 4 if columns <= 1024 else 8
         vector = 1
-    per_thread = 8 if columns <= (256 if sums else 64) else 16
+    per_thread = 16 if sums or columns > 64 else 8
     whole = warps * max(1, 32 * vector // width) if columns <= 1024 else 1
     sizes = {
         "stride": stride,
