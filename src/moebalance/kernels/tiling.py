@@ -63,7 +63,9 @@ class Tiling(NamedTuple):
 
 
 def tile(logits: Float[Tensor, "T E"], groups: Groups | None = None, *, sums: bool) -> Tiling:
-    """Lay out a block of rows: 8 to 32 logits a thread, and whole rows in a warp up to E = 1024.
+    """Lay out a block of rows: 8 to 64 logits a thread, and whole rows in a warp up to E = 1024.
+
+    Few warps and many programs were fastest on an H200 (`benchmarks/tiles.py`).
 
     Args:
         logits: (T, E), of which shape, strides and dtype matter.
@@ -88,7 +90,7 @@ def _tile(
     vector = min(16 // itemsize, _two_power_in(stride), _two_power_in(offset))
     if groups is None:
         columns = next_power(num_experts)
-        warps = 4 if sums and columns > 1024 else 2
+        warps = 2
         width = step = min(columns, 32 * vector * (1 if columns <= 1024 else warps))
         chunks = columns // width
     else:
@@ -107,7 +109,7 @@ def _tile(
         "width": width,
         "block": max(whole, warps * 32 * per_thread // columns),
     }
-    return Tiling(sizes, warps, 1056 if columns <= 512 else 528)
+    return Tiling(sizes, warps, 2112 if columns <= 512 else 528)
 
 
 def row_of(values: Float[Tensor, "E"] | None, logits: Tensor) -> Tensor:
