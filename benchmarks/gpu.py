@@ -14,6 +14,7 @@ Times are the device's own: replays of a CUDA graph, or launches without a gap b
 router's part also has the time with the host in it, as eager training has where it waits for none.
 
     PYTHONPATH=src python benchmarks/gpu.py [results.json [part …]]
+    PYTHONPATH=src python benchmarks/gpu.py --page results.json page.md
 
 Where the source tree comes without its history, COMMIT in the environment says which one it is.
 Results go to benchmarks/results/gpu/gpu.json if no file is named. Their `targets` say in a line
@@ -38,6 +39,7 @@ import torch
 import moebalance as mb
 from moebalance import kernels
 from moebalance.bench import Case, StepCase, describe_machine, measure_routers, measure_steps
+from moebalance.bench.gpu_page import write_gpu_page
 from moebalance.bench.timing import BARE, NULL, captured, interleaved
 from moebalance.bench.variants import Ours
 from moebalance.routing import Gate, Sigmoid, Softmax, real_rows
@@ -53,7 +55,7 @@ METHODS = {
 }
 
 
-def correct() -> list[dict[str, Any]]:
+def correct() -> dict[str, Any]:
     """Largest error of weights, sums and gradient, each over the largest value."""
     rows = []
     sizes = ((8, 2), (60, 4), (64, 8)) if SMALL else ((8, 2), (60, 4), (64, 8), (256, 8), (2304, 8))
@@ -61,7 +63,7 @@ def correct() -> list[dict[str, Any]]:
         for gate in (Softmax(), Sigmoid()):
             for dtype in (torch.float32, torch.bfloat16):
                 rows.append(_compare(experts, top_k, gate, dtype))
-    return rows
+    return {"commit": _commit(), "rows": rows}
 
 
 def _compare(experts: int, top_k: int, gate: Gate, dtype: torch.dtype) -> dict[str, Any]:
@@ -253,6 +255,10 @@ def step() -> list[dict[str, Any]]:
     return measure_steps(cases, methods, device=DEVICE, rounds=2 if SMALL else 61, tell=print)
 
 
+def _commit() -> str:
+    return os.environ.get("COMMIT") or str(describe_machine(DEVICE)["commit"])
+
+
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
     """What was to be reached, and what was, of the parts that there are: worst case first."""
     found = []
@@ -312,7 +318,7 @@ def main(out: Path, parts: list[str]) -> None:
     """Run the parts in processes of their own, and write what there is after each."""
     versions = {name: version(name) for name in ("triton", "transformers") if find_spec(name)}
     machine = {**describe_machine(DEVICE), "cuda": torch.version.cuda, **versions}
-    machine["commit"] = os.environ.get("COMMIT", machine["commit"])
+    machine["commit"] = _commit()
     results: dict[str, Any] = {"machine": machine, "rounds": 21}
     out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
@@ -336,6 +342,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
         found = PARTS[sys.argv[2]]()
         Path(sys.argv[3]).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    elif sys.argv[1:2] == ["--page"]:
+        write_gpu_page(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), sys.argv[3])
     else:
         default = Path(__file__).parent / "results" / "gpu" / "gpu.json"
         main(Path(sys.argv[1]) if sys.argv[1:] else default, sys.argv[2:] or list(PARTS))

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from moebalance.balancers import NoBalancing, PhiBalancing, SwitchLoss
 from moebalance.bench import RULES, Case, StepCase, measure_routers, measure_steps, write_page
 from moebalance.bench import timing as clock
+from moebalance.bench.gpu_page import write_gpu_page
 from moebalance.bench.timing import BARE, NULL, interleaved
 from moebalance.bench.variants import STRENGTH, Attached, BareRouter, Ours, others
 from moebalance.cli import app
@@ -157,6 +158,13 @@ def test_a_word_that_means_nothing_is_refused_with_what_does(arguments, reason):
     assert reason in done.output
 
 
+def gpu_script():
+    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
     """On a processor, by Triton's interpreter: everything but the numbers."""
     out = tmp_path / "gpu.json"
@@ -165,8 +173,8 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
     subprocess.run(command, check=True, env=environment, capture_output=True)
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["silent"] == {"skipped": "no CUDA device"}
-    assert len(found["correct"]) == 12
-    for row in found["correct"]:
+    assert len(found["correct"]["rows"]) == 12
+    for row in found["correct"]["rows"]:
         exact = "float32" in row["case"]
         assert row["sums"] < 1e-5
         assert row["gradient"] < (1e-5 if exact else 1e-2)
@@ -182,9 +190,7 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
 
 
 def test_the_script_for_a_gpu_ends_within_nine_minutes_and_judges_all_its_parts():
-    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = gpu_script()
     assert set(script.LIMIT_S) == set(script.PARTS)
     assert sum(script.LIMIT_S.values()) <= 9 * 60 - 10
 
@@ -228,6 +234,11 @@ def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path
     for file in (page, tmp_path / "cost.svg"):
         committed = (ROOT / "docs" / file.name).read_text(encoding="utf-8")
         assert committed == file.read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks/results/gpu/h200.json").read_text(encoding="utf-8"))
+    page = write_gpu_page(found, tmp_path / "cost_gpu.md")
+    committed = (ROOT / "docs" / page.name).read_text(encoding="utf-8")
+    assert committed == page.read_text(encoding="utf-8")
+    assert found["targets"] == gpu_script().targets(found)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [row["variants"] for row in results["routers"] if row["rule"] == "softmax"]
     names = {
