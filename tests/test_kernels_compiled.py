@@ -45,7 +45,8 @@ def spills_of_the_price(experts):
     from moebalance.kernels import price_program
 
     program = price_program.charge
-    flags = {"entropy": True, "hard": False, "peek": True}
+    flags = {"entropy": True, "hard": False, "peek": True, "in_tokens": True}
+    flags |= {"has_multiplier": True}
     sizes = {"num_experts": experts, "width": 1 << (experts - 1).bit_length(), **flags}
     floats = {"strength": "fp32", "rate": "fp32"}
     names = program.arg_names
@@ -166,7 +167,6 @@ def both_starts():
     upstream, experts = torch.randn(8, 4), logits.topk(4).indices
     price, normaliser, packed = torch.randn(64), torch.zeros(8), torch.zeros(130)
     method = PhiBalancing()
-    number = torch.ones(())
     with mock.patch.object(launch, "_program", cache(Program)):
         for _ in range(2):
             choose(logits, gate, 4, normalize=True)
@@ -174,7 +174,6 @@ def both_starts():
             count(logits, experts, gate)
             pull(logits, gate, price)
             charge(
-                method.mean_price, packed, **method.init(64)._asdict(),
-                running=packed, last_step=torch.zeros(2), scale=number,
-            )  # fmt: skip
+                method.mean_price(method.init(64)), packed, packed, torch.zeros(2), torch.ones(())
+            )
     return list(seen.values())

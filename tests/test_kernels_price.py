@@ -8,7 +8,17 @@ import torch
 from cases import skewed_state
 from kernel_processes import caller, process
 from moebalance import BalancedRouter, kernels
-from moebalance.balancers import Balancer, LossFree, NoBalancing, PhiBalancing, SwitchLoss, Together
+from moebalance.balancers import (
+    Balancer,
+    LossFree,
+    MaxVio,
+    NoBalancing,
+    PhiBalancing,
+    Scheduled,
+    SwitchLoss,
+    Targeted,
+    Together,
+)
 from moebalance.bench.traffic import traffic
 from moebalance.inject import Tally, settle
 from moebalance.kernels import price as launched
@@ -25,7 +35,7 @@ def interpreted():
 
 
 def charged(
-    method: PhiBalancing, experts: int, tokens: float, last_step: tuple[int, int], *, fused: bool
+    method: Balancer, experts: int, tokens: float, last_step: tuple[int, int], *, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Price and running sums after a batch of these sums in the middle of a step."""
     generator = torch.Generator().manual_seed(experts)
@@ -49,8 +59,30 @@ def test_one_launch_counts_and_charges_as_the_method_does(
     potential, statistic, peek, last_step, interpreted
 ):
     method = PhiBalancing(potential, strength=0.3, rate=0.2, statistic=statistic, peek=peek)
-    assert kernels.forms(method.mean_price)
+    same_launched(method, last_step, interpreted)
+
+
+PHI = PhiBalancing(strength=0.3)
+STEERED = Targeted(PHI, MaxVio(0.3))
+COMPOSED = {
+    "memory of many steps": PhiBalancing(memory_tokens=100_000),
+    "memory of a step": PhiBalancing(memory_tokens=50),
+    "targeted": STEERED,
+    "scheduled": Scheduled(PHI, warmup_tokens=1e6),
+    "targeted and scheduled": Scheduled(STEERED, warmup_tokens=1e6),
+    "beside a bias": Together(PHI, LossFree()),
+    "after a bias": Together(LossFree(), STEERED),
+}
+
+
+@pytest.mark.parametrize("method", COMPOSED.values(), ids=COMPOSED)
+def test_so_does_it_where_phi_is_steered_scheduled_or_beside_a_bias(method, interpreted):
+    same_launched(method, STEPS["four batches a step"], interpreted)
+
+
+def same_launched(method: Balancer, last_step: tuple[int, int], interpreted) -> None:
     for experts, tokens in ((2, 5.0), (60, 0.0), (60, 33.0), (2304, 100.0)):
+        assert kernels.forms(method.mean_price(skewed_state(method, experts)))
         case = (method, experts, tokens, last_step)
         found = interpreted(charged, *case, fused=True)
         for a, b in zip(found, charged(*case, fused=False), strict=True):
@@ -63,13 +95,15 @@ def test_what_the_launch_cannot_form_is_formed_in_torch():
             return -super().charged(state, batch)
 
     for method in (
-        PhiBalancing(memory_tokens=1000),
+        PhiBalancing(rate="auto"),
         PhiBalancing(Softplus()),
         SwitchLoss(),
-        Together(PhiBalancing(), LossFree()),
+        LossFree(),
+        Together(PhiBalancing(), SwitchLoss()),
+        Targeted(SwitchLoss(), MaxVio(0.3)),
         Otherwise(),
     ):
-        assert not kernels.forms(method.mean_price)
+        assert not kernels.forms(method.mean_price(method.init(8)))
 
 
 def kernels_of_a_batch(balancer: Balancer, monkeypatch, *, padded: bool = False) -> list[str]:
@@ -100,6 +134,12 @@ def test_phi_sends_a_gpu_one_kernel_between_its_two_passes(peek, padded, monkeyp
     assert found == [*ours, "aten::sum"]
     off = kernels_of_a_batch(NoBalancing(), monkeypatch, padded=padded)
     assert off == ["programs.choose", "programs.pull_back", "aten::sum", "aten::add_"]
+
+
+@pytest.mark.parametrize("name", ["memory of many steps", "targeted", "beside a bias"])
+def test_nor_do_a_target_a_memory_in_tokens_or_a_bias_send_more(name, monkeypatch):
+    found = kernels_of_a_batch(COMPOSED[name], monkeypatch)
+    assert found == ["programs.choose", "price_program.charge", "programs.pull_back", "aten::sum"]
 
 
 def test_a_price_formed_in_torch_shows_in_that_count(monkeypatch):

@@ -149,16 +149,17 @@ def settle(
         known: number of its tokens, if the host knows it.
         fused: whether to do it in one launch where the price has such a form.
     """
-    form = balancer.mean_price
-    if fused and form is not None and kernels.forms(form):
-        return kernels.charge(form, packed, **state._asdict(), **tally._asdict())
+    if fused:
+        price = balancer.mean_price(state)
+        if kernels.forms(price):
+            return kernels.charge(price, packed, *tally)
     tally.running.add_(packed)
     if not balancer.charges:
         return None
     sums = unpack(packed, balancer, packed.shape[0] // 2 - 1)
     batch = place(balancer, tally, sums, known=known)
-    price = balancer.charged(state, batch)
-    return None if price is None else price * per_token(batch, read(tally.scale))
+    charged = balancer.charged(state, batch)
+    return None if charged is None else charged * per_token(batch, read(tally.scale))
 
 
 def real_tokens(rows: int, mask: Tensor | None) -> int | None:

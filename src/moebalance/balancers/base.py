@@ -29,21 +29,29 @@ Coupling = Literal["token", "sequence", "batch", "step"]
 
 
 class MeanPrice(NamedTuple):
-    """A price α (∇φ(m) − ⟨m, ∇φ(m)⟩) as data, for a kernel that forms it in one go (`kernels`).
+    """A price α λ (∇φ(m) − ⟨m, ∇φ(m)⟩) as data, for a kernel that forms it in one go (`kernels`).
 
     Attributes:
         potential: φ.
-        strength: α.
-        rate: η.
+        mean: m (E,), the average of the finished steps.
+        weight: (), its accumulated weight; see `Ema`.
         hard: whether m averages the hard load instead of the mean scores.
         peek: whether m takes in the batch it is charged on.
+        strength: α.
+        rate: η, of a step; None for that of a memory in tokens.
+        memory_tokens: M in place of a rate.
+        multiplier: λ (); None for 1.
     """
 
     potential: Potential
-    strength: float
-    rate: float
+    mean: Float[Tensor, "E"]
+    weight: Float[Tensor, ""]
     hard: bool
     peek: bool
+    strength: float
+    rate: float | None
+    memory_tokens: float | None = None
+    multiplier: Float[Tensor, ""] | None = None
 
 
 class Balancer:
@@ -150,9 +158,8 @@ class Balancer:
         """
         return False
 
-    @property
-    def mean_price(self) -> MeanPrice | None:
-        """What `charged` forms from a state that is an `Ema`, as data; None if it is not that.
+    def mean_price(self, state: State) -> MeanPrice | None:
+        """What `charged` forms if that is a price of an average, as data; None if it is not.
 
         LAW: the price so described is that of `charged`.
         """

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.balancers.base import Balancer, MeanPrice, check_positive
+from moebalance.balancers.ema import Ema
 from moebalance.balancers.memory import (
     Memory,
     Rate,
@@ -102,15 +103,22 @@ class PhiBalancing(Balancer):
         """With the peek, each batch is part of its own price."""
         return "batch" if self.peek else "token"
 
-    @property
-    def mean_price(self) -> MeanPrice | None:
-        """All of it, if the rate is a number and no subclass charges otherwise."""
-        if not isinstance(self.rate, float | int):
+    def mean_price(self, state: Memory) -> MeanPrice | None:
+        """All of it, if the rate is not measured and no subclass charges otherwise."""
+        if isinstance(self.rate, str) or not isinstance(state, Ema):
             return None
         if type(self).charged is not PhiBalancing.charged:
             return None
-        hard = self.statistic == "hard"
-        return MeanPrice(self.potential, self.strength, self.rate, hard, self.peek)
+        return MeanPrice(
+            self.potential,
+            state.mean,
+            state.weight,
+            hard=self.statistic == "hard",
+            peek=self.peek,
+            strength=self.strength,
+            rate=self.rate,
+            memory_tokens=self.memory_tokens,
+        )
 
     def readings(self, state: Memory) -> dict[str, Float[Tensor, ""]]:
         """The rate, where it adapts."""

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, Coupling
+from moebalance.balancers.base import Balancer, Coupling, MeanPrice
 from moebalance.routing import Batch, Routing
 from moebalance.shares import Shares
 
@@ -50,6 +50,16 @@ class Scaled(Balancer):
         """The multiplier times the method's price."""
         price = self.balancer.charged(state.inner, batch)
         return None if price is None else price * self.multiplier(state)
+
+    def mean_price(self, state: Any) -> MeanPrice | None:
+        """The method's, multiplied."""
+        price = self.balancer.mean_price(state.inner)
+        if price is None or type(self).charged is not Scaled.charged:
+            return None
+        own = self.multiplier(state)
+        return price._replace(
+            multiplier=own if price.multiplier is None else price.multiplier * own
+        )
 
     def penalty(self, state: Any, batch: Batch) -> Float[Tensor, ""] | None:
         """The multiplier times the method's."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer, Coupling, more_coupled
+from moebalance.balancers.base import Balancer, Coupling, MeanPrice, more_coupled
 from moebalance.routing import Batch, Gate, Routing, Sums
 from moebalance.shares import Shares
 
@@ -99,6 +99,14 @@ class Together(Balancer):
     def charged(self, state: Both, batch: Batch) -> Float[Tensor, "*rows E"] | None:
         """Sum of both charges."""
         return _sum(*(p.charged(s, b) for p, s, b in self._parts(state, batch)))
+
+    def mean_price(self, state: Both) -> MeanPrice | None:
+        """That of the one that charges, if only one does."""
+        if self.first.charges and self.second.charges:
+            return None
+        if self.second.charges:
+            return self.second.mean_price(state.second)
+        return self.first.mean_price(state.first)
 
     def penalty(self, state: Both, batch: Batch) -> Float[Tensor, ""] | None:
         """Sum of both penalties."""

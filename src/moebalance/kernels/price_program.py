@@ -20,6 +20,7 @@ def charge(
     scale,
     mean,
     weight,
+    multiplier,
     charged,
     strength,
     rate,
@@ -28,6 +29,8 @@ def charge(
     entropy: tl.constexpr,
     hard: tl.constexpr,
     peek: tl.constexpr,
+    in_tokens: tl.constexpr,
+    has_multiplier: tl.constexpr,
 ):
     """Add the batch's sums to those of its step, and write what its scores are charged."""
     expert = tl.arange(0, width)
@@ -50,9 +53,12 @@ def charge(
         load = scores / least
         if hard:
             load = counts / tl.maximum(tl.sum(counts, axis=0), 1.0)
-        of_step = tl.load(last_step)
-        of_step = tl.where(tl.load(last_step + 1) > 1.0, of_step, 0.0)
-        eta = rate * (tokens / tl.maximum(least, of_step))
+        if in_tokens:
+            eta = _forgotten(tokens / rate)
+        else:
+            of_step = tl.load(last_step)
+            of_step = tl.where(tl.load(last_step + 1) > 1.0, of_step, 0.0)
+            eta = rate * (tokens / tl.maximum(least, of_step))
         old = tl.load(weight)
         m += eta / (old + eta * (1.0 - old)) * (load - m)
     price = m
@@ -60,4 +66,13 @@ def charge(
         price = tl.log(tl.maximum(m, TINY)) + 1.0
     worth = tl.sum(tl.where(here, m * price, 0.0), axis=0)
     factor = strength * tl.load(scale) * (num_experts / least)
+    if has_multiplier:
+        factor *= tl.load(multiplier)
     tl.store(charged + expert, (price - worth) * factor, mask=here)
+
+
+@triton.jit
+def _forgotten(x):
+    """1 − exp(−x), x ≥ 0, to rounding: by its series where the difference would lose digits."""
+    series = x * (1.0 - x / 2.0 * (1.0 - x / 3.0 * (1.0 - x / 4.0)))
+    return tl.where(x < 0.05, series, 1.0 - tl.exp(-x))
