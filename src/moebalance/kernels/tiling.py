@@ -28,14 +28,14 @@ def supported(logits: Tensor, gate: Gate, top_k: int) -> bool:
     False
     """
     return (
-        logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        not torch.compiler.is_compiling()
+        and _runs_on(logits.device)
+        and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and logits.dim() == 2
         and logits.shape[1] <= MAX_EXPERTS
         and top_k <= min(MAX_TOP_K, logits.shape[1])
         and logits.stride(1) == 1
         and type(gate) in (Softmax, Sigmoid)
-        and not torch.compiler.is_compiling()
-        and _runs_on(logits.device)
     )
 
 
