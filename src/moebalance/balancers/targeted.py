@@ -1,19 +1,20 @@
 """Set the balance you want instead of a coefficient: a controller on a method's strength.
 
 Minimise the task loss subject to v(load) ≤ v*, v a measure of unevenness. The strength is the
-multiplier λ of that constraint times a penalty on missing it; both move once a step and for every
-layer by itself:
+multiplier λ of that constraint, braked where the load is more even than it must be; it moves once
+a step and for every layer by itself:
 
     l ← (1 − η) l + η f                             the load, averaged
     r = clip(v(l) / v*, 1/e, e)                     how many times what is allowed
     log λ ← clip(log λ + κ h log r)                 exponentiated dual ascent, from λ = 1
-    strength ← min(r λ, ceiling) · that of the method
+    strength ← min(r, 1) λ · that of the method
 
 In the logarithm, because the right strength differs by orders of magnitude between layers, models
-and stages of training; clipped, so that one bad step does little, and where r λ reaches `ceiling`,
-so that a goal out of reach cannot wind λ up; at its lower end λ is 0, and a layer that is balanced
-anyway is left alone. λ alone would oscillate: it is an integral, and the router that it steers is
-nearly one as well. r brakes as the load comes close.
+and stages of training; clipped, so that one bad step does little, and at `ceiling`, so that a goal
+out of reach cannot wind λ up; at its lower end λ is 0, and a layer that is balanced anyway is left
+alone. λ alone would oscillate: it is an integral, and the router that it steers is nearly one as
+well. r brakes, and does not push: a young router misses every goal, and a strength that answers
+it at once costs loss (docs/targets.md).
 
 A router moves only so fast, however hard it is pushed (Adam divides by the size of the gradient),
 and takes hundreds of steps. λ would wind up all that time. So h in [0, 1] holds it while the load
@@ -42,7 +43,7 @@ _MOVING = 0.1  # of log v: a load that moves toward its goal by a tenth is on it
 
 
 class Steered(NamedTuple):
-    """State of the method, the averaged load, log v of late (), log λ () and r λ ().
+    """State of the method, the averaged load, log v of late (), log λ () and min(r, 1) λ ().
 
     Both are relative to the method's own strength.
     """
@@ -62,12 +63,10 @@ class Targeted(Scaled):
         balancer: any method that charges in the loss. λ starts at 1, its own strength.
         goal: what is allowed, for example `MaxVio(0.3)`. A goal without shares takes over those
             that the method aims at.
-        gain: κ > 0, the most that log λ moves in a step; 0.005 takes 460 steps for a factor of
-            ten.
+        gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
             `metrics.sampling_floor` at (2 − η) / η steps' tokens.
-        ceiling: the most that the method's strength is multiplied by, at least 1; the least λ is a
-            hundredth, and counts as 0.
+        ceiling: the largest λ, at least 1; the least is a hundredth, and counts as 0.
 
     Raises:
         TypeError, ValueError: not a method that charges, not a goal, or a number out of range.
@@ -79,7 +78,7 @@ class Targeted(Scaled):
     """
 
     goal: Goal
-    gain: float = 0.005
+    gain: float = 0.01
     rate: float = 0.05
     ceiling: float = 30.0
 
@@ -109,7 +108,7 @@ class Targeted(Scaled):
         return Steered(self.balancer.init(num_experts), load, zero, zero, one)
 
     def update(self, state: Steered, sums: Sums) -> Steered:
-        """Advance the method and the load, then λ and r by what the load misses."""
+        """Advance the method and the load, then λ and its brake by what the load misses."""
         seen = (sums.tokens > 0).to(state.multiplier.dtype)
         first = state.load.weight < self.rate / 2  # it is the rate itself after one step
         load = state.load.toward(self.goal.of(sums), self.rate * seen)
@@ -117,11 +116,10 @@ class Targeted(Scaled):
         lately = torch.where(first, now, state.lately + _LATELY * (now - state.lately))
         miss = now.clamp(-1.0, 1.0)
         held = (1 - (lately - now) * miss.sign() / _MOVING).clamp(0.0, 1.0)
-        most = torch.maximum(state.log_dual, log(self.ceiling) - miss)
-        dual = torch.minimum(state.log_dual + self.gain * held * miss, most)
+        dual = state.log_dual + self.gain * held * miss
         dual = dual.clamp(log(_FLOOR), log(self.ceiling))
-        pushed = (dual + miss).exp().clamp(max=self.ceiling)
-        multiplier = torch.where(dual > log(_FLOOR), pushed, 0.0)
+        braked = (dual + miss.clamp(max=0.0)).exp()
+        multiplier = torch.where(dual > log(_FLOOR), braked, 0.0)
         return Steered(
             self.balancer.update(state.inner, sums),
             load,
@@ -131,7 +129,7 @@ class Targeted(Scaled):
         )
 
     def multiplier(self, state: Steered) -> Float[Tensor, ""]:
-        """r λ, as a multiple of the method's strength; 0 at the lower end of λ."""
+        """min(r, 1) λ, as a multiple of the method's strength; 0 at the lower end of λ."""
         return state.multiplier
 
     @property
