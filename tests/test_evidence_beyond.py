@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -86,6 +88,44 @@ def test_a_target_says_when_its_price_is_paid():
     assert "raised the strength to 4.0 times where it starts" in body
     assert "ended at 1.0 times" in body
     assert "MaxVio 0.20 (0.20 to 0.20)" in body
+
+
+CHOICE = json.loads((ROOT / "benchmarks/results/target_choice.json").read_text(encoding="utf-8"))
+
+
+def test_a_target_is_reported_on_seeds_that_its_law_was_not_chosen_on():
+    for name in (*target.STUDIES, target.COURSE):
+        recipe = Recipe.read(ROOT / f"recipes/evidence/{name}.toml")
+        assert not {run["seed"] for run in CHOICE} & set(recipe.compare.seeds)
+
+
+def test_the_page_about_targets_shows_the_runs_that_the_law_was_chosen_on():
+    def of(law):
+        same = [run for run in CHOICE if (run["strength"], run["gain"]) == law]
+        return {
+            (run["study"], run["batching"], run["seed"]): run
+            for run in same
+            if run["start"] == 0.001
+        }
+
+    page = (ROOT / "docs/targets.md").read_text(encoding="utf-8").replace("**", "")
+    laws = list(dict.fromkeys((run["strength"], run["gain"]) for run in CHOICE))
+    first = of(laws[0])
+    for law in laws:
+        runs = of(law)
+        mixes = dict.fromkeys(mix[:2] for mix in runs)
+        vios = [[runs[key]["maxvio"] for key in runs if key[:2] == mix] for mix in mixes]
+        costs = fmean(runs[key]["loss"] - first[key]["loss"] for key in runs)
+        seeds = [seed for *_, seed in runs]
+        cells = [
+            law[0],
+            f"{law[1]}",
+            f"{min(seeds)}–{max(seeds)}",
+            *(f"{fmean(vio):.2f} ± {stdev(vio):.2f}" for vio in vios),
+            f"{max(max(vio) for vio in vios):.2f}",
+            "–" if not costs else f"{costs:.3f}".replace("-", "−"),
+        ]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_gap_recommends_what_balances_at_no_loss():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from moebalance.evidence.chapter import (
 from moebalance.evidence.figures import CYCLE, legend_below, panels, titles
 from moebalance.evidence.results import Study
 from moebalance.report.estimates import Estimate
-from moebalance.report.verdict import Difference
+from moebalance.report.verdict import Difference, paired
 
 STUDIES = ("target_qwen", "target_olmoe", "target_glm")
 COURSE = "target_course"
 """The first mix under the strength of the controller's rise, held or relaxed; may be missing."""
 TARGET = 0.3
 TOLERANCE = 0.2
-_UNTOUCHED = (3, 4)
 _METRICS = (("loss", 3), ("maxvio", 2), ("dead_experts", 1), ("mi", 3))
 _HEADS = ("Validation loss", "MaxVio", "Dead experts", "Domain MI")
 
@@ -62,16 +60,20 @@ class Mix:
             return min(self.fixed, key=self.maxvio)
         return min(near, key=lambda s: self.study.mean(s, "loss", batching=self.batching))
 
-    def maxvio(self, setting: str, seeds: Sequence[int] | None = None) -> float:
-        """Of the held-out text, mean over these seeds, or over all; nan if there is none."""
-        found = self.study.by_seed(setting, "maxvio", batching=self.batching)
-        kept = [value for seed, value in found.items() if seeds is None or seed in seeds]
-        return statistics.fmean(kept) if kept else math.nan
+    def maxvio(self, setting: str) -> float:
+        """Of the held-out text, mean over seeds."""
+        return self.study.mean(setting, "maxvio", batching=self.batching)
 
     @property
     def reached(self) -> bool:
         """Whether MaxVio lies within a fifth of the target."""
-        return abs(self.maxvio(self.targeted) / TARGET - 1) <= TOLERANCE
+        return _near(self.maxvio(self.targeted))
+
+    @property
+    def single(self) -> list[float]:
+        """MaxVio of each run under the target."""
+        found = self.study.by_seed(self.targeted, "maxvio", batching=self.batching)
+        return list(found.values())
 
     @property
     def costs(self) -> Difference | None:
@@ -104,7 +106,8 @@ def chapter(studies: Studies) -> Chapter:
         f"{in_words(m.costs)}"
         for m in mixes
     )
-    untouched = ", ".join(f"{m.maxvio(m.targeted, _UNTOUCHED):.2f}" for m in mixes)
+    single = [vio for m in mixes for vio in m.single]
+    worst = max(mixes, key=lambda m: max(m.single))
     fixed = [[m.maxvio(s) for s in m.fixed] for m in mixes]
     spread = max(max(column) / min(column) for column in zip(*fixed, strict=True))
     return Chapter(
@@ -121,12 +124,14 @@ def chapter(studies: Studies) -> Chapter:
         body="\n\n".join(
             [
                 f"`{mixes[0].targeted}` on all of them: the strength starts at 0.001 in every "
-                "layer and is moved by the controller (`balancers/targeted.py`), whose constants "
-                "were chosen on seeds 100 and 101 of the mixes of qwen3_moe and glm4_moe. Another "
-                "gain had been seen on seeds 0 to 2 before: seeds 3 and 4 alone are untouched, "
-                f"MaxVio {untouched}. Beside it fixed "
-                f"strengths, whose MaxVio differs by up to {spread:.1f} times from one mix to "
-                "another: a coefficient does not carry over.",
+                "layer and is moved by the controller (`balancers/targeted.py`), whose law and "
+                "constants were [chosen](targets.md#how-the-law-was-chosen) on seeds from 100; "
+                "those reported here were run once, when it was final. It is the mean over seeds "
+                f"that is judged: of the single runs {sum(map(_near, single))} of {len(single)} "
+                f"end within {TOLERANCE:.0%} of the target, the least even one, of {worst.name}, "
+                f"at MaxVio {max(single):.2f}. Beside it fixed strengths, whose MaxVio differs by "
+                f"up to {spread:.1f} times from one mix to another: a coefficient does not carry "
+                "over.",
                 *(f"### {m.name}\n\n{_table(m)}" for m in mixes),
                 *_course(studies, mixes[0]),
             ]
@@ -139,6 +144,10 @@ def chapter(studies: Studies) -> Chapter:
             )
         },
     )
+
+
+def _near(maxvio: float) -> bool:
+    return abs(maxvio / TARGET - 1) <= TOLERANCE
 
 
 def _table(mix: Mix) -> str:
@@ -162,7 +171,7 @@ def _course(studies: Studies, mix: Mix) -> list[str]:
         [words, *(estimate(of, setting, metric, digits) for metric, digits in _METRICS)]
         for words, of, setting in (
             ("held to the end", study, held),
-            ("relaxed to about a third after 300 steps", study, relaxed),
+            ("relaxed to about three fifths after 520 steps", study, relaxed),
         )
     ]
     cells = [
@@ -173,15 +182,22 @@ def _course(studies: Studies, mix: Mix) -> list[str]:
     courses = [r.curve["multiplier"] for r in mix.study.select(mix.targeted, batching=mix.batching)]
     highest = statistics.fmean(max(course) for course in courses)
     last = statistics.fmean(course[-1] for course in courses)
+    less_held = {
+        metric: paired(
+            mix.study.by_seed(mix.targeted, metric, batching=mix.batching),
+            study.by_seed(held, metric),
+        )
+        for metric in ("loss", "maxvio")
+    }
     return [
         "### When the price is paid",
         f"The controller raised the strength to {highest:.1f} times where it starts while the load "
-        f"was far off, and ended at {last:.1f} times. Such a course without a controller, on "
-        f"{mix.name}, says what it costs. Relaxed less held, paired over seeds: loss "
-        f"{in_words(difference(study, relaxed, held, 'loss'))}, MaxVio "
-        f"{in_words(difference(study, relaxed, held, 'maxvio'), 2)}. What an early price costs in "
-        "loss a later relaxation does not give back, while the balance follows the late price: "
-        "start with a strength of the right order.",
+        f"was far off, and ended at {last:.1f} times. Beside it, on {mix.name}, the strength that "
+        "it rose to on the seeds that it was chosen on, from the first step on. Relaxed less held, "
+        f"paired over seeds: loss {in_words(difference(study, relaxed, held, 'loss'))}, MaxVio "
+        f"{in_words(difference(study, relaxed, held, 'maxvio'), 2)}. As the controller moved it "
+        f"less held: loss {in_words(less_held['loss'])}, MaxVio "
+        f"{in_words(less_held['maxvio'], 2)}.",
         table(["Strength", *_HEADS], rows),
     ]
 
