@@ -8,7 +8,8 @@ chunk is a group. Positions that no expert has are dead: never chosen and never 
 
 Top-k is K rounds of arg-max on integer keys that sort as the floats do. Two integer reductions a
 round (the largest key, the lowest expert that has it) are one warp instruction each since Ampere,
-where a reduction of floats or of pairs takes five shuffles or ten. A NaN sorts above all numbers.
+where a reduction of floats or of pairs takes five shuffles or ten. Logits of 16 bits leave room for
+the expert in the key, and need one. A NaN sorts above all numbers.
 
 Arithmetic is float32. exp(min(z, 0)) / (1 + exp(−|z|)) is σ(z) without overflow; divided by its
 largest it does not underflow either.

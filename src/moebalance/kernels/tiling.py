@@ -72,22 +72,14 @@ def tile(logits: Float[Tensor, "T E"], groups: Groups | None = None, *, sums: bo
         groups: as given to `router.choose`.
         sums: whether the program holds sums beside the logits, and should hold few rows.
     """
-    return _tile(
-        logits.shape[1],
-        logits.stride(0),
-        int(logits.storage_offset()),
-        logits.itemsize,
-        groups,
-        sums,
-    )
+    stride, offset = logits.stride(0), int(logits.storage_offset())
+    # What one thread loads at once: 16 bytes, or as much as the rows' alignment allows.
+    vector = min(16 // logits.itemsize, _two_power_in(stride), _two_power_in(offset))
+    return _tile(logits.shape[1], stride, vector, groups, sums)
 
 
 @cache
-def _tile(
-    num_experts: int, stride: int, offset: int, itemsize: int, groups: Groups | None, sums: bool
-) -> Tiling:
-    # What one thread loads at once: 16 bytes, or as much as the rows' alignment allows.
-    vector = min(16 // itemsize, _two_power_in(stride), _two_power_in(offset))
+def _tile(num_experts: int, stride: int, vector: int, groups: Groups | None, sums: bool) -> Tiling:
     if groups is None:
         columns = next_power(num_experts)
         warps = 2
