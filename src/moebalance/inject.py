@@ -41,11 +41,11 @@ def exactly(backward: Backward) -> Backward:
     @wraps(backward)
     def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         device = gradients[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        if not (autocast or torch.is_grad_enabled()):
-            return backward(ctx, *gradients)
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return backward(ctx, *gradients)
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(device):
+                return backward(ctx, *gradients)
+            with torch.autocast(device, enabled=False):
+                return backward(ctx, *gradients)
 
     return run
 
