@@ -66,6 +66,14 @@ def test_what_padding_holds_reaches_nothing(interpreted):
     assert gradient.isfinite().all()
 
 
+def test_an_index_that_names_no_expert_is_counted_nowhere(interpreted):
+    logits, chosen = torch.randn(9, 60), torch.rand(9, 60).topk(4).indices
+    chosen[3, 1], chosen[5, 0], chosen[6, 2] = 60, -1, 1000
+    counted, _ = interpreted(both, logits, chosen, Softmax(), torch.zeros(60), None)
+    named = chosen[(chosen >= 0) & (chosen < 60)]
+    assert torch.equal(counted[60:120], torch.bincount(named, minlength=60).float())
+
+
 METHODS = {
     "phi": PhiBalancing(strength=0.3),
     "phi-no-peek": PhiBalancing(strength=0.3, peek=False),

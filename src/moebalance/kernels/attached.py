@@ -30,7 +30,8 @@ def count(
 
     Args:
         logits: (T, E), as `supported` wants them.
-        experts: (T, K), the K different experts of each token.
+        experts: (T, K), the K different experts of each token. An index that names none is not
+            counted.
         gate: `Softmax()` or `Sigmoid()`.
         mask: (T,) True for real tokens. Padded rows are not summed.
 

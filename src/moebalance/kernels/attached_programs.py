@@ -55,9 +55,11 @@ def count(
         place = start + tl.arange(0, slab)
         real = place < rows * top_k
         choice = tl.load(experts + place, mask=real, other=num_experts).to(tl.int32)
+        # A histogram writes where it is told to: what names no expert must stay within it.
+        counted = (choice >= 0) & (choice < num_experts)
         if has_mask:
-            real = tl.load(mask + place // top_k, mask=real, other=0) != 0
-            choice = tl.where(real, choice, num_experts)
+            counted &= tl.load(mask + place // top_k, mask=real, other=0) != 0
+        choice = tl.where(counted, choice, num_experts)
         counts += tl.histogram(choice, bins)
 
     own = partials + tl.program_id(0).to(tl.int64) * (2 * num_experts + 2)
