@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +22,7 @@ from moebalance.bench.gpu_page import write_gpu_page
 from moebalance.bench.timing import BARE, NULL, interleaved
 from moebalance.bench.variants import STRENGTH, Attached, BareRouter, Ours, others
 from moebalance.cli import app
+from moebalance.kernels.tiling import tile
 
 EXPERTS, TOP_K = 16, 4
 ROOT = Path(__file__).parents[1]
@@ -187,6 +189,33 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
     assert on["all"] == {r["case"]: round(r["variants"]["φ"]["ratio"], 4) for r in found["on"]}
     assert on["worst"] == max(on["all"].values())
     assert whole["worst"] == round(found["step"][0]["variants"]["φ"]["interval"][1], 4)
+
+
+def test_the_page_of_a_gpu_shows_every_part_that_ran_and_none_that_failed(tmp_path):
+    found = json.loads((ROOT / "benchmarks/results/gpu/h200.json").read_text(encoding="utf-8"))
+    whole = {"case": "4 layers", "variants": found["on"][0]["variants"]}
+    found |= {"step": [whole], "speed": {"failed": "stopped after 50 s"}}
+    found["router"][0]["variants"]["φ"]["device"] = None
+    page = write_gpu_page(found, tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "## A whole training step" in page
+    assert "| 4 layers |" in page
+    assert "## Bandwidth" not in page
+    assert "| φ | – | – | 647 | 3.01 |" in page
+
+
+def test_the_layouts_that_are_tried_are_those_of_the_programs_and_others():
+    spec = importlib.util.spec_from_file_location("tiles", SCRIPT.with_name("tiles.py"))
+    tiles = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiles)
+    for program, experts, dtype in product(tiles.PROGRAMS, tiles.SIZES, tiles.DTYPES):
+        logits, sums = torch.empty(4, experts, dtype=dtype), program in ("choose", "count")
+        usual, *others = (layout.tile(logits, sums=sums) for layout in tiles.layouts(program))
+        assert usual == tile(logits, sums=sums)
+        assert any(other != usual for other in others)
+        for other in others:
+            block, columns = other.sizes["block"], other.sizes["chunks"] * other.sizes["width"]
+            assert block & (block - 1) == 0  # Triton takes powers of two
+            assert block * columns >= 32 * other.warps
 
 
 def test_the_script_for_a_gpu_ends_within_nine_minutes_and_judges_all_its_parts():

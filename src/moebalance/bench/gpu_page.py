@@ -1,6 +1,6 @@
 """The measurements of `benchmarks/gpu.py` as Markdown: the page "What it costs on a GPU"."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,78 +28,83 @@ def write_gpu_page(results: Mapping[str, Any], path: Path | str) -> Path:
         f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, "
         f"moebalance {machine['moebalance']} ({machine['commit']}).",
     ]
-    if "alone" in results:
-        parts.append(_alone(results["alone"]))
-    if "on" in results:
-        parts.append(_on(results["on"]))
-    if "speed" in results:
-        parts.append(_speed(results["speed"]))
-    if "correct" in results:
-        parts.append(_correct(results["correct"]))
-    parts.append(_targets(results["targets"]))
+    parts += results.get("notes", [])
+    sections: dict[str, Callable[[Any], str]] = {
+        "router": _router,
+        "on": _on,
+        "speed": _speed,
+        "step": _step,
+        "correct": _correct,
+        "targets": _targets,
+    }
+    # A part that failed is no list of rows; the script says on its screen why.
+    parts += [
+        section(results[name])
+        for name, section in sections.items()
+        if results.get(name) and "failed" not in results[name]
+    ]
     path = Path(path)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
 
-def _alone(found: Mapping[str, Any]) -> str:
-    lines = [
-        "## One router",
-        "",
-        "Forward and backward. *Device* is a replay of a CUDA graph, the work without the host "
-        "that starts it; *eager* is one call after the other from Python, where this host, not "
-        f"the device, is the slower of the two. Measured as {found['how']}.",
-    ]
-    for row in found["rows"]:
-        bare_us = row["variants"]["bare"]["device_us"]
-        lines += [
-            "",
-            f"### {row['case']}",
-            "",
-            "| variant | device, µs | of the bare router | eager, µs |",
-            "|---|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {name} | {v['device_us']} | {v['device_us'] / bare_us:.2f} | {v['eager_us']} |"
-            for name, v in row["variants"].items()
-        ]
-    return "\n".join(lines)
+def _router(rows: list[Any]) -> str:
+    text = (
+        "## One router\n\nForward and backward, beside a bare router. *Device* is a replay of a "
+        "CUDA graph, the work without the host that starts it; *eager* is one call after the "
+        "other from Python, which takes the longer of device and host."
+    )
+    return "\n\n".join([text, *(f"### {row['case']}\n\n{_variants(row)}" for row in rows)])
+
+
+def _variants(row: Any) -> str:
+    rows = []
+    for name, eager in row["variants"].items():
+        device = eager["device"]
+        cells = ["–", "–"]  # what waits for the device cannot be captured
+        if device is not None:
+            cells = [f"{1e3 * device['time_ms']:.0f}", f"{device['ratio']:.2f}"]
+        rows.append([name, *cells, f"{1e3 * eager['time_ms']:.0f}", f"{eager['ratio']:.2f}"])
+    return _table(["variant", "device, µs", "to bare", "eager, µs", "to bare"], rows)
 
 
 def _on(rows: list[Any]) -> str:
-    lines = [
-        "## φ on or off in the fused router",
-        "",
-        "Replays of a CUDA graph, with φ over counting alone. Where weights are normalised, a "
-        "router without a price need not read the logits again on the way back; with one it must.",
-        "",
-        "| case | null control | φ | 95 % interval |",
-        "|---|---:|---:|---:|",
-    ]
+    text = (
+        "## φ on or off in the fused router\n\nReplays of a CUDA graph, φ over counting alone. "
+        "Where weights are normalised, a router without a price need not read the logits again on "
+        "the way back; with one it must."
+    )
+    return f"{text}\n\n{_ratios(rows)}"
+
+
+def _step(rows: list[Any]) -> str:
+    text = "## A whole training step\n\nForward, backward and `Balancing.step()`."
+    return f"{text}\n\n{_ratios(rows)}"
+
+
+def _ratios(rows: list[Any]) -> str:
+    """φ over the bare variant of each case, beside the null control."""
+    lines = []
     for row in rows:
         null, phi = row["variants"][NULL], row["variants"]["φ"]
         low, high = phi["interval"]
         lines.append(
-            f"| {row['case']} | {null['ratio']:.3f} | {phi['ratio']:.3f} | {low:.3f}–{high:.3f} |"
+            [row["case"], f"{null['ratio']:.3f}", f"{phi['ratio']:.3f}", f"{low:.3f}–{high:.3f}"]
         )
-    return "\n".join(lines)
+    return _table(["case", "null control", "φ", "95 % interval"], lines)
 
 
 def _speed(rows: list[Any]) -> str:
+    text = (
+        "## Bandwidth\n\nLogits read, and where there is one their gradient written, over the time "
+        "of the pass; the choice, the weights and the sums move besides. Batches in turn, so that "
+        "none is found in the cache."
+    )
     lines = [
-        "## Bandwidth",
-        "",
-        "Logits read, and where there is one their gradient written, over the time of the pass; "
-        "the choice, the weights and the sums move besides. Batches in turn, so that none is found "
-        "in the cache.",
-        "",
-        f"| case | {' | '.join(_PASSES.values())} |",
-        "|---|" + "---:|" * len(_PASSES),
+        [row["case"], *(f"{row[p]['us']:.0f} µs, {row[p]['tb_per_s']:.1f} TB/s" for p in _PASSES)]
+        for row in rows
     ]
-    for row in rows:
-        cells = (f"{row[p]['us']:.0f} µs, {row[p]['tb_per_s']:.1f} TB/s" for p in _PASSES)
-        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return f"{text}\n\n{_table(['case', *_PASSES.values()], lines)}"
 
 
 def _correct(found: Mapping[str, Any]) -> str:
@@ -122,11 +127,12 @@ def _correct(found: Mapping[str, Any]) -> str:
 
 
 def _targets(found: list[Any]) -> str:
-    lines = [
-        "## What was to be reached",
-        "",
-        "| what | target | worst case | where |",
-        "|---|---:|---:|---|",
-    ]
-    lines += [f"| {t['what']} | {t['target']} | {t['worst']} | {t['at']} |" for t in found]
-    return "\n".join(lines)
+    lines = [[t["what"], t["target"], str(t["worst"]), t["at"]] for t in found]
+    head = ["what", "target", "worst case", "where"]
+    return f"## What was to be reached\n\n{_table(head, lines)}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Words to the left, numbers to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
