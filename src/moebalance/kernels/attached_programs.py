@@ -8,7 +8,9 @@ import triton.language as tl
 from moebalance.kernels.programs import (
     experts_of,
     flat,
+    load_tile,
     on_every_row,
+    real_rows,
     scores_of,
     sigmoid_of,
     write_tokens,
@@ -40,12 +42,9 @@ def count(
     for start in range(tl.program_id(0) * block, rows, tl.num_programs(0) * block):
         row = start + tl.arange(0, block)
         inside = row < rows
-        real = inside
-        if has_mask:
-            real = tl.load(mask + row, mask=inside, other=0) != 0
-        at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
-        z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
-        score, _ = scores_of(tl.reshape(z, (chunks, block, width)), sigmoid)
+        real = real_rows(mask, row, inside, has_mask)
+        z = load_tile(logits, start, rows, stride, chunks, step, width, block, num_experts)
+        score, _ = scores_of(z, sigmoid)
         scores += tl.where(real[None, :, None], score, 0.0)
         tokens += real.to(tl.int32)
 
@@ -89,10 +88,7 @@ def pull(
     """Write p ∘ (q − ⟨p, q⟩) ∘ a'(z), 0 in padded rows."""
     start = tl.program_id(0) * block
     row = start + tl.arange(0, block)
-    inside = row < rows
-    at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
-    z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
-    z = tl.reshape(z, (chunks, block, width))
+    z = load_tile(logits, start, rows, stride, chunks, step, width, block, num_experts)
     score, _ = scores_of(z, sigmoid)
     cost = on_every_row(charge, chunks, step, width, block, num_experts)
     inner = tl.sum(tl.sum(score * cost, axis=0), axis=1)
@@ -101,7 +97,7 @@ def pull(
         slope *= sigmoid_of(-z)
     if has_mask:
         # Whatever a padded row holds: 0 · NaN would be NaN.
-        real = tl.load(mask + row, mask=inside, other=0) != 0
+        real = real_rows(mask, row, row < rows, has_mask)
         slope = tl.where(real[None, :, None], slope, 0.0)
     at, here = flat(start, rows, num_experts, chunks, step, width, block, num_experts)
     tl.store(gradient + at, tl.reshape(slope, (chunks * block, width)), mask=here)

@@ -82,13 +82,9 @@ def choose(
     for start in range(first, rows, tl.num_programs(0) * block):
         row = start + tl.arange(0, block)
         inside = row < rows
-        real = inside
-        if has_mask:
-            real = tl.load(mask + row, mask=inside, other=0) != 0
+        real = real_rows(mask, row, inside, has_mask)
         begin = row.to(tl.int64) * stride
-        at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
-        z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
-        z = tl.reshape(z, (chunks, block, width))
+        z = load_tile(logits, start, rows, stride, chunks, step, width, block, num_experts)
         score, norm = scores_of(z, sigmoid)
         scores += tl.where(real[None, :, None], score, 0.0)
         tokens += real.to(tl.int32)
@@ -171,9 +167,7 @@ def pull_back(
     start = tl.program_id(0) * block
     row = start + tl.arange(0, block)
     inside = row < rows
-    real = inside
-    if has_mask:
-        real = tl.load(mask + row, mask=inside, other=0) != 0
+    real = real_rows(mask, row, inside, has_mask)
     begin = row.to(tl.int64) * stride
     # Weights that are scores themselves depend on all logits, the others on the chosen alone.
     of_scores: tl.constexpr = not (sigmoid or normalize)
@@ -207,9 +201,7 @@ def pull_back(
 
     slope = tl.zeros((chunks, block, width), tl.float32)
     if needs_scores:
-        at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
-        z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
-        z = tl.reshape(z, (chunks, block, width))
+        z = load_tile(logits, start, rows, stride, chunks, step, width, block, num_experts)
         score = score_of(z, norm[None, :, None], sigmoid)
         cost = tl.zeros((chunks, block, width), tl.float32)
         cost_chosen = tl.zeros((block, slots), tl.float32)
@@ -235,6 +227,33 @@ def pull_back(
     # Other threads wrote these places a moment ago.
     tl.debug_barrier()
     tl.store(gradient + (out[:, None] + choice), at_chosen, mask=wanted)
+
+
+@triton.jit
+def real_rows(mask, row, inside, has_mask: tl.constexpr):
+    """Which of these rows are real tokens."""
+    real = inside
+    if has_mask:
+        real = tl.load(mask + row, mask=inside, other=0) != 0
+    return real
+
+
+@triton.jit
+def load_tile(
+    logits,
+    start,
+    rows,
+    stride: tl.constexpr,
+    chunks: tl.constexpr,
+    step: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    num_experts: tl.constexpr,
+):
+    """The logits (chunks, block, width) from row `start` on, −∞ where there are none."""
+    at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
+    z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
+    return tl.reshape(z, (chunks, block, width))
 
 
 @triton.jit
