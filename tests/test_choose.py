@@ -52,9 +52,11 @@ def trained(
         logits = torch.linspace(-2, 2, EXPERTS)[order].to(dtype).requires_grad_()
         mask = torch.arange(TOKENS) % 4 > 0 if padded else None
         weights, experts = router(logits, mask)
-        upstream = torch.randn(TOKENS, TOP_K, generator=torch.Generator().manual_seed(seed))
-        weights.backward(upstream.to(dtype) / TOKENS)
-        seen["weights"].append(weights.detach())
+        # The experts of a token are named in any order: all is told by expert.
+        upstream = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(seed))
+        weights.backward(upstream.to(dtype).gather(-1, experts) / TOKENS)
+        experts, order = experts.sort(dim=-1)
+        seen["weights"].append(weights.detach().gather(-1, order))
         seen["experts"].append(experts)
         seen["gradients"].append(logits.grad)
         if seed % 2:

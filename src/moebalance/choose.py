@@ -55,7 +55,7 @@ def choose(
     preference: Float[Tensor, "T E"] | None = None,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
-    """Weights of the chosen experts, tied to counting and charging, and the choice.
+    """Weights of the chosen experts, tied to counting and charging, and the choice, in any order.
 
     Args:
         logits: (T, E), requires grad.
@@ -75,14 +75,17 @@ def best(
     price: Float[Tensor, "E"] | None,
     top_k: int,
 ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
-    """The K best by preference, else by affinity less price: their affinities and their indices."""
+    """The K best by preference, else by affinity less price: their affinities and their indices.
+
+    In no order, which would take time and which a mixture of experts has no use for.
+    """
     if preference is None and price is None:
-        chosen, experts = affinities.topk(top_k, dim=-1)
+        chosen, experts = affinities.topk(top_k, dim=-1, sorted=False)
         return chosen, experts
     ranked = preference
     if ranked is None:
         ranked = affinities if price is None else affinities - price
-    experts = ranked.topk(top_k, dim=-1).indices
+    experts = ranked.topk(top_k, dim=-1, sorted=False).indices
     return affinities.gather(-1, experts), experts
 
 

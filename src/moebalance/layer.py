@@ -293,7 +293,8 @@ class BalancedRouter(LayerBalance):
             mask: (T,) or (B, S), True or nonzero for real tokens; None if all are real.
 
         Returns:
-            Weights (…, K) in the logits' dtype and experts (…, K), int64.
+            Weights (…, K) in the logits' dtype and experts (…, K), int64; a token's experts in any
+            order.
         """
         if logits.shape[-1] != self.num_experts:
             raise ValueError(

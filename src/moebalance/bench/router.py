@@ -128,6 +128,7 @@ def _variants(
 ) -> dict[str, Callable[[Tensor], Outputs]]:
     bare = BareRouter(case.rule, case.top_k)
     found: dict[str, Callable[[Tensor], Outputs]] = {BARE: bare, NULL: bare}
+    found["bare, choice in no order"] = BareRouter(case.rule, case.top_k, ordered=False)
     for name, balancer in methods.items():
         own = Ours(balancer, case.experts, case.top_k, case.rule)
         own.router.to(device)

@@ -28,11 +28,18 @@ STRENGTH = 1e-2
 
 
 class BareRouter:
-    """Affinities, top-k and weights, and nothing else: what everything is measured against."""
+    """Affinities, top-k and weights, and nothing else: what everything is measured against.
 
-    def __init__(self, rule: Rule, top_k: int) -> None:
+    Args:
+        rule: how affinities become weights.
+        top_k: K.
+        ordered: whether a token's experts are named from the best to the worst, as top-k does if it
+            is not told otherwise. Ours does not ask for it.
+    """
+
+    def __init__(self, rule: Rule, top_k: int, *, ordered: bool = True) -> None:
         self.sigmoid, self.normalized = rule.startswith("sigmoid"), rule.endswith("normalised")
-        self.top_k = top_k
+        self.top_k, self.ordered = top_k, ordered
 
     def __call__(self, logits: Tensor) -> Outputs:
         """Weights without a term."""
@@ -42,7 +49,7 @@ class BareRouter:
         """Affinities (T, E), weights (T, K) and experts (T, K)."""
         wide = logits.float()
         affinities = wide.sigmoid() if self.sigmoid else wide.softmax(dim=-1)
-        chosen, experts = affinities.topk(self.top_k, dim=-1)
+        chosen, experts = affinities.topk(self.top_k, dim=-1, sorted=self.ordered)
         return affinities, self._weigh(chosen), experts
 
     def _weigh(self, chosen: Tensor) -> Tensor:
