@@ -99,7 +99,7 @@ def sent_for_a_batch(layer, monkeypatch) -> list[str]:
     """Launches and kernels of the way back of one batch, in order."""
     sent: list[str] = []
 
-    def launch(program, device, grid, *arguments, **options):
+    def launch(program, *_, **options):
         sent.append(program)
 
     monkeypatch.setattr(kernels, "supported", lambda *_: True)

@@ -41,11 +41,13 @@ def exactly(backward: Backward) -> Backward:
     @wraps(backward)
     def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         device = gradients[0].device.type
-        with torch.no_grad():
-            if not torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device):
+            with torch.no_grad(), torch.autocast(device, enabled=False):
                 return backward(ctx, *gradients)
-            with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled():
+            with torch.no_grad():
                 return backward(ctx, *gradients)
+        return backward(ctx, *gradients)
 
     return run
 

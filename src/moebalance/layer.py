@@ -57,7 +57,8 @@ class LayerBalance(nn.Module):
     @property
     def state(self) -> State:
         """The method's state, built over this module's buffers."""
-        return _refill(self._template, iter([self.get_buffer(name) for name in self._state_names]))
+        buffers = self._buffers  # not by `get_buffer`: this is asked for at every batch
+        return _refill(self._template, iter([buffers[name] for name in self._state_names]))
 
     @property
     def last_sums(self) -> Sums | None:
@@ -364,7 +365,7 @@ def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _leaves(value, f"{prefix}{field}_")
 
 
-def _refill(template: State, tensors: Iterator[Tensor]) -> State:
+def _refill(template: State, tensors: Iterator[Tensor | None]) -> State:
     """Put tensors, in `_leaves` order, into the shape of `template`."""
     if isinstance(template, Tensor):
         return next(tensors)

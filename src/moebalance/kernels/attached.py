@@ -44,12 +44,8 @@ def count(
     partials = logits.new_empty(programs, 2 * num_experts + 2, dtype=torch.float32)
     launch(
         "attached_programs.count",
-        logits.device,
         programs,
-        logits,
-        experts.contiguous(),
-        bytes_of(mask, logits),
-        partials,
+        (logits, experts.contiguous(), bytes_of(mask, logits), partials),
         rows,
         **tiling.options,
         top_k=experts.shape[1],
@@ -85,12 +81,8 @@ def pull(
     if rows:
         launch(
             "attached_programs.pull",
-            logits.device,
             tiling.blocks(rows),
-            logits,
-            row_of(charge, logits),
-            bytes_of(mask, logits),
-            gradient,
+            (logits, row_of(charge, logits), bytes_of(mask, logits), gradient),
             rows,
             **tiling.options,
             sigmoid=isinstance(gate, Sigmoid),

@@ -48,16 +48,17 @@ def charge(
     num_experts, charged = mean.shape[0], torch.empty_like(mean)
     launch(
         "price_program.charge",
-        mean.device,
         1,
-        packed,
-        running,
-        last_step,
-        scale,
-        mean,
-        price.weight,
-        mean if multiplier is None else multiplier,  # any tensor, which is not read
-        charged,
+        (
+            packed,
+            running,
+            last_step,
+            scale,
+            mean,
+            price.weight,
+            mean if multiplier is None else multiplier,  # any tensor, which is not read
+            charged,
+        ),
         float(price.strength),
         float(price.rate if price.memory_tokens is None else price.memory_tokens),  # type: ignore[arg-type]
         num_experts=num_experts,
