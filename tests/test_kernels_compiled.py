@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -110,70 +109,3 @@ def stack(cubin: bytes) -> int:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     return int(re.search(r"STACK:(\d+)", dump.stdout + dump.stderr)[1])
-
-
-def test_a_program_started_again_is_given_what_triton_gave_it_at_first(compiler):
-    """Without a GPU neither runs; Triton's own binder says what it would have handed over."""
-    starts = compiler(both_starts)
-    assert len(starts) == 5
-    for first, again, grid in starts:
-        assert len(first) > 10
-        assert [describe(value) for value in again] == [describe(value) for value in first]
-        assert grid == (1, 1, 1)
-
-
-def describe(value):
-    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
-
-
-def both_starts():
-    """The arguments of the first start of every program, and of the second."""
-    from unittest import mock
-
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.runtime.jit import create_function_from_signature
-
-    from moebalance.balancers import PhiBalancing
-    from moebalance.kernels import charge, choose, count, launch, pull, pull_back
-    from moebalance.routing import Softmax
-
-    backend = CUDABackend(GPUTarget("cuda", 90, 32))
-    load, seen = launch._program, {}
-
-    class Program:
-        def __init__(self, name):
-            self.name, self.real = name, load(name)
-            self.arg_names = self.real.arg_names
-            seen[name] = []
-
-        def __getitem__(self, grid):
-            def start(*arguments, **options):
-                names = self.real.signature, self.real.params
-                bound, *_ = create_function_from_signature(*names, backend)(*arguments, **options)
-                seen[self.name].append(list(bound.values()))
-                return Compiled(self.name)
-
-            return start
-
-    class Compiled:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda *arguments: seen[self.name].extend([list(arguments), grid])
-
-    logits, gate = torch.randn(8, 64), Softmax()
-    upstream, experts = torch.randn(8, 4), logits.topk(4).indices
-    price, normaliser, packed = torch.randn(64), torch.zeros(8), torch.zeros(130)
-    method = PhiBalancing()
-    with mock.patch.object(launch, "_program", cache(Program)):
-        for _ in range(2):
-            choose(logits, gate, 4, normalize=True)
-            pull_back(upstream, logits, experts, normaliser, gate, normalize=True, charge=price)
-            count(logits, experts, gate)
-            pull(logits, gate, price)
-            charge(
-                method.mean_price(method.init(64)), packed, packed, torch.zeros(2), torch.ones(())
-            )
-    return list(seen.values())
