@@ -97,7 +97,8 @@ _STYLE = (
 
 
 def _is_ours(name: str) -> bool:
-    return not (name.endswith(("(restated)", "function")) or name.startswith("bare"))
+    theirs = "(restated)", "function", "'s router"
+    return not (name.endswith(theirs) or name.startswith("bare"))
 
 
 def _step(row: Mapping[str, Any]) -> str:

@@ -7,12 +7,13 @@ written down anew and the name says so.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebalance.balancers import Balancer
 from moebalance.layer import BalancedRouter, LayerBalance
@@ -176,6 +177,41 @@ class MegatronLoss(BareRouter):
         return weights, term
 
 
+class TorchtitanRouter:
+    """torchtitan's own router with its selection bias, and the count of the choice its layer keeps.
+
+    The linear map is taken out, for the logits are given.
+    """
+
+    def __init__(self, rule: Rule, top_k: int, experts: int) -> None:
+        from torchtitan.models.common.linear import Linear  # type: ignore[import-not-found]
+        from torchtitan.models.common.moe import (  # type: ignore[import-not-found]
+            TokenChoiceTopKRouter,
+        )
+
+        config = TokenChoiceTopKRouter.Config(
+            num_experts=experts,
+            gate=Linear.Config(in_features=1, out_features=experts),
+            top_k=top_k,
+            score_func="sigmoid" if rule.startswith("sigmoid") else "softmax",
+            route_norm=rule.endswith("normalised"),
+        )
+        self.router = TokenChoiceTopKRouter(config)
+        self.router.gate = nn.Identity()
+        self.bias, self.counts = torch.zeros(experts), torch.zeros(experts)
+
+    def __call__(self, logits: Tensor) -> Outputs:
+        """Weights by affinity, choice by affinity plus bias."""
+        self.bias, self.counts = self.bias.to(logits.device), self.counts.to(logits.device)
+        with warnings.catch_warnings():  # its autocast to float32 means nothing on a processor
+            warnings.simplefilter("ignore")
+            weights, experts, affinities = self.router(logits.unsqueeze(0), self.bias)
+        with torch.no_grad():
+            chosen = torch.zeros_like(affinities, dtype=torch.bool).scatter_(-1, experts, True)
+            self.counts += chosen.sum(dim=(0, 1))
+        return weights.squeeze(0), None
+
+
 def others(experts: int, top_k: int, rule: Rule) -> dict[str, Callable[[Tensor], Outputs]]:
     """What others do under this rule, by name; imported functions only where they are installed."""
     found: dict[str, Callable[[Tensor], Outputs]] = {
@@ -187,4 +223,6 @@ def others(experts: int, top_k: int, rule: Rule) -> dict[str, Callable[[Tensor],
         found["Transformers' function"] = TransformersLoss(rule, top_k)
     if importlib.util.find_spec("megatron"):
         found["Megatron-Core's function"] = MegatronLoss(rule, top_k)
+    if importlib.util.find_spec("torchtitan"):
+        found["torchtitan's router"] = TorchtitanRouter(rule, top_k, experts)
     return found
