@@ -8,10 +8,10 @@ import torch
 from cases import BALANCERS, random_logits, tensors
 from kernel_processes import caller, process
 from moebalance.balancers import LossFree, PhiBalancing, SwitchLoss, Together
-from moebalance.inject import packed_size
 from moebalance.layer import BalancedRouter
 from moebalance.routing import Batch, Gate, Sigmoid, Softmax
 from moebalance.saved import method_name
+from moebalance.tally import packed_size
 
 TOKENS, EXPERTS, TOP_K = 33, 12, 3
 
@@ -33,7 +33,7 @@ def test_a_method_is_from_sums_if_it_charges_one_price_that_the_sums_give(name):
 
 
 def balancer_sums(balancer, scores):
-    from moebalance.inject import unpack
+    from moebalance.tally import unpack
 
     packed = torch.ones(packed_size(balancer, EXPERTS))
     packed[:EXPERTS] = scores

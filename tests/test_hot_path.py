@@ -15,6 +15,7 @@ from moebalance.balancers import (
     SwitchLoss,
 )
 from moebalance.bench.traffic import Traffic, kept_for_backward, traffic
+from moebalance.layer import LayerBalance
 from moebalance.routing import Gate, Sigmoid, Softmax
 
 TOKENS, EXPERTS, TOP_K = 4096, 256, 8
@@ -121,6 +122,27 @@ def test_a_sigmoid_router_adds_three_reads_of_the_scores(name):
     assert more <= 12.4, (more, balanced.large, plain.large)
     assert len(balanced.large) <= len(plain.large) + 9, (balanced.large, plain.large)
     assert len(balanced.small) <= SMALL[name] + 2, balanced.small
+
+
+ATTACHED = {"softmax": (Softmax(), 7, 32.6), "sigmoid": (Sigmoid(), 14, 48.9)}
+
+
+@pytest.mark.parametrize(("gate", "kernels", "size"), ATTACHED.values(), ids=ATTACHED)
+@pytest.mark.parametrize("name", [n for n, b in PRICED.items() if b.charges])
+def test_what_is_attached_to_another_router_takes_its_scores_once_more(name, gate, kernels, size):
+    """Scores anew, their sums, the charge back to the logits, and one gradient more to add."""
+    logits, layer = leaf(), LayerBalance(PRICED[name], EXPERTS, gate=gate)
+
+    def attached(z):
+        affinities = gate.affinities(z)
+        weights, experts = affinities.topk(TOP_K, dim=-1)
+        return layer.inject(weights, z, experts)
+
+    balanced = watched(attached, logits)
+    plain = watched(lambda z: bare(z, normalize=False, gate=gate), logits)
+    more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
+    assert more <= size, (more, balanced.large, plain.large)
+    assert len(balanced.large) <= len(plain.large) + kernels, (balanced.large, plain.large)
 
 
 def test_the_count_sees_what_a_second_pass_would_cost():

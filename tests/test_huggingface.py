@@ -84,7 +84,10 @@ def test_injected_gradient_equals_the_explicit_term(family: str) -> None:
         injected = router_gradients(model, names)
     for name in names:
         size = explicit[name].norm()
-        assert (injected[name] - explicit[name]).norm() <= 1e-6 * size
+        # Scores of a sigmoid are summed in another order, and near balance the price is a small
+        # difference of logarithms, which shows the last digit of its load.
+        exactness = 1e-6 if isinstance(gates[name], mb.Softmax) else 2e-5
+        assert (injected[name] - explicit[name]).norm() <= exactness * size
         # The term is large enough here for the comparison to mean something.
         assert (explicit[name] - task[name]).norm() > 1e-2 * size
 

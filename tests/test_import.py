@@ -20,6 +20,7 @@ import moebalance.balancers
 DOCUMENTED = [
     "moebalance.routing",
     "moebalance.inject",
+    "moebalance.tally",
     "moebalance.kernels.router",
     "moebalance.layer",
     "moebalance.balancing",

@@ -13,10 +13,10 @@ from kernel_processes import caller, process
 from moebalance import BalancedRouter, attach, kernels
 from moebalance.balancers import LossFree, PhiBalancing, SequenceLoss, SwitchLoss
 from moebalance.bench.traffic import traffic
-from moebalance.inject import pack
 from moebalance.kernels import attached, price
 from moebalance.layer import LayerBalance
 from moebalance.routing import Sigmoid, Softmax, measure, real_rows, route
+from moebalance.tally import pack
 
 GATES = [Softmax(), Sigmoid()]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}

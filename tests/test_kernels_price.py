@@ -20,10 +20,10 @@ from moebalance.balancers import (
     Together,
 )
 from moebalance.bench.traffic import traffic
-from moebalance.inject import Tally, settle
 from moebalance.kernels import price as launched
 from moebalance.kernels import router as passes
 from moebalance.potentials import Euclidean, NegativeEntropy, Softplus
+from moebalance.tally import Tally, settle
 
 STEPS = {"first step": (0, 0), "one batch a step": (64, 1), "four batches a step": (200, 4)}
 

@@ -13,8 +13,8 @@ from moebalance import ledger
 from moebalance.balancers import LossFree, PhiBalancing, Together
 from moebalance.balancing import Balancing
 from moebalance.bench.traffic import traffic
-from moebalance.inject import pack, unpack
 from moebalance.layer import LayerBalance, commit_rows
+from moebalance.tally import pack, unpack
 
 BOTH = Together(PhiBalancing(), LossFree())
 

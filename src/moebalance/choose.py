@@ -20,8 +20,9 @@ from torch import Tensor
 
 from moebalance import kernels
 from moebalance.balancers.base import Balancer, State
-from moebalance.inject import Tally, exactly, real_tokens, settle
-from moebalance.routing import Gate, real_rows
+from moebalance.inject import exactly
+from moebalance.routing import Gate
+from moebalance.tally import Tally, charge_affinities, real_tokens, settle
 
 _SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
 
@@ -123,15 +124,11 @@ class _Plain(torch.autograd.Function):
         upstream, _ = gradients
         affinities, experts, mask, weights, total = ctx.saved_tensors
         how = ctx.how
-        real = real_rows(affinities, mask)
-        row_scale = how.gate.row_scale(real)
-        packed = _count(real, row_scale, experts, mask)
-        known = real_tokens(len(experts), mask)
-        charge = settle(how.balancer, how.state, how.tally, packed, known=known)
-        if charge is None:
-            gradient = torch.zeros_like(affinities)
-        else:
-            gradient = real_rows(how.gate.charge(charge, real, row_scale), mask)
+        gradient = charge_affinities(
+            affinities, experts, how.gate, mask, how.balancer, how.state, how.tally
+        )
+        # In memory of its own, for the task's gradient is added to it.
+        gradient = torch.zeros_like(affinities) if gradient is None else gradient.contiguous()
         if weights is not None:
             # In the order of autograd's division, so that the task's part is the same in all bits.
             drawn = (upstream * (weights / total)).sum(dim=-1, keepdim=True)
@@ -179,29 +176,3 @@ class _Fused(torch.autograd.Function):
             mask=mask,
         )
         return None, None, None, gradient
-
-
-def _count(
-    real: Float[Tensor, "T E"],
-    row_scale: Float[Tensor, "T"] | None,
-    experts: Int[Tensor, "T K"],
-    mask: Bool[Tensor, "T"] | None,
-) -> Float[Tensor, "sums"]:
-    """The packed sums of a batch (see `pack`), each written where it lies."""
-    rows, num_experts = real.shape
-    packed = real.new_zeros(2 * num_experts + 2)
-    scores, counts, tokens, one = torch.split(packed, [num_experts, num_experts, 1, 1])
-    one.fill_(1)
-    if row_scale is None:
-        torch.sum(real, dim=0, out=scores)
-    else:
-        torch.mv(real.t(), row_scale, out=scores)
-    # A single 1 is expanded rather than allocated for every choice.
-    ones = one.expand(experts.numel())
-    if mask is None:
-        tokens.fill_(rows)
-    else:
-        tokens.copy_(mask.sum())
-        ones = mask.to(real.dtype).unsqueeze(-1).expand_as(experts).reshape(-1)
-    counts.scatter_add_(0, experts.reshape(-1), ones)
-    return packed

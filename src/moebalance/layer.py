@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from moebalance.balancers.base import Balancer, State
 from moebalance.balancers.lineage import Lineage, inherit
 from moebalance.choose import Pass, best, choose, shares
-from moebalance.inject import Tally, inject, pack, packed_size, unpack
+from moebalance.inject import inject
 from moebalance.routing import Gate, Softmax, Sums, measure, route
+from moebalance.tally import Tally, pack, packed_size, unpack
 
 _SOFTMAX = Softmax()
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from moebalance import distributed
 from moebalance.balancers.base import Balancer
 from moebalance.distributed import Group, Reduction, sharing, start_sum
-from moebalance.inject import shared_part
 from moebalance.layer import LayerBalance, commit_rows
+from moebalance.tally import shared_part
 
 logger = logging.getLogger("moebalance")
 

@@ -61,7 +61,7 @@ class Gate(ABC):
         affinities: Float[Tensor, "T E"],
         row_scale: Float[Tensor, "T"] | None,
     ) -> Float[Tensor, "T E"]:
-        """Gradient of Σ_t ⟨price, p_t⟩ with respect to the affinities, in memory of its own.
+        """Gradient of Σ_t ⟨price, p_t⟩ with respect to the affinities.
 
         With 1/S_t the scale of row t it is (price − ⟨p_t, price⟩) / S_t, a matrix of rank two.
         """
@@ -127,7 +127,7 @@ class Softmax(Gate):
         row_scale: Float[Tensor, "T"] | None,
     ) -> Float[Tensor, "T E"]:
         """The price on every row; what is missing is constant in a row, which softmax ignores."""
-        return price.to(affinities.dtype).expand_as(affinities).clone()
+        return price.to(affinities.dtype).expand_as(affinities)
 
     def pull_back(
         self,
