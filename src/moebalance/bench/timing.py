@@ -7,8 +7,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,7 @@ def keep_freed_memory() -> bool:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What numbers must be read with: device, threads, versions, commit."""
+    """What numbers must be read with: device, threads, versions, commit, and who else is there."""
     cuda = device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -110,7 +112,14 @@ def describe_machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "moebalance": moebalance.__version__,
         "commit": _commit(),
+        "others": dict(_installed(["transformers", "megatron-core", "torchtitan"])),
     }
+
+
+def _installed(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            yield package, version(package)
 
 
 def _against(times: list[float], bare: list[float]) -> Timing:
