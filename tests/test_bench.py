@@ -274,10 +274,13 @@ def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path
     rows = [row["variants"] for row in results["routers"] if row["rule"] == "softmax"]
     names = {
         "bare again (null control)": NULL,
+        "bare, choice in no order": "bare, choice in no order",
         "counting only": "none",
         "φ-balancing, `BalancedRouter`": "phi",
         "φ-balancing, attached to another's router": "phi, attached",
         "leanest Switch loss": "Switch, leanest (restated)",
+        "torchtitan's router, loss-free": "torchtitan's router",
+        "Megatron-Core's loss function": "Megatron-Core's function",
         "Transformers' loss function": "Transformers' function",
     }
     for title, name in names.items():

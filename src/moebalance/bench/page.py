@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from moebalance.bench.scale import BYTES_PER_S, HOP_S, tree_s
-from moebalance.bench.timing import NULL
 
 
 def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Path:
@@ -74,7 +73,7 @@ def draw(results: Mapping[str, Any]) -> str:
         first = y
         for name, found in case["variants"].items():
             y += row
-            kind = "null" if name == NULL else "ours" if _is_ours(name) else "theirs"
+            kind = "null" if name.startswith("bare") else "ours" if _is_ours(name) else "theirs"
             marks += [
                 f'<text x="{left - 8}" y="{y + 4}" class="name">{_escaped(name)}</text>',
                 f'<path d="M{x(found["low"]):.1f} {y}H{x(found["high"]):.1f}" class="{kind}"/>',
@@ -100,7 +99,7 @@ _STYLE = (
 
 def _is_ours(name: str) -> bool:
     theirs = "(restated)", "function", "'s router"
-    return not (name.endswith(theirs) or name.startswith("bare"))
+    return not name.endswith(theirs)
 
 
 def _step(row: Mapping[str, Any]) -> str:
