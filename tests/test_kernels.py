@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_processes import caller, process
-from moebalance.kernels import Groups, choose, plain, pull_back, router, supported, tiling
-from moebalance.routing import Sigmoid, Softmax, SqrtSoftplus
+from moebalance.kernels import choose, plain, pull_back, router, supported, tiling
+from moebalance.routing import GroupLimit, Sigmoid, Softmax, SqrtSoftplus
 
 GATES = [Softmax(), Sigmoid()]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -38,23 +38,21 @@ def test_a_priced_batch_with_padding_is_that_of_the_plain_form(
 
 
 @pytest.mark.parametrize(
-    ("gate", "top_k", "dtype", "groups"),
+    ("gate", "top_k", "dtype", "limit"),
     [
         (Softmax(), 32, torch.float32, None),
         (Sigmoid(), 3, torch.bfloat16, None),
-        (Sigmoid(), 4, torch.float32, Groups(9, 3)),
+        (Sigmoid(), 4, torch.float32, GroupLimit(9, 3)),
     ],
 )
-def test_the_widest_router_is_that_of_the_plain_form(gate, top_k, dtype, groups, interpreted):
-    compare(
-        interpreted, gate, tiling.MAX_EXPERTS, top_k, 2, dtype=dtype, groups=groups, priced=True
-    )
+def test_the_widest_router_is_that_of_the_plain_form(gate, top_k, dtype, limit, interpreted):
+    compare(interpreted, gate, tiling.MAX_EXPERTS, top_k, 2, dtype=dtype, limit=limit, priced=True)
 
 
-@pytest.mark.parametrize("groups", [Groups(1, 1), Groups(4, 4)], ids=str)
-def test_groups_that_are_all_kept_limit_nothing(groups, interpreted):
+@pytest.mark.parametrize("limit", [GroupLimit(1, 1), GroupLimit(4, 4)], ids=str)
+def test_groups_that_are_all_kept_limit_nothing(limit, interpreted):
     logits = rows(5, 256)
-    found = interpreted(choose, logits, Softmax(), 8, normalize=True, groups=groups)
+    found = interpreted(choose, logits, Softmax(), 8, normalize=True, limit=limit)
     same_choice(found, plain.choose(logits, Softmax(), 8, normalize=True))
 
 
@@ -63,12 +61,12 @@ def test_groups_that_are_all_kept_limit_nothing(groups, interpreted):
 def test_any_batch_is_that_of_the_plain_form(interpreted, data):
     draw = data.draw
     experts = draw(st.sampled_from([8, 12, 60, 64, 96, 160]))
-    groups, most = None, experts
+    limit, most = None, experts
     if draw(st.booleans()):
         count = draw(st.sampled_from([n for n in range(1, 9) if experts % n == 0]))
         size = experts // count
         kept, best = draw(st.integers(1, count)), draw(st.integers(1, min(3, size)))
-        groups, most = Groups(count, kept, best), kept * size
+        limit, most = GroupLimit(count, kept, best), kept * size
     compare(
         interpreted,
         draw(st.sampled_from(GATES)),
@@ -76,7 +74,7 @@ def test_any_batch_is_that_of_the_plain_form(interpreted, data):
         draw(st.integers(1, min(10, most))),
         draw(st.integers(0, 20)),
         dtype=draw(st.sampled_from(list(TOLERANCE))),
-        groups=groups,
+        limit=limit,
         normalize=draw(st.booleans()),
         priced=draw(st.booleans()),
         charged=draw(st.booleans()),
@@ -100,7 +98,7 @@ def compare(
     tokens,
     *,
     dtype=torch.float32,
-    groups=None,
+    limit=None,
     normalize=True,
     priced=False,
     charged=True,
@@ -114,14 +112,12 @@ def compare(
     mask = torch.rand(tokens) < 0.7 if padded else None
     upstream = torch.randn(tokens, top_k).to(dtype)
     charge = torch.randn(experts) if charged else None
-    limits = {"normalize": normalize, "groups": groups, "mask": mask}
-    found, gradient = interpreted(
-        both, logits, gate, top_k, upstream, charge, price=price, **limits
-    )
+    how = {"normalize": normalize, "limit": limit, "mask": mask}
+    found, gradient = interpreted(both, logits, gate, top_k, upstream, charge, price=price, **how)
 
     exact = logits.double().requires_grad_()
     price = None if price is None else price.double()
-    wanted = plain.choose(exact, gate, top_k, price=price, **limits)
+    wanted = plain.choose(exact, gate, top_k, price=price, **how)
     same_choice(found, wanted, dtype)
     total = (wanted.weights * upstream).sum()
     if charge is not None:
@@ -156,7 +152,7 @@ def test_two_best_of_a_group_is_deepseek_v3s_choice():
     peer = DeepseekV3TopkRouter(config)
     torch.nn.init.eye_(peer.weight)
     peer.e_score_correction_bias.normal_(std=0.1)
-    same_as_peer(peer, Sigmoid(), -peer.e_score_correction_bias, Groups(8, 3, best=2))
+    same_as_peer(peer, Sigmoid(), -peer.e_score_correction_bias, GroupLimit(8, 3, best=2))
 
 
 def test_the_best_of_a_group_is_deepseek_v2s_choice():
@@ -169,14 +165,14 @@ def test_the_best_of_a_group_is_deepseek_v2s_choice():
     )  # fmt: skip
     peer = DeepseekV2TopkRouter(config)
     torch.nn.init.eye_(peer.weight)
-    same_as_peer(peer, Softmax(), None, Groups(8, 3, best=1))
+    same_as_peer(peer, Softmax(), None, GroupLimit(8, 3, best=1))
 
 
-def same_as_peer(peer, gate, price, groups):
+def same_as_peer(peer, gate, price, limit):
     logits = rows(50, 64)
     _, weights, experts = peer(logits)
     normalize = isinstance(gate, Sigmoid)
-    found = plain.choose(logits, gate, 6, normalize=normalize, price=price, groups=groups)
+    found = plain.choose(logits, gate, 6, normalize=normalize, price=price, limit=limit)
     dense = torch.zeros(50, 64)
     close(dense.scatter(1, found.experts, found.weights), dense.scatter(1, experts, weights), 1e-6)
 
@@ -185,19 +181,19 @@ def same_as_peer(peer, gate, price, groups):
 
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("groups", [None, Groups(4, 2)], ids=str)
-def test_of_equals_the_lowest_index_wins(gate, groups, interpreted):
+@pytest.mark.parametrize("limit", [None, GroupLimit(4, 2)], ids=str)
+def test_of_equals_the_lowest_index_wins(gate, limit, interpreted):
     few = torch.randint(0, 3, (40, 32), generator=torch.Generator().manual_seed(0)).float()
     few[0] = torch.tensor([-0.0, 0.0]).repeat(16)
-    found = interpreted(choose, few, gate, 5, normalize=True, groups=groups)
+    found = interpreted(choose, few, gate, 5, normalize=True, limit=limit)
     assert found.experts[0].tolist() == [0, 1, 2, 3, 4]
-    same_choice(found, plain.choose(few, gate, 5, normalize=True, groups=groups))
+    same_choice(found, plain.choose(few, gate, 5, normalize=True, limit=limit))
 
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("groups", [None, Groups(4, 2)], ids=str)
+@pytest.mark.parametrize("limit", [None, GroupLimit(4, 2)], ids=str)
 @pytest.mark.parametrize("price", [None, torch.zeros(16)], ids=["", "price"])
-def test_what_is_not_finite_comes_through_and_breaks_nothing(gate, groups, price, interpreted):
+def test_what_is_not_finite_comes_through_and_breaks_nothing(gate, limit, price, interpreted):
     logits = rows(12, 16)
     clean = torch.ones(12, dtype=torch.bool)
     logits[3, 5] = -torch.tensor(torch.nan)  # its sign bit is set
@@ -206,17 +202,17 @@ def test_what_is_not_finite_comes_through_and_breaks_nothing(gate, groups, price
     logits[6] = -torch.inf
     logits[7, :15] = -torch.inf
     clean[3:8] = False
-    limits = {"normalize": True, "price": price, "groups": groups}
-    found = interpreted(choose, logits, gate, 4, **limits)
+    how = {"normalize": True, "price": price, "limit": limit}
+    found = interpreted(choose, logits, gate, 4, **how)
     assert ((found.experts >= 0) & (found.experts < 16)).all()
     assert (found.experts.sort(-1).values.diff(dim=-1) > 0).all()  # K different experts
-    if isinstance(gate, Sigmoid) or (price is None and groups is None):
+    if isinstance(gate, Sigmoid) or (price is None and limit is None):
         assert found.experts[3, 0] == 5
     assert found.packed[:16].isnan().all()
     assert found.packed[16:32].sum() == 12 * 4
-    whole = interpreted(choose, logits[clean], gate, 4, **limits)
+    whole = interpreted(choose, logits[clean], gate, 4, **how)
     assert torch.equal(found.experts[clean], whole.experts)
-    masked = interpreted(choose, logits, gate, 4, mask=clean, **limits)
+    masked = interpreted(choose, logits, gate, 4, mask=clean, **how)
     assert torch.equal(masked.packed, whole.packed)
     gradient = interpreted(
         pull_back, torch.ones(12, 4), logits, found.experts, found.normaliser, gate,
@@ -295,11 +291,13 @@ def test_more_experts_than_there_are_cannot_be_chosen():
 
 
 @pytest.mark.parametrize(
-    "groups", [Groups(3, 1), Groups(4, 5), Groups(4, 1), Groups(4, 0), Groups(4, 2, 3)], ids=str
+    "limit",
+    [GroupLimit(3, 1), GroupLimit(4, 5), GroupLimit(4, 1), GroupLimit(4, 0), GroupLimit(4, 2, 3)],
+    ids=str,
 )
-def test_groups_that_do_not_fit_are_refused(groups):
-    with pytest.raises(ValueError, match=re.escape(str(groups))):
-        choose(rows(2, 8), Softmax(), 3, normalize=True, groups=groups)
+def test_groups_that_do_not_fit_are_refused(limit):
+    with pytest.raises(ValueError, match=re.escape(str(limit))):
+        choose(rows(2, 8), Softmax(), 3, normalize=True, limit=limit)
 
 
 # --- the other process -------------------------------------------------------------------------
@@ -312,9 +310,9 @@ def interpreted():
         yield caller(pool)
 
 
-def both(logits, gate, top_k, upstream, charge, *, normalize, mask=None, **limits):
+def both(logits, gate, top_k, upstream, charge, *, normalize, mask=None, **how):
     """Forward and backward, in the other process."""
-    found = choose(logits, gate, top_k, normalize=normalize, mask=mask, **limits)
+    found = choose(logits, gate, top_k, normalize=normalize, mask=mask, **how)
     gradient = pull_back(
         upstream, logits, found.experts, found.normaliser, gate,
         normalize=normalize, charge=charge, mask=mask,

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from kernel_processes import caller, process
-from moebalance.kernels import Groups
 from moebalance.kernels.tiling import next_power, tile
+from moebalance.routing import GroupLimit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("experts", "top_k", "groups"),
-    [(8, 2, None), (64, 8, None), (256, 8, None), (256, 8, Groups(8, 4)), (2304, 8, None)],
+    ("experts", "top_k", "limit"),
+    [(8, 2, None), (64, 8, None), (256, 8, None), (256, 8, GroupLimit(8, 4)), (2304, 8, None)],
 )
-def test_registers_of_an_h100_hold_what_a_program_holds(experts, top_k, groups, dtype, compiler):
-    spilled = compiler(spills, experts, top_k, groups, dtype)
+def test_registers_of_an_h100_hold_what_a_program_holds(experts, top_k, limit, dtype, compiler):
+    spilled = compiler(spills, experts, top_k, limit, dtype)
     # The widest router spills a little, and is faster than with more warps that would not.
     widest = experts == 2304 and dtype == torch.float32
     assert spilled.pop("choose") <= (400 if widest else 0)
@@ -53,7 +53,7 @@ def spills_of_the_price(experts):
     return compiled_stack(program, signature, sizes, warps=4)
 
 
-def spills(experts, top_k, groups, dtype):
+def spills(experts, top_k, limit, dtype):
     """Bytes of stack that each program takes on compute capability 9.0, by its name."""
     from moebalance.kernels import attached_programs, programs
 
@@ -62,11 +62,11 @@ def spills(experts, top_k, groups, dtype):
     types = dict.fromkeys(["logits", "weights", "upstream", "gradient"], element)
     types |= dict.fromkeys(["price", "charge", "normaliser", "partials"], "*fp32")
     types |= {"experts": "*i64", "mask": "*u8", "rows": "i32", "zero": "i32"}
-    flags = {"sigmoid": groups is not None, "normalize": True, "has_mask": True}
+    flags = {"sigmoid": limit is not None, "normalize": True, "has_mask": True}
     flags |= {"top_k": top_k, "slots": next_power(top_k), "slab": 1024}
     flags |= {"bins": next_power(experts + 1)}
-    flags |= {"has_price": groups is not None, "has_charge": True}
-    flags |= {"kept": groups.kept if groups else 0, "best": groups.best if groups else 1}
+    flags |= {"has_price": limit is not None, "has_charge": True}
+    flags |= {"kept": limit.kept if limit else 0, "best": limit.best if limit else 1}
     found = {}
     for program in (
         programs.choose,
@@ -75,8 +75,8 @@ def spills(experts, top_k, groups, dtype):
         attached_programs.pull,
     ):
         sums = program in (programs.choose, attached_programs.count)
-        limits = groups if program is programs.choose else None
-        tiling = tile(logits, limits, sums=sums)
+        narrowed = limit if program is programs.choose else None
+        tiling = tile(logits, narrowed, sums=sums)
         names = program.arg_names
         sizes = {n: v for n, v in (tiling.sizes | flags).items() if n in names}
         signature = {n: types.get(n, "constexpr") for n in names}

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from moebalance.potentials import UnitSlope as UnitSlope
     from moebalance.routing import Batch as Batch
     from moebalance.routing import Gate as Gate
+    from moebalance.routing import GroupLimit as GroupLimit
     from moebalance.routing import Routing as Routing
     from moebalance.routing import Sigmoid as Sigmoid
     from moebalance.routing import Softmax as Softmax
@@ -107,6 +108,7 @@ _HOME = {
     "moebalance.routing": [
         "Batch",
         "Gate",
+        "GroupLimit",
         "Routing",
         "Sigmoid",
         "Softmax",

@@ -21,7 +21,7 @@ from torch import Tensor
 from moebalance import kernels
 from moebalance.balancers.base import Balancer, State
 from moebalance.inject import exactly
-from moebalance.routing import Gate
+from moebalance.routing import Gate, GroupLimit
 from moebalance.tally import Tally, charge_affinities, real_tokens, settle
 
 _SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
@@ -38,6 +38,7 @@ class Pass(NamedTuple):
         state: the method's state, constant during a step.
         tally: tensors that the backward pass reads and writes.
         fused: whether to take the fused kernels where they run.
+        limit: the groups that a token may choose from; None for all experts.
     """
 
     balancer: Balancer
@@ -47,6 +48,7 @@ class Pass(NamedTuple):
     state: State
     tally: Tally
     fused: bool = True
+    limit: GroupLimit | None = None
 
 
 def choose(
@@ -75,17 +77,20 @@ def best(
     preference: Float[Tensor, "T E"] | None,
     price: Float[Tensor, "E"] | None,
     top_k: int,
+    limit: GroupLimit | None = None,
 ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
     """The K best by preference, else by affinity less price: their affinities and their indices.
 
     In no order, which would take time and which a mixture of experts has no use for.
     """
-    if preference is None and price is None:
+    if preference is None and price is None and limit is None:
         chosen, experts = affinities.topk(top_k, dim=-1, sorted=False)
         return chosen, experts
     ranked = preference
     if ranked is None:
         ranked = affinities if price is None else affinities - price
+    if limit is not None:
+        ranked = limit.within(ranked)
     experts = ranked.topk(top_k, dim=-1, sorted=False).indices
     return affinities.gather(-1, experts), experts
 
@@ -106,7 +111,7 @@ class _Plain(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         affinities = how.gate.affinities(logits)
         price = how.balancer.price(how.state)
-        weights, experts = best(affinities, preference, price, how.top_k)
+        weights, experts = best(affinities, preference, price, how.top_k, how.limit)
         total = None
         if how.normalize:
             weights, total = shares(weights)
@@ -148,6 +153,7 @@ class _Fused(torch.autograd.Function):
             how.top_k,
             normalize=how.normalize,
             price=how.balancer.price(how.state),
+            limit=how.limit,
             mask=mask,
         )
         # The sums are here already, but a batch is counted in backward: forward may run twice.

@@ -15,7 +15,7 @@ from moebalance.balancers.base import Balancer, State
 from moebalance.balancers.lineage import Lineage, inherit
 from moebalance.choose import Pass, best, choose, shares
 from moebalance.inject import inject
-from moebalance.routing import Gate, Softmax, Sums, measure, route
+from moebalance.routing import Gate, GroupLimit, Softmax, Sums, measure, route
 from moebalance.tally import Tally, pack, packed_size, unpack
 
 _SOFTMAX = Softmax()
@@ -254,11 +254,12 @@ class BalancedRouter(LayerBalance):
         top_k: K, experts per token.
         gate: `Softmax()` or `Sigmoid()`.
         normalize: whether the K weights of a token are divided by their sum.
+        limit: the groups of experts that a token may choose from; None for all experts.
         fused: whether to run as one kernel each way where that can be (`kernels.supported`).
         name: what errors and logs call this layer.
 
     Raises:
-        ValueError: top_k out of 1..E, or shapes that do not fit.
+        ValueError: top_k out of 1..E, a limit that does not fit, or shapes that do not.
 
     >>> from moebalance import PhiBalancing
     >>> router = BalancedRouter(PhiBalancing(), num_experts=8, top_k=2)
@@ -275,6 +276,7 @@ class BalancedRouter(LayerBalance):
         *,
         gate: Gate = _SOFTMAX,
         normalize: bool = True,
+        limit: GroupLimit | None = None,
         fused: bool = True,
         name: str = "router",
     ) -> None:
@@ -283,7 +285,9 @@ class BalancedRouter(LayerBalance):
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
             )
-        self.top_k, self.normalize = top_k, normalize
+        if limit is not None:
+            limit.check(num_experts, top_k)
+        self.top_k, self.normalize, self.limit = top_k, normalize, limit
 
     def forward(
         self, logits: Float[Tensor, "*tokens E"], mask: Bool[Tensor, "*tokens"] | None = None
@@ -337,7 +341,7 @@ class BalancedRouter(LayerBalance):
         if training and logits.requires_grad and balancer.from_sums:
             return choose(logits, self._pass(), preference=preference, mask=mask)
         affinities = self.gate.affinities(logits)
-        weights, experts = best(affinities, preference, self.price, self.top_k)
+        weights, experts = best(affinities, preference, self.price, self.top_k, self.limit)
         if self.normalize:
             weights, _ = shares(weights)
         if training:
@@ -353,6 +357,7 @@ class BalancedRouter(LayerBalance):
             self.state,
             Tally(self.running, self.last_step, self.loss_scale),
             self.fused,
+            self.limit,
         )
 
 

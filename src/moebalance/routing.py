@@ -206,6 +206,60 @@ _TINY = torch.finfo(torch.float32).tiny
 _UNDERFLOW = -15.0  # from here down softplus(z) = e^z to float32's precision
 
 
+@dataclass(frozen=True)
+class GroupLimit:
+    """A choice within the best groups of neighbouring experts, as of the experts of a few nodes.
+
+    DeepSeek-V2 (arXiv 2405.04434, 2.1.2) judges a group by its best expert, `best` = 1; DeepSeek-V3
+    (arXiv 2412.19437, 2.1.2) by the sum of its best two.
+
+    Args:
+        count: number of groups, of equal size.
+        kept: number of groups a token may choose from.
+        best: a group's rank is the sum of this many of its experts' best.
+
+    >>> GroupLimit(2, kept=1, best=1).within(torch.tensor([[0.4, 0.1, 0.2, 0.3]]))
+    tensor([[0.4000, 0.1000,   -inf,   -inf]])
+    """
+
+    count: int
+    kept: int
+    best: int = 2
+
+    @property
+    def limits(self) -> bool:
+        """Whether any expert is out of reach."""
+        return self.kept < self.count
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Say whether it fits a router.
+
+        Raises:
+            ValueError: it does not; says why.
+        """
+        count, kept, best = self.count, self.kept, self.best
+        if count < 1 or num_experts % count:
+            raise ValueError(
+                f"{self}: {num_experts} experts do not fall into {count} equal groups."
+            )
+        size = num_experts // count
+        if not (1 <= kept <= count and 1 <= best <= size and top_k <= kept * size):
+            raise ValueError(
+                f"{self} with top_k={top_k}: kept must lie in 1..{count}, best in 1..{size}, and "
+                f"top_k within the {size} experts of each kept group."
+            )
+
+    def within(self, ranks: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """What top-k ranks, with −∞ for the experts out of reach."""
+        if not self.limits:
+            return ranks
+        groups = ranks.reshape(*ranks.shape[:-1], self.count, -1)
+        worth = groups.topk(self.best, dim=-1, sorted=False).values.sum(dim=-1)
+        kept = worth.topk(self.kept, dim=-1, sorted=False).indices
+        closed = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, kept, False)
+        return groups.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
 class Routing(NamedTuple):
     """What one router did with one batch.
 

@@ -12,14 +12,13 @@ programs.py, attached_programs.py, price_program.py, launch.py
 """
 
 from moebalance.kernels.attached import count, pull
-from moebalance.kernels.plain import Chosen, Groups
+from moebalance.kernels.plain import Chosen
 from moebalance.kernels.price import charge, forms
 from moebalance.kernels.router import choose, pull_back
 from moebalance.kernels.tiling import supported
 
 __all__ = [
     "Chosen",
-    "Groups",
     "charge",
     "choose",
     "count",

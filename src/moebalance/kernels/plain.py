@@ -5,39 +5,15 @@
 
 The backward pass of the kernel is this function's, of `weights` and of the summed scores together:
 autograd of ⟨g, weights⟩ + ⟨q, packed[:E]⟩ is `router.pull_back` with upstream g and charge q.
-
-Group-limited choice: DeepSeek-V2 (arXiv 2405.04434, 2.1.2) scores a group by its best affinity
-(`Groups.best` = 1), DeepSeek-V3 (arXiv 2412.19437, 2.1.2) by the sum of its best two.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.routing import Gate, Sigmoid, at_least_float32, real_rows
-
-
-@dataclass(frozen=True)
-class Groups:
-    """A choice limited to the best groups of neighbouring experts.
-
-    Args:
-        count: number of groups of equal size.
-        kept: number of groups a token may choose from.
-        best: a group's score is the sum of this many of its best ranks: 1 or 2 in practice.
-    """
-
-    count: int
-    kept: int
-    best: int = 2
-
-    @property
-    def limit(self) -> bool:
-        """Whether any expert is out of reach."""
-        return self.kept < self.count
+from moebalance.routing import Gate, GroupLimit, Sigmoid, at_least_float32, real_rows
 
 
 class Chosen(NamedTuple):
@@ -64,12 +40,12 @@ def choose(
     *,
     normalize: bool,
     price: Float[Tensor, "E"] | None = None,
-    groups: Groups | None = None,
+    limit: GroupLimit | None = None,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> Chosen:
     """Choose experts, weigh them and sum what was done; see `router.choose`."""
     scores = gate.scores(logits)
-    experts = ranking(logits.detach(), gate, price, groups)[:, :top_k]
+    experts = ranking(logits.detach(), gate, price, limit)[:, :top_k]
     weights = (
         gate.log_affinity(logits.gather(-1, experts)).softmax(dim=-1)
         if normalize
@@ -87,22 +63,23 @@ def ranking(
     logits: Float[Tensor, "T E"],
     gate: Gate,
     price: Float[Tensor, "E"] | None,
-    groups: Groups | None,
+    limit: GroupLimit | None,
 ) -> Int[Tensor, "T E"]:
     """All experts, best first: of equals the lowest index first, and NaN above all numbers."""
-    groups = groups if groups is not None and groups.limit else None
-    if price is None and groups is None:
+    if limit is not None and not limit.limits:
+        limit = None
+    if price is None and limit is None:
         # Affinities grow with logits, which do not underflow.
         return logits.argsort(dim=-1, descending=True, stable=True)
     ranks = gate.affinities(logits)
     ranks = ranks if price is None else ranks - price
     order = ranks.argsort(dim=-1, descending=True, stable=True)
-    if groups is None:
+    if limit is None:
         return order
-    size = ranks.shape[-1] // groups.count
-    grouped = ranks.view(len(ranks), groups.count, size).sort(dim=-1, descending=True).values
-    best = grouped[..., : groups.best].sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
-    is_open = torch.zeros_like(best).scatter(-1, best[:, : groups.kept], 1)
+    size = ranks.shape[-1] // limit.count
+    grouped = ranks.view(len(ranks), limit.count, size).sort(dim=-1, descending=True).values
+    best = grouped[..., : limit.best].sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+    is_open = torch.zeros_like(best).scatter(-1, best[:, : limit.kept], 1)
     is_open = is_open.repeat_interleave(size, dim=-1).gather(-1, order)
     return order.gather(-1, is_open.argsort(dim=-1, descending=True, stable=True))
 

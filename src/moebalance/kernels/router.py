@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance.kernels.launch import launch
-from moebalance.kernels.plain import Chosen, Groups
+from moebalance.kernels.plain import Chosen
 from moebalance.kernels.tiling import bytes_of, next_power, row_of, tile
-from moebalance.routing import Gate, Sigmoid
+from moebalance.routing import Gate, GroupLimit, Sigmoid
 
 
 def choose(
@@ -28,7 +28,7 @@ def choose(
     *,
     normalize: bool,
     price: Float[Tensor, "E"] | None = None,
-    groups: Groups | None = None,
+    limit: GroupLimit | None = None,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> Chosen:
     """Choose experts, weigh them and sum what was done, in one pass over the logits.
@@ -43,19 +43,22 @@ def choose(
         top_k: K.
         normalize: whether the weights of a token are divided by their sum; else affinities.
         price: (E,), subtracted from the affinities before top-k, never from the weights.
-        groups: limits the choice to the best groups; a group is E / count neighbours.
+        limit: the groups that a token may choose from; None for all experts.
         mask: (T,) True for real tokens. Padded rows are routed but not summed.
 
     Raises:
-        ValueError: K out of 1..E, or groups that E, K or their own numbers do not fit.
+        ValueError: K out of 1..E, or a limit that does not fit.
     """
     rows, num_experts = logits.shape
-    _check(num_experts, top_k, groups)
-    groups = groups if groups is not None and groups.limit else None
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k}: must lie in 1..{num_experts}, the number of experts.")
+    if limit is not None:
+        limit.check(num_experts, top_k)
+        limit = limit if limit.limits else None
     weights = logits.new_empty(rows, top_k)
     experts = logits.new_empty(rows, top_k, dtype=torch.int64)
     normaliser = logits.new_empty(rows, dtype=torch.float32)
-    tiling = tile(logits, groups, sums=True)
+    tiling = tile(logits, limit, sums=True)
     programs = max(1, min(tiling.blocks(rows), tiling.programs))
     partials = logits.new_empty(programs, 2 * num_experts + 2, dtype=torch.float32)
     launch(
@@ -79,8 +82,8 @@ def choose(
         normalize=normalize,
         has_price=price is not None,
         has_mask=mask is not None,
-        kept=0 if groups is None else groups.kept,
-        best=1 if groups is None else groups.best,
+        kept=0 if limit is None else limit.kept,
+        best=1 if limit is None else limit.best,
     )
     return Chosen(weights, experts, normaliser, partials.sum(dim=0))
 
@@ -138,19 +141,3 @@ def pull_back(
             has_mask=mask is not None,
         )
     return gradient
-
-
-def _check(num_experts: int, top_k: int, groups: Groups | None) -> None:
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k}: must lie in 1..{num_experts}, the number of experts.")
-    if groups is None:
-        return
-    count, kept, best = groups.count, groups.kept, groups.best
-    if count < 1 or num_experts % count:
-        raise ValueError(f"{groups}: {num_experts} experts do not fall into {count} equal groups.")
-    size = num_experts // count
-    if not (1 <= kept <= count and 1 <= best <= size and top_k <= kept * size):
-        raise ValueError(
-            f"{groups} with top_k={top_k}: kept must lie in 1..{count}, best in 1..{size}, and "
-            f"top_k within the {size} experts of each kept group."
-        )

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.kernels.plain import Groups
-from moebalance.routing import Gate, Sigmoid, Softmax
+from moebalance.routing import Gate, GroupLimit, Sigmoid, Softmax
 
 MAX_EXPERTS = 2304
 MAX_TOP_K = 32
@@ -62,32 +61,34 @@ class Tiling(NamedTuple):
         return -(-rows // self.sizes["block"])
 
 
-def tile(logits: Float[Tensor, "T E"], groups: Groups | None = None, *, sums: bool) -> Tiling:
+def tile(logits: Float[Tensor, "T E"], limit: GroupLimit | None = None, *, sums: bool) -> Tiling:
     """Lay out a block of rows: 8 to 64 logits a thread, and whole rows in a warp up to E = 1024.
 
     Few warps and many programs were fastest on an H200 (`benchmarks/tiles.py`).
 
     Args:
         logits: (T, E), of which shape, strides and dtype matter.
-        groups: as given to `router.choose`.
+        limit: as given to `router.choose`.
         sums: whether the program holds sums beside the logits, and should hold few rows.
     """
     stride, offset = logits.stride(0), int(logits.storage_offset())
     # What one thread loads at once: 16 bytes, or as much as the rows' alignment allows.
     vector = min(16 // logits.itemsize, _two_power_in(stride), _two_power_in(offset))
-    return _tile(logits.shape[1], stride, vector, groups, sums)
+    return _tile(logits.shape[1], stride, vector, limit, sums)
 
 
 @cache
-def _tile(num_experts: int, stride: int, vector: int, groups: Groups | None, sums: bool) -> Tiling:
-    if groups is None:
+def _tile(
+    num_experts: int, stride: int, vector: int, limit: GroupLimit | None, sums: bool
+) -> Tiling:
+    if limit is None:
         columns = next_power(num_experts)
         warps = 2
         width = step = min(columns, 32 * vector * (1 if columns <= 1024 else warps))
         chunks = columns // width
     else:
-        step = num_experts // groups.count
-        chunks, width = next_power(groups.count), next_power(step)
+        step = num_experts // limit.count
+        chunks, width = next_power(limit.count), next_power(step)
         columns = chunks * width
         warps = 4 if columns <= 1024 else 8
         vector = 1
