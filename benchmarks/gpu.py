@@ -63,17 +63,27 @@ def correct() -> dict[str, Any]:
         for gate in (Softmax(), Sigmoid()):
             for dtype in (torch.float32, torch.bfloat16):
                 rows.append(_compare(experts, top_k, gate, dtype))
+    for dtype in (torch.float32, torch.bfloat16):  # as DeepSeek-V3 chooses
+        rows.append(_compare(64 if SMALL else 256, 8, Sigmoid(), dtype, mb.GroupLimit(8, kept=4)))
     return {"commit": _commit(), "rows": rows}
 
 
-def _compare(experts: int, top_k: int, gate: Gate, dtype: torch.dtype) -> dict[str, Any]:
+def _compare(
+    experts: int,
+    top_k: int,
+    gate: Gate,
+    dtype: torch.dtype,
+    limit: mb.GroupLimit | None = None,
+) -> dict[str, Any]:
     tokens = 33 if SMALL else 4097
     torch.manual_seed(0)
     logits = torch.randn(tokens, experts, device=DEVICE).to(dtype)
     mask = torch.rand(tokens, device=DEVICE) > 0.2
     charge = torch.randn(experts, device=DEVICE) / tokens
     upstream = torch.randn(tokens, top_k, device=DEVICE).to(dtype) / tokens
-    found = kernels.choose(logits, gate, top_k, normalize=True, mask=mask)
+    price = None if limit is None else torch.rand(experts, device=DEVICE) / 10
+    how: dict[str, Any] = {"normalize": True, "price": price, "limit": limit, "mask": mask}
+    found = kernels.choose(logits, gate, top_k, **how)
     gradient = kernels.pull_back(
         upstream,
         logits,
@@ -87,14 +97,15 @@ def _compare(experts: int, top_k: int, gate: Gate, dtype: torch.dtype) -> dict[s
     counted = kernels.count(logits, found.experts, gate, mask=mask)
     charged = kernels.pull(logits, gate, charge, mask=mask)
     wide = logits.double().requires_grad_()
-    plain = kernels.plain.choose(wide, gate, top_k, normalize=True, mask=mask)
+    plain = kernels.plain.choose(wide, gate, top_k, **how)
     value = (plain.weights * upstream).sum() + (plain.packed[:experts] * charge).sum()
     (expected,) = torch.autograd.grad(value, wide)
     scores = gate.scores(wide.detach())
     alone = real_rows(gate.pull_back(charge.double(), scores, wide.detach()), mask)
     alike = (found.experts == plain.experts).all(dim=-1)  # bfloat16 ties may fall either way
     return {
-        "case": f"E {experts}, K {top_k}, {type(gate).__name__}, {dtype}",
+        "case": f"E {experts}, K {top_k}, {type(gate).__name__}, {dtype}"
+        + ("" if limit is None else f", {limit}"),
         "weights": _error(found.weights[alike], plain.weights[alike]),
         "sums": _error(found.packed[:experts], plain.packed[:experts]),
         "gradient": _error(gradient[alike], expected[alike]),

@@ -177,7 +177,7 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
     subprocess.run(command, check=True, env=environment, capture_output=True)
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["silent"] == {"skipped": "no CUDA device"}
-    assert len(found["correct"]["rows"]) == 12
+    assert len(found["correct"]["rows"]) == 14
     for row in found["correct"]["rows"]:
         exact = "float32" in row["case"]
         assert row["sums"] < 1e-5
