@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import moebalance as mb
+from moebalance.report import summarise
+from moebalance.runlog import find_runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,6 +72,13 @@ def test_the_time_of_a_step_is_told_as_it_was_measured() -> None:
         ratios = sorted(row["variants"][name]["ratio"] for row in results["steps"])
         return f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
 
+    demo = [
+        method.step_time_ratio
+        for section in summarise(find_runs(ROOT / "benchmarks/results/demo"))
+        for method in section.methods
+        if method.method == "phi"
+    ]
+    assert f"takes {min(demo):.2f} to {max(demo):.2f} of the time without" in README
     said = f"takes {span('phi')} (null control {span('bare again (null control)')})"
     tutorial = (ROOT / "docs" / "tutorials" / "pretrainer.md").read_text(encoding="utf-8")
     assert said in " ".join(README.split())

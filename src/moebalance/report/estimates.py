@@ -83,11 +83,11 @@ def method_summaries(runs: Sequence[Run], metrics: Iterable[str]) -> list[Method
     order = list(looks(method for method, _ in groups))
     keys = sorted(groups, key=lambda key: (order.index(key[0]), key[1]))
     labels = _labels(keys)
-    times = {key: _step_time_s(groups[key]) for key in keys}
-    baseline = next((times[key] for key in keys if key[0] == "none"), None)
+    times = {key: _step_times_s(groups[key]) for key in keys}
+    baseline = next((times[key] for key in keys if key[0] == "none"), {})
     metrics = tuple(metrics)
     return [
-        _summary(key, labels[key], groups[key], metrics, time_s=times[key], baseline_s=baseline)
+        _summary(key, labels[key], groups[key], metrics, times_s=times[key], baseline_s=baseline)
         for key in keys
     ]
 
@@ -132,8 +132,8 @@ def _summary(
     runs: list[Run],
     metrics: tuple[str, ...],
     *,
-    time_s: float | None,
-    baseline_s: float | None,
+    times_s: Mapping[Any, float],
+    baseline_s: Mapping[Any, float],
 ) -> MethodSummary:
     whole = [run for run in runs if is_whole(run)]
     used = whole or [run for run in runs if last_evaluation(run)]
@@ -148,8 +148,8 @@ def _summary(
         values=values,
         estimates=_estimates(values),
         before=_estimates(_values(used, metrics, first_evaluation)),
-        step_time_s=time_s,
-        step_time_ratio=time_s / baseline_s if time_s is not None and baseline_s else None,
+        step_time_s=statistics.median(times_s.values()) if times_s else None,
+        step_time_ratio=_ratio(times_s, baseline_s),
     )
 
 
@@ -164,6 +164,24 @@ def _estimates(values: Mapping[str, Mapping[Any, float]]) -> dict[str, Estimate]
     return {m: e for m, by_seed in values.items() if (e := Estimate.of(by_seed.values()))}
 
 
+def _step_times_s(runs: Iterable[Run]) -> dict[Any, float]:
+    return _by_seed([(run, {"step_time_s": run.step_time_s}) for run in runs], "step_time_s")
+
+
+def _ratio(times: Mapping[Any, float], baseline: Mapping[Any, float]) -> float | None:
+    """Median over seeds, whose runs were trained one after the other; else that of the medians.
+
+    A machine that was busy while one seed was trained so weighs on both sides of its ratio.
+    """
+    pairs = [times[seed] / baseline[seed] for seed in times if baseline.get(seed)]
+    if pairs:
+        return statistics.median(pairs)
+    if not (times and baseline):
+        return None
+    among = statistics.median(baseline.values())
+    return statistics.median(times.values()) / among if among else None
+
+
 def _by_seed(rows: Iterable[tuple[Run, Row]], metric: str) -> dict[Any, float]:
     """One value a seed: two runs with one seed are one sample, runs without seed one each."""
     found: dict[Any, list[float]] = {}
@@ -173,11 +191,6 @@ def _by_seed(rows: Iterable[tuple[Run, Row]], metric: str) -> dict[Any, float]:
             seed = run.seed if run.seed is not None else str(run.path)
             found.setdefault(seed, []).append(value)
     return {seed: statistics.fmean(values) for seed, values in found.items()}
-
-
-def _step_time_s(runs: Iterable[Run]) -> float | None:
-    medians = [run.step_time_s for run in runs if run.step_time_s is not None]
-    return statistics.median(medians) if medians else None
 
 
 def _labels(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
