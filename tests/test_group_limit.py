@@ -111,10 +111,42 @@ def test_fused_training_is_plain_training(balancer, gate, limit, interpreted):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @every_gate
 def test_it_compiles_to_one_graph(gate):
-    made = router(PhiBalancing(strength=0.5), gate, LIMITS[0])
     logits = random_logits(TOKENS, EXPERTS, seed=4).requires_grad_()
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    weights, experts = compiled(logits)
-    plain, chosen = router(PhiBalancing(strength=0.5), gate, LIMITS[0])(logits)
-    assert torch.equal(experts, chosen)
-    torch.testing.assert_close(weights, plain)
+
+    def found(compile_it: bool):
+        made = router(PhiBalancing(strength=0.5), gate, LIMITS[0])
+        run = torch.compile(made, fullgraph=True, backend="aot_eager") if compile_it else made
+        weights, experts = run(logits)
+        (gradient,) = torch.autograd.grad(weights.square().mean(), logits)
+        return experts, weights, gradient, made.running
+
+    for a, b in zip(found(True), found(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_a_batch_without_a_token_and_padding_are_routed_as_without_a_limit():
+    made = router(PhiBalancing(), Sigmoid(), LIMITS[0])
+    for mode in (True, False):
+        weights, experts = made.train(mode)(torch.zeros(0, EXPERTS, requires_grad=True))
+        assert weights.shape == experts.shape == (0, TOP_K)
+    logits = random_logits(TOKENS, EXPERTS, seed=5).requires_grad_()
+    mask = torch.arange(TOKENS) % 3 > 0
+    weights, experts = made.train()(logits, mask)
+    weights.sum().backward()
+    counts = torch.bincount(experts[mask].flatten(), minlength=EXPERTS)
+    assert torch.equal(made.running[EXPERTS : 2 * EXPERTS], counts.float())
+
+
+def test_experts_ranked_at_minus_infinity_are_taken_before_those_out_of_reach():
+    """Sinkhorn ranks so what the logits exclude."""
+    made = BalancedRouter(Sinkhorn(), EXPERTS, TOP_K, limit=GroupLimit(3, kept=1))
+    logits = random_logits(TOKENS, EXPERTS, seed=6)
+    logits[:, ::2] = -torch.inf
+    _, experts = made(logits.requires_grad_())
+    assert groups_of(experts, GroupLimit(3, kept=1)).max() == 1
+
+
+@pytest.mark.parametrize("limit", [4, (8, 4), GroupLimit(6.0, 3)], ids=str)
+def test_what_is_no_limit_is_refused(limit):
+    with pytest.raises(TypeError, match=r"must be"):
+        BalancedRouter(NoBalancing(), EXPERTS, TOP_K, limit=limit)

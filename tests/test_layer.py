@@ -19,7 +19,7 @@ from moebalance.balancers import (
 )
 from moebalance.balancing import Balancing
 from moebalance.layer import BalancedRouter, LayerBalance
-from moebalance.routing import Sigmoid
+from moebalance.routing import Sigmoid, Softmax, SqrtSoftplus
 from moebalance.saved import method_name
 from tiny_moe import (
     EXPERTS,
@@ -269,3 +269,78 @@ def test_a_method_beside_one_that_sees_the_step_so_far_keeps_its_share_of_the_st
             balancing.step()
         found.append(gradients_of[0])
     close(found[1], found[0])
+
+
+# --- what a body counts and charges from affinities --------------------------------------------
+
+GATES = [Softmax(), Sigmoid(), SqrtSoftplus()]
+every_gate = pytest.mark.parametrize("gate", GATES, ids=["softmax", "sigmoid", "sqrt-softplus"])
+every_place = pytest.mark.parametrize("attached", [False, True], ids=["own", "attached"])
+
+
+def charged(logits, gate, *, attached: bool, mask=None, scale: float = 1.0):
+    """Gradient of the charge alone, and the sums of the batch."""
+    layer = BalancedRouter(PHI, logits.shape[-1], TOP_K, gate=gate, normalize=False)
+    layer.loss_scale.fill_(scale)
+    logits = logits.clone().requires_grad_()
+    if attached:
+        experts = logits.detach().topk(TOP_K, dim=-1).indices
+        carrier = torch.ones_like(experts, dtype=logits.dtype).requires_grad_()
+        weights = layer.inject(carrier, logits, experts, mask=mask)
+    else:
+        weights, _ = layer(logits, mask)
+    weights.backward(torch.zeros_like(weights))
+    return logits.grad, layer.running
+
+
+@every_gate
+@every_place
+def test_double_precision_is_charged_in_double_precision(gate, attached):
+    logits = hidden(32)[:, :EXPERTS].double()
+    found, _ = charged(logits, gate, attached=attached)
+    single, _ = charged(logits.float(), gate, attached=attached)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), single, rtol=1e-4, atol=1e-7)
+    assert found.abs().max() > 1e-4
+
+
+@every_gate
+@pytest.mark.parametrize("held", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_what_padding_holds_reaches_no_gradient_of_an_attached_router(gate, held):
+    logits, mask = hidden(32)[:, :EXPERTS], torch.arange(32) > 3
+    clean, sums = charged(logits[4:], gate, attached=True)
+    logits[:4] = held
+    found, padded = charged(logits, gate, attached=True, mask=mask)
+    assert not found[:4].any()
+    torch.testing.assert_close(found[4:], clean)
+    torch.testing.assert_close(padded, sums)
+
+
+@every_place
+@pytest.mark.parametrize("level", [-60, -86, -95])
+def test_a_token_whose_sigmoids_underflow_does_not_break_the_gradient(level, attached):
+    """Under a gradient scaler's usual scale."""
+    logits = hidden(32)[:, :EXPERTS]
+    logits[0] = logits[0] + level
+    found, sums = charged(logits, Sigmoid(), attached=attached, scale=65536.0)
+    assert found.isfinite().all()
+    counted = sums[:EXPERTS].sum()
+    assert 31 - 1e-3 <= counted <= 32 + 1e-3
+    if level == -60:
+        torch.testing.assert_close(counted, torch.tensor(32.0))
+
+
+def test_a_method_from_sums_with_sums_of_its_own_is_refused():
+    class Both(PhiBalancing):
+        def extra_shapes(self, num_experts):
+            return ((2,),)
+
+    with pytest.raises(TypeError, match="sums of its own"):
+        LayerBalance(Both(), 4)
+
+
+def test_a_router_that_was_pickled_before_there_were_limits_still_routes():
+    router = BalancedRouter(PHI, EXPERTS, TOP_K)
+    del router.__dict__["limit"]
+    weights, _ = router(hidden(8)[:, :EXPERTS].requires_grad_())
+    weights.sum().backward()

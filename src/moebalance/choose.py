@@ -10,6 +10,7 @@ same is one fused pass each way that keeps the logits alone, and for φ one laun
 that counts the batch and forms its price (`kernels`).
 
 For methods whose price is formed `from_sums`; others go through `inject`, as foreign routers do.
+A second derivative (`create_graph`) does not go through the node.
 """
 
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ from torch import Tensor
 from moebalance import kernels
 from moebalance.balancers.base import Balancer, State
 from moebalance.inject import exactly
-from moebalance.routing import Gate, GroupLimit
-from moebalance.tally import Tally, charge_affinities, real_tokens, settle
+from moebalance.routing import Gate, GroupLimit, real_rows
+from moebalance.tally import Tally, count_and_charge, real_tokens, settle
 
 _SMALL = 1e-20  # the derivative of what it clamps, an affinity below it, is smaller still
 
@@ -129,11 +130,13 @@ class _Plain(torch.autograd.Function):
         upstream, _ = gradients
         affinities, experts, mask, weights, total = ctx.saved_tensors
         how = ctx.how
-        gradient = charge_affinities(
-            affinities, experts, how.gate, mask, how.balancer, how.state, how.tally
-        )
-        # In memory of its own, for the task's gradient is added to it.
-        gradient = torch.zeros_like(affinities) if gradient is None else gradient.contiguous()
+        real = real_rows(affinities, mask)
+        charge = count_and_charge(real, experts, how.gate, mask, how.balancer, how.state, how.tally)
+        if charge is None:
+            gradient = torch.zeros_like(affinities)
+        else:
+            # In memory of its own, for the task's gradient is added to it.
+            gradient = real_rows(charge, mask).contiguous()
         if weights is not None:
             # In the order of autograd's division, so that the task's part is the same in all bits.
             drawn = (upstream * (weights / total)).sum(dim=-1, keepdim=True)

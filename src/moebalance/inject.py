@@ -26,8 +26,8 @@ from torch import Tensor
 
 from moebalance import kernels
 from moebalance.balancers.base import Balancer, State, read
-from moebalance.routing import Gate, route
-from moebalance.tally import Tally, charge_affinities, pack, place, real_tokens, settle
+from moebalance.routing import Gate, real_rows, route
+from moebalance.tally import Tally, count_and_charge, pack, place, real_tokens, settle
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -41,8 +41,9 @@ def exactly(backward: Backward) -> Backward:
 
     @wraps(backward)
     def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # A context that is not needed takes a microsecond of the host, before a launch that waits.
         device = gradients[0].device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return backward(ctx, *gradients)
         if torch.is_grad_enabled():
@@ -130,7 +131,7 @@ class _Inject(torch.autograd.Function):
         ctx.tally.running.add_(pack(sums))
         known = real_tokens(len(logits), mask)
         batch = place(balancer, ctx.tally, sums, known=known, routing=routing)
-        scale = read(ctx.tally.scale) if weight is None else ctx.tally.scale * weight
+        scale = read(ctx.tally.weighed(weight).scale)
         charge = balancer.logit_gradient(ctx.state, batch, scale)
         charge = None if charge is None else charge.to(logits.dtype)
         return None, None, None, None, None, None, charge, upstream
@@ -143,8 +144,9 @@ class _InjectSums(_Inject):
         (upstream,) = gradients
         logits, experts, mask, weight = ctx.saved_tensors
         balancer, gate, _ = ctx.static
-        affinities, tally = gate.affinities(logits), ctx.tally.weighed(weight)
-        charge = charge_affinities(affinities, experts, gate, mask, balancer, ctx.state, tally)
+        affinities = real_rows(gate.affinities(logits), mask)
+        tally = ctx.tally.weighed(weight)
+        charge = count_and_charge(affinities, experts, gate, mask, balancer, ctx.state, tally)
         if charge is not None:
             charge = gate.backward(charge, affinities).to(logits.dtype)
         return None, None, None, None, None, None, charge, upstream

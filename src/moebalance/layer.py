@@ -46,6 +46,11 @@ class LayerBalance(nn.Module):
             raise TypeError(
                 f"balancer={balancer!r}: must be a Balancer such as PhiBalancing(strength=1e-3)."
             )
+        if balancer.from_sums and balancer.extra_shapes(num_experts):
+            raise TypeError(
+                f"{balancer!r} is `from_sums`, which are scores, counts and tokens alone, and has "
+                "sums of its own (`extra_shapes`): leave one of the two."
+            )
         if num_experts < 2:
             raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
         self.balancer, self.num_experts = balancer, num_experts
@@ -254,7 +259,8 @@ class BalancedRouter(LayerBalance):
         top_k: K, experts per token.
         gate: `Softmax()` or `Sigmoid()`.
         normalize: whether the K weights of a token are divided by their sum.
-        limit: the groups of experts that a token may choose from; None for all experts.
+        limit: the groups of experts that a token may choose from; None for all experts. Quantile
+            balancing does not know of it, and balances less well under one.
         fused: whether to run as one kernel each way where that can be (`kernels.supported`).
         name: what errors and logs call this layer.
 
@@ -267,6 +273,8 @@ class BalancedRouter(LayerBalance):
     >>> weights.shape, experts.shape
     (torch.Size([5, 2]), torch.Size([5, 2]))
     """
+
+    limit: GroupLimit | None = None  # also of a router that was pickled before there were limits
 
     def __init__(
         self,
@@ -286,6 +294,8 @@ class BalancedRouter(LayerBalance):
                 f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
             )
         if limit is not None:
+            if not isinstance(limit, GroupLimit):
+                raise TypeError(f"limit={limit!r}: must be a GroupLimit such as GroupLimit(8, 4).")
             limit.check(num_experts, top_k)
         self.top_k, self.normalize, self.limit = top_k, normalize, limit
 
@@ -326,6 +336,11 @@ class BalancedRouter(LayerBalance):
         shape = (*logits.shape[:-1], self.top_k)
         return weights.view(shape), experts.view(shape)
 
+    def extra_repr(self) -> str:
+        """Show the choice as well."""
+        limit = "" if self.limit is None else f", limit={self.limit}"
+        return f"{super().extra_repr()}, top_k={self.top_k}, normalize={self.normalize}{limit}"
+
     def _choose(
         self,
         logits: Float[Tensor, "T E"],
@@ -350,14 +365,14 @@ class BalancedRouter(LayerBalance):
 
     def _pass(self) -> Pass:
         return Pass(
-            self.balancer,
-            self.gate,
-            self.top_k,
-            self.normalize,
-            self.state,
-            Tally(self.running, self.last_step, self.loss_scale),
-            self.fused,
-            self.limit,
+            balancer=self.balancer,
+            gate=self.gate,
+            top_k=self.top_k,
+            normalize=self.normalize,
+            state=self.state,
+            tally=Tally(self.running, self.last_step, self.loss_scale),
+            fused=self.fused,
+            limit=self.limit,
         )
 
 

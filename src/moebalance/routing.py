@@ -45,9 +45,12 @@ class Gate(ABC):
         return self.log_affinity(logits).softmax(dim=-1)
 
     def row_scale(self, affinities: Float[Tensor, "T E"]) -> Float[Tensor, "T"] | None:
-        """What turns a row of affinities into scores, 1 / Σ_e a_e; None where that is 1."""
-        # clamp: a row of affinities that all underflowed has scores 0, not 0/0.
-        return affinities.sum(dim=-1).clamp_(min=_TINY).reciprocal_()
+        """What turns a row of affinities into scores, 1 / Σ_e a_e; None where that is 1.
+
+        A row whose affinities sum to less than 1e-30, sigmoids below e^−69 all of them, has scores
+        that sum to less than one: their scale times a price and a loss scale must not overflow.
+        """
+        return affinities.sum(dim=-1).clamp_(min=1e-30).reciprocal_()
 
     @abstractmethod
     def backward(
@@ -66,6 +69,7 @@ class Gate(ABC):
         With 1/S_t the scale of row t it is (price − ⟨p_t, price⟩) / S_t, a matrix of rank two.
         """
         assert row_scale is not None
+        price = price.to(affinities.dtype)
         worth = torch.mv(affinities, price).mul_(row_scale)
         columns = torch.stack([row_scale, worth.mul_(row_scale)])
         return columns.t() @ torch.stack([price, price.new_full(price.shape, -1.0)])
@@ -227,7 +231,7 @@ class GroupLimit:
     best: int = 2
 
     @property
-    def limits(self) -> bool:
+    def narrows(self) -> bool:
         """Whether any expert is out of reach."""
         return self.kept < self.count
 
@@ -235,9 +239,12 @@ class GroupLimit:
         """Say whether it fits a router.
 
         Raises:
-            ValueError: it does not; says why.
+            TypeError: its numbers are not whole.
+            ValueError: it does not fit; says why.
         """
         count, kept, best = self.count, self.kept, self.best
+        if not all(type(number) is int for number in (count, kept, best)):
+            raise TypeError(f"{self}: count, kept and best must be whole numbers.")
         if count < 1 or num_experts % count:
             raise ValueError(
                 f"{self}: {num_experts} experts do not fall into {count} equal groups."
@@ -245,15 +252,17 @@ class GroupLimit:
         size = num_experts // count
         if not (1 <= kept <= count and 1 <= best <= size and top_k <= kept * size):
             raise ValueError(
-                f"{self} with top_k={top_k}: kept must lie in 1..{count}, best in 1..{size}, and "
-                f"top_k within the {size} experts of each kept group."
+                f"{self} with top_k={top_k}: kept must lie in 1..{count}, best in 1..{size}, the "
+                f"experts of a group, and top_k in 1..{kept * size}, those of the kept groups."
             )
 
     def within(self, ranks: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """What top-k ranks, with −∞ for the experts out of reach."""
-        if not self.limits:
+        if not self.narrows:
             return ranks
-        groups = ranks.reshape(*ranks.shape[:-1], self.count, -1)
+        # An expert ranked at −∞ is a last resort, but of an open group before one out of reach.
+        ranks = ranks.clamp(min=torch.finfo(ranks.dtype).min)
+        groups = ranks.reshape(*ranks.shape[:-1], self.count, ranks.shape[-1] // self.count)
         worth = groups.topk(self.best, dim=-1, sorted=False).values.sum(dim=-1)
         kept = worth.topk(self.kept, dim=-1, sorted=False).indices
         closed = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, kept, False)
@@ -333,8 +342,8 @@ class Batch(NamedTuple):
     """One batch and its place in the optimizer step it belongs to.
 
     Attributes:
-        routing: what the router did with this batch. A router of ours does not keep it, and gives
-            None, to a method that says it reads the sums alone (`Balancer.from_sums`).
+        routing: what the router did with this batch; None to a method that says it reads the sums
+            alone (`Balancer.from_sums`).
         sums: this batch's sums.
         step: sums of the step so far, this batch included; for methods whose `coupling` is "step",
             to others this batch's own.

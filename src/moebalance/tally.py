@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moebalance import kernels
 from moebalance.balancers.base import Balancer, State, per_token, read
-from moebalance.routing import Batch, Gate, Sums, real_rows
+from moebalance.routing import Batch, Gate, Sums
 
 
 class Tally(NamedTuple):
@@ -89,8 +89,8 @@ def settle(
     return None if charged is None else charged * per_token(batch, read(tally.scale))
 
 
-def charge_affinities(
-    affinities: Float[Tensor, "T E"],
+def count_and_charge(
+    real: Float[Tensor, "T E"],
     experts: Int[Tensor, "T K"],
     gate: Gate,
     mask: Bool[Tensor, "T"] | None,
@@ -101,7 +101,7 @@ def charge_affinities(
     """Count a batch of a method `from_sums`, and differentiate its charge by the affinities.
 
     Args:
-        affinities: (T, E), of the gate.
+        real: (T, E) affinities, 0 in padded rows.
         experts: (T, K), the choice.
         gate: how scores come from affinities.
         mask: (T,) True for real tokens, or None.
@@ -110,13 +110,13 @@ def charge_affinities(
         tally: the layer's.
 
     Returns:
-        (T, E), perhaps one row seen T times; None for a method that charges nothing.
+        (T, E), in padded rows whatever it may be, and perhaps one row seen T times; None for a
+        method that charges nothing.
     """
-    real = real_rows(affinities, mask)
     row_scale = gate.row_scale(real)
     packed = _count(real, row_scale, experts, mask)
     charge = settle(balancer, state, tally, packed, known=real_tokens(len(experts), mask))
-    return None if charge is None else real_rows(gate.charge(charge, real, row_scale), mask)
+    return None if charge is None else gate.charge(charge, real, row_scale)
 
 
 def real_tokens(rows: int, mask: Tensor | None) -> int | None:
@@ -176,7 +176,7 @@ def _count(
     experts: Int[Tensor, "T K"],
     mask: Bool[Tensor, "T"] | None,
 ) -> Float[Tensor, "sums"]:
-    """The packed sums of a batch, each written where it lies."""
+    """`routing.add_up` of scores that need not be formed, each sum written where it lies."""
     rows, num_experts = real.shape
     packed = real.new_zeros(2 * num_experts + 2)
     scores, counts, tokens, one = torch.split(packed, [num_experts, num_experts, 1, 1])

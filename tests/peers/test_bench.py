@@ -66,7 +66,7 @@ def test_torchtitans_bias_chooses_as_ours_does(rule: Rule) -> None:
     assert (gradient(ours, z) - gradient(BareRouter(rule, TOP_K), z)).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if not r.startswith("sigmoid")])
+@every_rule
 def test_megatrons_function_has_the_gradient_of_our_switch_loss(rule: Rule) -> None:
     z = logits()
     ours = gradient(Ours(SwitchLoss(STRENGTH), EXPERTS, TOP_K, rule), z)

@@ -132,7 +132,8 @@ class Balancer:
     ) -> Float[Tensor, "T E"] | None:
         """`scale` times the gradient of `penalty` with respect to the logits, in closed form.
 
-        LAW: equal to autograd of `penalty`. The body injects this, so that no graph is kept.
+        LAW: equal to autograd of `penalty`. The body injects this, so that no graph is kept, or of
+        a method `from_sums` the same from its price.
         """
         if _overrides(self, "penalty"):
             found = _differentiated(self, state, batch)
@@ -153,8 +154,9 @@ class Balancer:
     def from_sums(self) -> bool:
         """Whether `charged` (E,), read from state and sums alone, is all the gradient there is.
 
-        A router of ours then charges it on its way, and keeps no `batch.routing` for it. Say so
-        where it holds: it is the fast way (`choose.py`).
+        The body then counts the batch and charges it from the affinities, and has no
+        `batch.routing` for it: it is the fast way (`tally.py`). Say so where it holds, with no sums
+        beyond scores, counts and tokens: `observe`, `extra` and `logit_gradient` are not called.
         """
         return False
 

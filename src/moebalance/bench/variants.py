@@ -152,35 +152,39 @@ class TransformersLoss(BareRouter):
 
 
 class MegatronLoss(BareRouter):
-    """`switch_load_balancing_loss_func` of Megatron-Core, with the statistics that it takes."""
+    """The auxiliary loss of Megatron-Core's router: its scores for the loss, its Switch loss."""
 
     def __init__(self, rule: Rule, top_k: int) -> None:
         super().__init__(rule, top_k)
         from megatron.core.transformer.moe.moe_utils import (  # type: ignore[import-not-found]
+            compute_routing_scores_for_aux_loss,
             switch_load_balancing_loss_func,
         )
 
-        self.function = switch_load_balancing_loss_func
+        self.scores, self.function = (
+            compute_routing_scores_for_aux_loss,
+            switch_load_balancing_loss_func,
+        )
 
     def __call__(self, logits: Tensor) -> Outputs:
-        """Its loss on the scores and a routing map, as its router forms them."""
-        affinities, weights, experts = self.route(logits)
-        chosen = torch.zeros_like(logits).int().scatter(1, experts, 1).bool()
+        """Its scores and choice once more, as its router forms them for the loss, and the loss."""
+        kind = "sigmoid" if self.sigmoid else "softmax"
+        chosen, scores = self.scores(logits.float(), self.top_k, kind)
         term = self.function(
-            probs=affinities,
+            probs=scores,
             tokens_per_expert=chosen.sum(dim=0),
             total_num_tokens=logits.shape[0],
             topk=self.top_k,
             num_experts=logits.shape[-1],
             moe_aux_loss_coeff=STRENGTH,
         )
-        return weights, term
+        return self.route(logits)[1], term
 
 
 class TorchtitanRouter:
     """torchtitan's own router with its selection bias, and the count of the choice its layer keeps.
 
-    The linear map is taken out, for the logits are given.
+    The linear map is taken out, for the logits are given; it would have returned float32.
     """
 
     def __init__(self, rule: Rule, top_k: int, experts: int) -> None:
@@ -205,7 +209,7 @@ class TorchtitanRouter:
         self.bias, self.counts = self.bias.to(logits.device), self.counts.to(logits.device)
         with warnings.catch_warnings():  # its autocast to float32 means nothing on a processor
             warnings.simplefilter("ignore")
-            weights, experts, affinities = self.router(logits.unsqueeze(0), self.bias)
+            weights, experts, affinities = self.router(logits.float().unsqueeze(0), self.bias)
         with torch.no_grad():
             chosen = torch.zeros_like(affinities, dtype=torch.bool).scatter_(-1, experts, True)
             self.counts += chosen.sum(dim=(0, 1))
@@ -219,10 +223,18 @@ def others(experts: int, top_k: int, rule: Rule) -> dict[str, Callable[[Tensor],
         "Switch, one-hot (restated)": OneHotSwitch(rule, top_k),
         "loss-free (restated)": BiasRouter(rule, top_k, experts),
     }
-    if not rule.startswith("sigmoid") and importlib.util.find_spec("transformers"):
+    if not rule.startswith("sigmoid") and _installed("transformers"):
         found["Transformers' function"] = TransformersLoss(rule, top_k)
-    if importlib.util.find_spec("megatron"):
+    if _installed("megatron.core.transformer.moe"):
         found["Megatron-Core's function"] = MegatronLoss(rule, top_k)
-    if importlib.util.find_spec("torchtitan"):
+    if _installed("torchtitan.models.common.moe"):
         found["torchtitan's router"] = TorchtitanRouter(rule, top_k, experts)
     return found
+
+
+def _installed(module: str) -> bool:
+    """Whether there is such a module, in a package that lays its modules out so."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

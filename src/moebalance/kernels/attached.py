@@ -4,8 +4,8 @@
     pull    z, charge q → ∂/∂z of ⟨q, Σ_t p_t⟩
 
 Between them the batch's price is formed. Each pass reads the logits once, and the second writes
-their gradient: three times the logits' bytes in all. Their plain form is `routing.measure` and
-`Gate.pull_back`. Sums are deterministic, as those of `router.choose` are.
+their gradient: three times the logits' bytes in all. Their plain form is `tally.count_and_charge`.
+Sums are deterministic, as those of `router.choose` are.
 """
 
 import torch

@@ -66,7 +66,7 @@ def ranking(
     limit: GroupLimit | None,
 ) -> Int[Tensor, "T E"]:
     """All experts, best first: of equals the lowest index first, and NaN above all numbers."""
-    if limit is not None and not limit.limits:
+    if limit is not None and not limit.narrows:
         limit = None
     if price is None and limit is None:
         # Affinities grow with logits, which do not underflow.

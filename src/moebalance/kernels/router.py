@@ -54,7 +54,7 @@ def choose(
         raise ValueError(f"top_k={top_k}: must lie in 1..{num_experts}, the number of experts.")
     if limit is not None:
         limit.check(num_experts, top_k)
-        limit = limit if limit.limits else None
+        limit = limit if limit.narrows else None
     weights = logits.new_empty(rows, top_k)
     experts = logits.new_empty(rows, top_k, dtype=torch.int64)
     normaliser = logits.new_empty(rows, dtype=torch.float32)
