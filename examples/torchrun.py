@@ -70,5 +70,6 @@ if __name__ == "__main__":
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    train(int(sys.argv[1]), Path(sys.argv[2]))
+    steps, checkpoint = sys.argv[1:] or ("20", "checkpoint.pt")
+    train(int(steps), Path(checkpoint))
     dist.destroy_process_group()

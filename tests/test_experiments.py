@@ -21,6 +21,7 @@ from moebalance.experiments.batches import TokenDataset
 from moebalance.experiments.checkpoints import last_whole_checkpoint
 from moebalance.experiments.compare import compare, end_with_parent, is_complete, plan
 from moebalance.experiments.evaluate import evaluate
+from moebalance.experiments.methods import build_method
 from moebalance.experiments.recipe import Recipe
 from moebalance.experiments.train import build_model, train_run
 from moebalance.runlog import LOG_NAME, read_run
@@ -328,6 +329,17 @@ def swallow(told: str) -> None:
             time.sleep(60)
         except KeyboardInterrupt:
             Path(told).write_text("interrupted")
+
+
+def test_the_command_says_its_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.output == f"moebalance {mb.__version__}\n"
+
+
+def test_a_misspelt_option_is_told_of_all_that_a_recipe_may_say() -> None:
+    with pytest.raises(ValueError, match=r"Did you mean 'target'\?.*strength.*target, schedule"):
+        build_method("phi(targt=1)")
 
 
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

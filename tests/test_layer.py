@@ -344,3 +344,9 @@ def test_a_router_that_was_pickled_before_there_were_limits_still_routes():
     del router.__dict__["limit"]
     weights, _ = router(hidden(8)[:, :EXPERTS].requires_grad_())
     weights.sum().backward()
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", Sigmoid], ids=["word", "class"])
+def test_a_gate_that_is_none_is_refused_at_once(gate):
+    with pytest.raises(TypeError, match="must be a Gate such as"):
+        BalancedRouter(PHI, EXPERTS, TOP_K, gate=gate)

@@ -42,8 +42,8 @@ def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
         "no balancing": "none",
         "Switch loss": "switch(strength=0.1)",
         "loss-free bias": "loss-free(rate=0.001)",
-        "φ-balancing, as published": "phi(strength=0.001)",
-        "**φ-balancing with a loss-free bias**": "phi(strength=0.0003)+loss-free",
+        "φ-balancing, as published, strength 0.001": "phi(strength=0.001)",
+        "**φ-balancing with a loss-free bias**, strength 0.0003": "phi(strength=0.0003)+loss-free",
     }
     metrics = (("loss", 3), ("maxvio", 2), ("dead_experts", 0), ("mi", 2))
     for name, setting in names.items():

@@ -249,3 +249,9 @@ def test_a_sweep_is_told_apart_and_its_best_speaks(tmp_path):
     assert labels == ["φ-balancing · strength=0.001", "φ-balancing · strength=0.01"]
     assert "strength=0.01 (the best by validation loss of 2 settings)" in section.verdict
     assert "lowest MaxVio is that of φ-balancing · strength=0.001, 0.40" in section.verdict
+
+
+def test_a_seed_that_was_run_twice_is_one_seed(runs):
+    twice = [r for r in runs if (r.batching, r.method) == ("mixed", "phi")]
+    (row,) = summary_rows([*twice, *twice])
+    assert row["seeds"] == len({r.seed for r in twice}) == 3

@@ -145,6 +145,15 @@ def test_an_unknown_tracker_and_one_not_installed_are_refused(tmp_path, monkeypa
         track(path, ["wandb"])
 
 
+def test_the_command_says_in_a_line_what_to_install(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "run", "phi", steps=3)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    done = CliRunner().invoke(app, ["track", str(path), "--to", "wandb"])
+    assert done.exit_code == 2
+    assert "pip install wandb" in done.output
+    assert "Traceback" not in done.output
+
+
 def test_the_command_sends_finished_runs(tmp_path):
     write_run(tmp_path / "run", "phi", steps=3)
     asked = ["track", str(tmp_path), "--to", "tensorboard", "--folder", str(tmp_path / "out")]

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from moebalance.experiments.recipe import Recipe
 
 app = typer.Typer(
-    help="Load balancing for Mixture-of-Experts training: φ-balancing and its rivals.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -73,6 +72,24 @@ TrackOption = Annotated[
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimizer steps in a run.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes at a time.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from moebalance import __version__
+
+        console.print(f"moebalance {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def begin(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Load balancing for Mixture-of-Experts training: φ-balancing and its rivals."""
 
 
 @app.command()
@@ -388,7 +405,14 @@ def _plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("Interrupted. Logs and checkpoints are whole; run the command again.")
         raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        RuntimeError,
+        FloatingPointError,
+        ImportError,
+    ) as error:
         errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
 

@@ -43,7 +43,7 @@ def show(runs: list[Run], page: Path) -> None:
                 table.add_row(*(_cell(row, key, digits) for _, key, digits in columns))
         console.print(table)
     for section in summarise(runs):
-        console.print(escape(section.verdict))
+        console.print(f"[bold]{escape(section.title)}[/]: {escape(section.verdict)}")
         if section.before_after is not None:
             _show_before_after(section.before_after)
     # Plain and alone on its line, so that it can be clicked or piped whatever the width.

@@ -46,6 +46,8 @@ class LayerBalance(nn.Module):
             raise TypeError(
                 f"balancer={balancer!r}: must be a Balancer such as PhiBalancing(strength=1e-3)."
             )
+        if not isinstance(gate, Gate):
+            raise TypeError(f"gate={gate!r}: must be a Gate such as Softmax() or Sigmoid().")
         if balancer.from_sums and balancer.extra_shapes(num_experts):
             raise TypeError(
                 f"{balancer!r} is `from_sums`, which are scores, counts and tokens alone, and has "

@@ -42,7 +42,8 @@ class LossFree(Balancer):
     """Move each expert's selection price against its load, outside the gradient.
 
     Args:
-        rate: u ≥ 0, price step in units of the affinity (softmax probability or sigmoid).
+        rate: u ≥ 0, price step in units of the affinity (softmax probability or sigmoid). Softmax
+            affinities are 1/E in the mean: beside many experts the default may make loads swing.
         rule: "sign" moves by ±u; "proportional" by u times the relative excess c_e / mean c − 1.
         recentre: keep the prices' mean at 0, so that they cannot drift together.
         shares: (E,) positive, what part of the load each expert shall have; None for equal parts.

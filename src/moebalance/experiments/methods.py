@@ -145,8 +145,10 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Balancer:
     kind = kinds[name]
     own = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     possible = own if POTENTIAL not in own else [*own, SHARES]
+    if "strength" in own:
+        possible = [*possible, TARGET, SCHEDULE]
     for key in options:
-        if key not in (*possible, TARGET, SCHEDULE):
+        if key not in (*possible, TARGET, SCHEDULE):  # which say themselves whom they do not fit
             raise ValueError(
                 f"Method {name!r} has no option {key!r}.{did_you_mean(key, possible)} "
                 f"Possible: {', '.join(possible) or 'none'}."

@@ -69,6 +69,11 @@ class MethodSummary:
     step_time_s: float | None = None
     step_time_ratio: float | None = None
 
+    @property
+    def seeds(self) -> int:
+        """How many there are behind the numbers."""
+        return len({_seed(run) for run in self.used})
+
 
 def method_summaries(runs: Sequence[Run], metrics: Iterable[str]) -> list[MethodSummary]:
     """Group runs of one batching mode by method and hyper-parameters, in page order.
@@ -188,9 +193,12 @@ def _by_seed(rows: Iterable[tuple[Run, Row]], metric: str) -> dict[Any, float]:
     for run, row in rows:
         value = finite(row, metric)
         if value is not None:
-            seed = run.seed if run.seed is not None else str(run.path)
-            found.setdefault(seed, []).append(value)
+            found.setdefault(_seed(run), []).append(value)
     return {seed: statistics.fmean(values) for seed, values in found.items()}
+
+
+def _seed(run: Run) -> int | str:
+    return run.seed if run.seed is not None else str(run.path)
 
 
 def _labels(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:

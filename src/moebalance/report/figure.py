@@ -37,7 +37,7 @@ def write_figure(runs: Sequence[Run], path: Path | str) -> Path:
     size = f'width="{inner_width}" height="{inner_height}"'
     inner = figure.replace("<svg ", f'<svg x="16" y="64" {size} ', 1)
     width, height = inner_width + 32, inner_height + 76
-    count = max(len(method.used) for method in section.methods)
+    count = max(method.seeds for method in section.methods)
     seeds = f"mean ± sd over {count} seeds" if count > 1 else "one seed"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

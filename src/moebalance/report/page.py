@@ -150,7 +150,7 @@ def _row(method: MethodSummary, section: Section, ink: Ink) -> dict[str, Any]:
         "colour": ink.methods[method.method],
         "marker": marker(method.method),
         "partial": method.partial,
-        "seeds": len(method.used),
+        "seeds": method.seeds,
         "cells": {m.key: _cell(method.estimates.get(m.key), m) for m in METRICS},
         "time": time,
     }

@@ -84,7 +84,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "batching": section.batching,
                 "method": method.method,
                 "label": method.label,
-                "seeds": len(method.used),
+                "seeds": method.seeds,
                 "partial": method.partial,
             }
             for metric in METRICS:
@@ -140,7 +140,9 @@ def _notes(runs: Sequence[Run], methods: Sequence[MethodSummary]) -> list[str]:
                 notes.append(f"{who}: the validation loss is not a finite number (diverged?).")
         for seed, count in Counter(run.seed for run in method.used).items():
             if count > 1 and seed is not None:
-                notes.append(f"{method.label}: seed {seed} was run {count} times, counted once.")
+                notes.append(
+                    f"{method.label}: seed {seed} was run {count} times; their mean counts."
+                )
     return notes
 
 
