@@ -350,3 +350,22 @@ def test_a_router_that_was_pickled_before_there_were_limits_still_routes():
 def test_a_gate_that_is_none_is_refused_at_once(gate):
     with pytest.raises(TypeError, match="must be a Gate such as"):
         BalancedRouter(PHI, EXPERTS, TOP_K, gate=gate)
+
+
+@every_gate
+def test_weights_that_get_no_gradient_are_counted_and_charged_all_the_same(gate):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weights):
+            return weights.sum()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None
+
+    layer = BalancedRouter(PHI, EXPERTS, TOP_K, gate=gate, normalize=False)
+    logits = hidden(32)[:, :EXPERTS].requires_grad_()
+    Stop.apply(layer(logits)[0]).backward()
+    expected, sums = charged(logits.detach(), gate, attached=False)
+    torch.testing.assert_close(logits.grad, expected)
+    torch.testing.assert_close(layer.running, sums)

@@ -127,8 +127,8 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     @exactly
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        upstream, _ = gradients
         affinities, experts, mask, weights, total = ctx.saved_tensors
+        upstream = _given(gradients[0], experts, affinities)
         how = ctx.how
         real = real_rows(affinities, mask)
         charge = count_and_charge(real, experts, how.gate, mask, how.balancer, how.state, how.tally)
@@ -169,8 +169,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @exactly
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        upstream, _ = gradients
         logits, experts, normaliser, mask = ctx.saved_tensors
+        upstream = _given(gradients[0], experts, logits)
         how = ctx.how
         known = real_tokens(len(experts), mask)
         charge = settle(how.balancer, how.state, how.tally, ctx.packed, known=known, fused=True)
@@ -185,3 +185,8 @@ class _Fused(torch.autograd.Function):
             mask=mask,
         )
         return None, None, None, gradient
+
+
+def _given(upstream: Tensor | None, experts: Tensor, like: Tensor) -> Tensor:
+    """Gradient of the weights; zeros from a function downstream that sends none."""
+    return like.new_zeros(experts.shape) if upstream is None else upstream

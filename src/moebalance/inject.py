@@ -40,9 +40,10 @@ def exactly(backward: Backward) -> Backward:
     """
 
     @wraps(backward)
-    def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def run(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         # A context that is not needed takes a microsecond of the host, before a launch that waits.
-        device = gradients[0].device.type
+        given = ctx.saved_tensors[0] if gradients[0] is None else gradients[0]
+        device = given.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return backward(ctx, *gradients)
