@@ -286,3 +286,10 @@ def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path
     for title, name in names.items():
         cells = " | ".join(f"{row[name]['ratio']:.2f}" for row in rows)
         assert f"| {title} | {cells} |" in readme
+    words = " ".join(readme.split())
+    for adder, said, without in (
+        ("phi", "φ adds", "bare, choice in no order"),
+        ("Switch, leanest (restated)", "sorts, adds", "bare"),
+    ):
+        added = [row[adder]["ratio"] - row[without]["ratio"] for row in rows]
+        assert said + " {:.2f}, {:.2f} and {:.2f}".format(*added) in words
