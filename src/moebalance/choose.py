@@ -135,7 +135,7 @@ class _Plain(torch.autograd.Function):
         if charge is None:
             gradient = torch.zeros_like(affinities)
         else:
-            # In memory of its own, for the task's gradient is added to it.
+            # No view of one row, for the task's gradient is added to it.
             gradient = real_rows(charge, mask).contiguous()
         if weights is not None:
             # In the order of autograd's division, so that the task's part is the same in all bits.

@@ -84,11 +84,9 @@ def inject(
         tally: tensors that the backward pass reads and writes.
         fused: whether to take the fused kernels where they run.
     """
-    static = (balancer, gate, sequences)
-    node: type[_Inject] = _Inject
-    if balancer.from_sums:
-        fits = fused and kernels.supported(logits, gate, experts.shape[-1])
-        node = _InjectFused if fits else _InjectSums
+    fits = fused and balancer.from_sums and kernels.supported(logits, gate, experts.shape[-1])
+    static = (balancer, gate, sequences, fits)
+    node = _InjectSums if balancer.from_sums else _Inject
     carried: Tensor = node.apply(  # type: ignore[no-untyped-call]
         static, state, tally, mask, weight, experts, logits, carrier
     )
@@ -105,7 +103,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        static: tuple[Balancer, Gate, int],
+        static: tuple[Balancer, Gate, int, bool],
         state: State,
         tally: Tally,
         mask: Tensor | None,
@@ -126,7 +124,7 @@ class _Inject(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = gradients
         logits, experts, mask, weight = ctx.saved_tensors
-        balancer, gate, sequences = ctx.static
+        balancer, gate, sequences, _ = ctx.static
         routing = route(logits, experts, gate, mask=mask, sequences=sequences)
         sums = balancer.observe(ctx.state, routing)
         ctx.tally.running.add_(pack(sums))
@@ -144,29 +142,19 @@ class _InjectSums(_Inject):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = gradients
         logits, experts, mask, weight = ctx.saved_tensors
-        balancer, gate, _ = ctx.static
-        affinities = real_rows(gate.affinities(logits), mask)
-        tally = ctx.tally.weighed(weight)
-        charge = count_and_charge(affinities, experts, gate, mask, balancer, ctx.state, tally)
-        if charge is not None:
-            charge = gate.backward(charge, affinities).to(logits.dtype)
-        return None, None, None, None, None, None, charge, upstream
-
-
-class _InjectFused(_Inject):
-    @staticmethod
-    @exactly
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,) = gradients
-        logits, experts, mask, weight = ctx.saved_tensors
-        balancer, gate, _ = ctx.static
-        tally = ctx.tally.weighed(weight)
-        packed = kernels.count(logits, experts, gate, mask=mask)
-        known = real_tokens(len(logits), mask)
-        charge = settle(balancer, ctx.state, tally, packed, known=known, fused=True)
-        gradient = None
-        if charge is not None:
-            gradient = kernels.pull(logits, gate, charge, mask=mask)
+        balancer, gate, _, fused = ctx.static
+        tally, gradient = ctx.tally.weighed(weight), None
+        if fused:
+            packed = kernels.count(logits, experts, gate, mask=mask)
+            known = real_tokens(len(logits), mask)
+            charge = settle(balancer, ctx.state, tally, packed, known=known, fused=True)
+            if charge is not None:
+                gradient = kernels.pull(logits, gate, charge, mask=mask)
+        else:
+            real = real_rows(gate.affinities(logits), mask)
+            charge = count_and_charge(real, experts, gate, mask, balancer, ctx.state, tally)
+            if charge is not None:
+                gradient = gate.backward(charge, real).to(logits.dtype)
         return None, None, None, None, None, None, gradient, upstream
 
 
