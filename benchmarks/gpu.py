@@ -38,11 +38,12 @@ import torch
 
 import moebalance as mb
 from moebalance import kernels
-from moebalance.bench import Case, StepCase, describe_machine, measure_routers, measure_steps
-from moebalance.bench.gpu_page import write_gpu_page
-from moebalance.bench.timing import BARE, NULL, captured, interleaved
-from moebalance.bench.variants import Ours
-from moebalance.routing import Gate, Sigmoid, Softmax, real_rows
+from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.lab.bench import Case, StepCase, describe_machine, measure_routers, measure_steps
+from moebalance.lab.bench.gpu_page import write_gpu_page
+from moebalance.lab.bench.timing import BARE, NULL, captured, interleaved
+from moebalance.lab.bench.variants import Ours
+from moebalance.routing import real_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"  # a rehearsal, by Triton's interpreter, of everything but the numbers

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from moebalance import kernels
-from moebalance.bench import describe_machine
-from moebalance.bench.timing import BARE, captured, interleaved
+from moebalance.gates import Softmax
 from moebalance.kernels import attached, router
 from moebalance.kernels.tiling import Tiling, next_power, tile
-from moebalance.routing import Softmax
+from moebalance.lab.bench import describe_machine
+from moebalance.lab.bench.timing import BARE, captured, interleaved
 
 TOKENS, TOP_K = 65536, 8
 SIZES = (64, 256, 512, 2304)

@@ -10,10 +10,10 @@ HIDDEN, EXPERTS, TOP_K, VOCABULARY = 32, 8, 2, 512
 
 
 class MoE(nn.Module):
-    def __init__(self, balancer: mb.Balancer) -> None:
+    def __init__(self, method: mb.Method) -> None:
         super().__init__()
         self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.router = mb.BalancedRouter(balancer, EXPERTS, TOP_K)
+        self.router = mb.BalancedRouter(method, EXPERTS, TOP_K)
         self.up = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2 * HIDDEN) / HIDDEN**0.5)
         self.down = nn.Parameter(torch.randn(EXPERTS, 2 * HIDDEN, HIDDEN) / HIDDEN**0.5)
 
@@ -26,12 +26,12 @@ class MoE(nn.Module):
         return x + (chosen * weights.unsqueeze(-1)).sum(dim=2)
 
 
-def train(balancer: mb.Balancer, steps: int = 200, seed: int = 0) -> dict[str, float]:
+def train(method: mb.Method, steps: int = 200, seed: int = 0) -> dict[str, float]:
     torch.manual_seed(seed)
     words, head = nn.Embedding(VOCABULARY, HIDDEN), nn.Linear(HIDDEN, VOCABULARY)
     # Hidden states of real models share a direction, so a few experts would take most tokens.
     words.weight.data += torch.randn(HIDDEN)
-    model = nn.Sequential(words, MoE(balancer), MoE(balancer), head)
+    model = nn.Sequential(words, MoE(method), MoE(method), head)
     balancing = mb.attach(model)
     balancing.watch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -49,6 +49,6 @@ def train(balancer: mb.Balancer, steps: int = 200, seed: int = 0) -> dict[str, f
 
 
 if __name__ == "__main__":
-    for balancer in (mb.NoBalancing(), mb.PhiBalancing(strength=0.04)):
-        end = train(balancer)
-        print(f"{type(balancer).__name__:13} MaxVio {end['maxvio']:.2f}  Gini {end['gini']:.2f}")
+    for method in (mb.NoBalancing(), mb.PhiBalancing(strength=0.04)):
+        end = train(method)
+        print(f"{type(method).__name__:13} MaxVio {end['maxvio']:.2f}  Gini {end['gini']:.2f}")

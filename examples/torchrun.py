@@ -36,9 +36,9 @@ def train(steps: int, checkpoint: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     # Without peeking at the batch in hand, the price is the same on all ranks.
-    balancer = mb.PhiBalancing(strength=0.04, peek=False)
+    method = mb.PhiBalancing(strength=0.04, peek=False)
     words, head = nn.Embedding(VOCABULARY, HIDDEN), nn.Linear(HIDDEN, VOCABULARY)
-    model = nn.Sequential(words, MoE(balancer), MoE(balancer), head).to(device)
+    model = nn.Sequential(words, MoE(method), MoE(method), head).to(device)
     balancing = mb.attach(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if checkpoint.exists():

@@ -1,6 +1,6 @@
-"""The balancers that every shared law is held against, and the batches that they are shown.
+"""The methods that every shared law is held against, and the batches that they are shown.
 
-A new method is one line in `BALANCERS`; `test_laws.py` does the rest. Those with shares or
+A new method is one line in `METHODS`; `test_laws.py` does the rest. Those with shares or
 groups fit one number of experts, and stand in `OF_EIGHT`.
 """
 
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebalance.balancers import (
-    Balancer,
+from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.methods import (
     EmaSwitchLoss,
     GlobalBatchLoss,
     LossFree,
     MaxVio,
+    Method,
     NoBalancing,
     PhiBalancing,
     PlugInLoss,
@@ -41,7 +42,7 @@ from moebalance.potentials import (
     Softplus,
     Tsallis,
 )
-from moebalance.routing import Batch, Gate, Routing, Sigmoid, Softmax, Sums, route
+from moebalance.routing import Batch, Routing, Sums, route
 
 POTENTIALS: dict[str, Potential] = {
     "euclidean": Euclidean(),
@@ -55,7 +56,7 @@ POTENTIALS: dict[str, Potential] = {
     "softplus": Softplus(),
 }
 
-BALANCERS: dict[str, Balancer] = {
+METHODS: dict[str, Method] = {
     **{f"phi-{name}": PhiBalancing(p, strength=0.05) for name, p in POTENTIALS.items()},
     "phi-unit-slope": PhiBalancing(NegativeEntropy().unit_slope(), strength=0.2, rate=0.7),
     "phi-hard": PhiBalancing(strength=0.05, rate=0.5, statistic="hard"),
@@ -97,7 +98,7 @@ BALANCERS: dict[str, Balancer] = {
 
 SHARES = (4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
 
-OF_EIGHT: dict[str, Balancer] = {
+OF_EIGHT: dict[str, Method] = {
     "phi-shares": PhiBalancing(NegativeEntropy().relative_to(SHARES), strength=0.05),
     "phi-euclidean-shares": PhiBalancing(Euclidean().relative_to(SHARES), strength=0.3, peek=False),
     "phi-groups": PhiBalancing(NegativeEntropy().grouped(4), strength=0.05),
@@ -171,18 +172,18 @@ def plain_top_k(
     return route(logits, experts, gate or Softmax(), mask=mask, sequences=sequences)
 
 
-def skewed_state(balancer: Balancer, num_experts: int, *, gate: Gate | None = None) -> Any:
+def skewed_state(method: Method, num_experts: int, *, gate: Gate | None = None) -> Any:
     """A state that has seen three unbalanced steps."""
-    state = balancer.init(num_experts)
+    state = method.init(num_experts)
     for seed in (101, 102, 103):
         routing = random_routing(64, num_experts, 2, gate=gate, seed=seed)
-        state = balancer.update(state, balancer.observe(state, routing))
+        state = method.update(state, method.observe(state, routing))
     return state
 
 
-def one_batch(balancer: Balancer, state: Any, routing: Routing, share: float = 1.0) -> Batch:
+def one_batch(method: Method, state: Any, routing: Routing, share: float = 1.0) -> Batch:
     """The batch of `routing`, alone in its step."""
-    sums = balancer.observe(state, routing)
+    sums = method.observe(state, routing)
     return Batch(routing, sums, sums, share)
 
 
@@ -215,13 +216,13 @@ def permute(value: Any, order: Tensor) -> Any:
     return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
-def parts(balancer: Balancer) -> list[Balancer]:
+def parts(method: Method) -> list[Method]:
     """The methods that a composition is made of."""
-    if isinstance(balancer, Together):
-        return [*parts(balancer.first), *parts(balancer.second)]
-    return [balancer]
+    if isinstance(method, Together):
+        return [*parts(method.first), *parts(method.second)]
+    return [method]
 
 
-def charging_parts(balancer: Balancer) -> list[Balancer]:
+def charging_parts(method: Method) -> list[Method]:
     """Those parts that charge a price on the scores."""
-    return [part for part in parts(balancer) if type(part).charged is not Balancer.charged]
+    return [part for part in parts(method) if type(part).charged is not Method.charged]

@@ -13,7 +13,7 @@ from transformers import Trainer
 import moebalance as mb
 from families import tiny
 from moebalance.integrations.huggingface import find_sites
-from moebalance.integrations.huggingface.doctor import Diagnosis, Severity
+from moebalance.lab.doctor import Diagnosis, Severity
 from training import Rows, arguments, light_collections
 
 
@@ -46,9 +46,9 @@ def spread(bias: Tensor) -> Tensor:
     return bias + torch.linspace(-0.1, 0.1, bias.numel()).view_as(bias)
 
 
-def checkpoint(folder: Path, family: str, balancer: mb.Balancer) -> Path:
+def checkpoint(folder: Path, family: str, method: mb.Method) -> Path:
     """What a Trainer leaves after two steps."""
-    callback = mb.huggingface.BalanceCallback(balancer)
+    callback = mb.huggingface.BalanceCallback(method)
     settings = arguments(folder, max_steps=2, save_strategy="steps", save_steps=2)
     with light_collections():
         Trainer(tiny(family), settings, train_dataset=Rows(8), callbacks=[callback]).train()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import moebalance as mb
 from families import EXPECTED, loss, tiny, tokens
 from moebalance.integrations.huggingface import Site, find_sites
-from moebalance.integrations.huggingface.doctor.weights import check_resuming
 from moebalance.integrations.huggingface.scan import open_weights
+from moebalance.lab.doctor.weights import check_resuming
 
 PHI = mb.PhiBalancing(strength=0.5)
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moebalance.balancers import Balancer
-from moebalance.layer import BalancedRouter
+from moebalance.methods import Method
+from moebalance.router import BalancedRouter
 
 EXPERTS, WIDTH, HIDDEN, TOP_K, LAYERS = 8, 6, 4, 2, 2
 
@@ -21,7 +21,7 @@ EXPERTS, WIDTH, HIDDEN, TOP_K, LAYERS = 8, 6, 4, 2, 2
 class Block(nn.Module):
     """x + Σ over the chosen experts of w_e · tanh(x A_e) B_e."""
 
-    def __init__(self, balancer: Balancer, seed: int) -> None:
+    def __init__(self, method: Method, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
 
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
         self.gate = weight(EXPERTS, WIDTH)
         self.up, self.down = weight(EXPERTS, WIDTH, HIDDEN), weight(EXPERTS, HIDDEN, WIDTH)
-        self.router = BalancedRouter(balancer, EXPERTS, TOP_K)
+        self.router = BalancedRouter(method, EXPERTS, TOP_K)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         weights, experts = self.router(x @ self.gate.mT, mask)
@@ -86,10 +86,10 @@ class Stack(nn.Module):
     """Some layers, one after another; `losses` makes a loss of what comes out."""
 
     def __init__(
-        self, balancer: Balancer, block: type[Block] = Block, layers: Sequence[int] = range(LAYERS)
+        self, method: Method, block: type[Block] = Block, layers: Sequence[int] = range(LAYERS)
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({str(n): block(balancer, seed=n) for n in layers})
+        self.layers = nn.ModuleDict({str(n): block(method, seed=n) for n in layers})
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self.layers.values():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moebalance as mb
-from cases import BALANCERS, POTENTIALS
+from cases import METHODS, POTENTIALS
 from layout_models import (
     WIDTH,
     Block,
@@ -26,7 +26,7 @@ from layout_models import (
     TensorParallelBlock,
     losses,
 )
-from moebalance.balancers import Balancer
+from moebalance.methods import Method
 from processes import run
 
 SEQUENCES, LENGTH, STEPS = 8, 8, 3
@@ -36,7 +36,7 @@ SAME_STATE, SAME_GRADIENT = 1e-6, 1e-5
 
 ROWS = [
     name
-    for name in BALANCERS
+    for name in METHODS
     if name == "phi-negative-entropy" or name.removeprefix("phi-") not in POTENTIALS
 ]
 """What the table shows: of the nine potentials, which all behave alike here, one."""
@@ -153,19 +153,19 @@ class Seen(NamedTuple):
     term: Tensor
 
 
-def additive(balancer: Balancer) -> bool:
+def additive(method: Method) -> bool:
     """Whether training is promised to be the same under every layout, cut sequences included."""
-    return balancer.coupling == "token"
+    return method.coupling == "token"
 
 
-def train(layout: Layout, balancer: Balancer) -> dict[str, Seen]:
+def train(layout: Layout, method: Method) -> dict[str, Seen]:
     """Some optimizer steps; each layer of this rank by name.
 
     Methods whose gradient depends on the layout do not train: all layouts see the same logits, and
     so the state must still be the same.
     """
-    run = (_Staged if layout.staged else _Run)(layout, balancer)
-    rate = 0.2 if additive(balancer) else 0.0
+    run = (_Staged if layout.staged else _Run)(layout, method)
+    rate = 0.2 if additive(method) else 0.0
     optimizer = torch.optim.SGD(run.model.parameters(), lr=rate)
     for step in range(STEPS):
         run.backward(step)
@@ -207,10 +207,10 @@ def real_tokens(tokens: str, step: int) -> Tensor:
 class _Run:
     """A model laid out, and its balancing."""
 
-    def __init__(self, layout: Layout, balancer: Balancer) -> None:
+    def __init__(self, layout: Layout, method: Method) -> None:
         self.layout = layout
         self.rank = dist.get_rank() if len(layout.batches) > 1 else 0
-        self.model = Stack(balancer, layout.block, self.layers())
+        self.model = Stack(method, layout.block, self.layers())
         self.balancing = mb.attach(self.model, group=_alone() if layout.alone else None)
         self.wrapped = self.model if layout.wrap is None else layout.wrap(self.model)
 
@@ -251,10 +251,10 @@ class _Run:
 class _Staged(_Run):
     """One layer a rank, under torch's own pipeline schedule."""
 
-    def __init__(self, layout: Layout, balancer: Balancer) -> None:
+    def __init__(self, layout: Layout, method: Method) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-        super().__init__(layout, balancer)
+        super().__init__(layout, method)
         batches = layout.batches[self.rank]
         # With examples given, torch need not find the shapes out by a run on the meta device.
         example = self.data(0)[0][batches[0]]
@@ -301,7 +301,7 @@ def train_all(
 ) -> dict[tuple[str, str], dict[str, Seen]]:
     """Every method under every layout, in this process as one of its ranks."""
     return {
-        (name, method): train(layout, BALANCERS[method])
+        (name, method): train(layout, METHODS[method])
         for name, layout in layouts.items()
         for method in methods
     }
@@ -324,7 +324,7 @@ class Difference(NamedTuple):
 
 
 def difference(
-    ranks: Sequence[Mapping[str, Seen]], one: Mapping[str, Seen], balancer: Balancer
+    ranks: Sequence[Mapping[str, Seen]], one: Mapping[str, Seen], method: Method
 ) -> Difference:
     """Hold what every rank saw against what one process saw."""
     found = [Difference(0, 0, 0, 0)]
@@ -337,7 +337,7 @@ def difference(
             ]
             sums = [_relative(a, b) for a, b in zip(seen.sums, own.sums, strict=True)]
             gradient = _relative(seen.gradient, own.gradient)
-            effective = _relative(seen.term, own.term) if balancer.charges else gradient
+            effective = _relative(seen.term, own.term) if method.charges else gradient
             found.append(Difference(float(max(states, default=0)), max(sums), gradient, effective))
     return Difference(*(max(column) for column in zip(*found, strict=True)))
 
@@ -355,13 +355,13 @@ def table() -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in ROWS:
         found = [
-            difference([rank[name, method] for rank in side], one["one", method], BALANCERS[method])
+            difference([rank[name, method] for rank in side], one["one", method], METHODS[method])
             for side, layouts in zip(sides, (ALONE, PAIRS, QUADS), strict=True)
             for name in layouts
         ]
         cells = ["=" if d.effective <= SAME_GRADIENT else f"{d.effective:.2g}" for d in found]
         state = max(d.state for d in found)
-        cells = [method, BALANCERS[method].coupling, *cells, f"{state:.0e}"]
+        cells = [method, METHODS[method].coupling, *cells, f"{state:.0e}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebalance.balancers import PhiBalancing
+from moebalance.methods import PhiBalancing
 from moebalance.potentials import Potential
 from moebalance.routing import Sums
 

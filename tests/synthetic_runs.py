@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[float, float, int, float, float]] = {
     "z-loss": (1.634, 4.05, 15, 0.50, 0.101),
     "none": (1.637, 4.34, 17, 0.53, 0.100),
 }
-BALANCERS = {
+METHODS = {
     "phi": "PhiBalancing(potential=NegativeEntropy(), strength=0.001, rate=0.3)",
     "switch": "SwitchLoss(strength=0.01)",
     "none": "NoBalancing()",
@@ -124,7 +124,7 @@ def write_run(
 
 
 def planted(
-    balancer: str,
+    method_repr: str,
     load: np.ndarray,
     *,
     soft: np.ndarray | None = None,
@@ -169,7 +169,7 @@ def planted(
         "format": 1,
         "name": "planted",
         "method": method,
-        "balancer": balancer,
+        "method_repr": method_repr,
         "seed": seed,
         "batching": batching,
         "steps": steps,
@@ -204,7 +204,7 @@ def made(**values: dict[str, list[float | None]]) -> list[Run]:
             row = {key: numbers[key][seed] for key in numbers}
             evals = ({"kind": "eval", "step": 5, **row},)
             runs.append(
-                Run(Path(f"{method}-{seed}/{LOG_NAME}"), header | {"balancer": ""}, evals=evals)
+                Run(Path(f"{method}-{seed}/{LOG_NAME}"), header | {"method_repr": ""}, evals=evals)
             )
     return runs
 
@@ -227,7 +227,7 @@ def _header(
     return {
         "name": "synthetic",
         "method": method,
-        "balancer": BALANCERS.get(method, f"{method}(strength=0.01)"),
+        "method_repr": METHODS.get(method, f"{method}(strength=0.01)"),
         "seed": seed,
         "batching": batching,
         "steps": steps,

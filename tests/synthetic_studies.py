@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from moebalance.evidence.results import Result, Study
-from moebalance.experiments.methods import without_options
+from evidence.results import Result, Study
 from moebalance.report.diagnosis.oscillation import Swing
+from moebalance.words.methods import without_options
 
 Planted = Callable[[str, int, str], Mapping[str, float]]
 """Final numbers of a setting, a seed and a kind of micro-batch."""

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import moebalance as mb
-from moebalance.balancers.adaptive import FASTEST, SLOWEST, START, Adaptive
-from moebalance.balancers.ema import Ema
-from moebalance.balancers.memory import batch_rate
+from moebalance.methods.adaptive import FASTEST, SLOWEST, START, Adaptive
+from moebalance.methods.ema import Ema
+from moebalance.methods.memory import batch_rate
 from moebalance.routing import Sums
 
 EXPERTS = 32

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebalance.experiments.batches import ordered_indices
+from moebalance.lab.text.batches import ordered_indices
 
 # Three domains of very unequal size, sequence labels as a packed data set has them.
 LABELS = torch.arange(3).repeat_interleave(torch.tensor([500, 120, 37]))

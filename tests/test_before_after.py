@@ -21,7 +21,7 @@ def fine_tuned(method: str, old_loss: list[float], *, steps: int = 5, **before: 
         end = {"kind": "eval", "step": steps, "old_dead_experts": 2, **after}
         path = Path(f"{method}-{seed}/{LOG_NAME}")
         evals = (start, end) if steps else (start,)
-        runs.append(Run(path, header | {"balancer": ""}, evals=evals))
+        runs.append(Run(path, header | {"method_repr": ""}, evals=evals))
     return runs
 
 

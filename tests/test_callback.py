@@ -132,7 +132,7 @@ def test_a_model_of_own_balanced_routers_is_accepted(tmp_path: Path) -> None:
 def test_a_router_frozen_after_attaching_is_refused_where_it_has_to_learn(tmp_path: Path) -> None:
     """As PEFT does when it is told nothing of the router."""
 
-    def wrapped(method: mb.Balancer) -> Trainer:
+    def wrapped(method: mb.Method) -> Trainer:
         model = tiny("mixtral")
         balancing = mb.attach(model, method)
         adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
@@ -153,5 +153,5 @@ def test_replicas_of_data_parallel_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_neither_handle_nor_method_is_refused() -> None:
-    with pytest.raises(TypeError, match="or a Balancer such as"):
+    with pytest.raises(TypeError, match="or a Method such as"):
         BalanceCallback(tiny("mixtral"))

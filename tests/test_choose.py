@@ -5,46 +5,47 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import BALANCERS, random_logits, tensors
+from cases import METHODS, random_logits, tensors
 from kernel_processes import caller, process
-from moebalance.balancers import LossFree, PhiBalancing, SwitchLoss, Together
-from moebalance.layer import BalancedRouter
-from moebalance.routing import Batch, Gate, Sigmoid, Softmax
-from moebalance.saved import method_name
-from moebalance.tally import packed_size
+from moebalance.core.state import method_name
+from moebalance.core.tally import packed_size
+from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
+from moebalance.router import BalancedRouter
+from moebalance.routing import Batch
 
 TOKENS, EXPERTS, TOP_K = 33, 12, 3
 
-FROM_SUMS = {name: b for name, b in BALANCERS.items() if b.from_sums}
+FROM_SUMS = {name: b for name, b in METHODS.items() if b.from_sums}
 
 
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_from_sums_if_it_charges_one_price_that_the_sums_give(name):
-    balancer = BALANCERS[name]
-    state = balancer.init(EXPERTS)
+    method = METHODS[name]
+    state = method.init(EXPERTS)
     scores = torch.rand(EXPERTS)
     routing = None  # what a router of ours hands over
-    sums = balancer_sums(balancer, scores)
-    if balancer.from_sums:
-        price = balancer.charged(state, Batch(routing, sums, sums, 0.5))
+    sums = method_sums(method, scores)
+    if method.from_sums:
+        price = method.charged(state, Batch(routing, sums, sums, 0.5))
         assert price is None or price.shape == (EXPERTS,)
     else:
         assert name.startswith(("sequence", "quantile", "sinkhorn", "z-loss", "switch-z"))
 
 
-def balancer_sums(balancer, scores):
-    from moebalance.tally import unpack
+def method_sums(method, scores):
+    from moebalance.core.tally import unpack
 
-    packed = torch.ones(packed_size(balancer, EXPERTS))
+    packed = torch.ones(packed_size(method, EXPERTS))
     packed[:EXPERTS] = scores
-    return unpack(packed, balancer, EXPERTS)
+    return unpack(packed, method, EXPERTS)
 
 
 def trained(
-    balancer, gate: Gate, *, normalize: bool, fused: bool, dtype: torch.dtype, padded: bool
+    method, gate: Gate, *, normalize: bool, fused: bool, dtype: torch.dtype, padded: bool
 ) -> dict[str, list[torch.Tensor]]:
     """Two steps of two batches through one router, and all that it gave and kept."""
-    router = BalancedRouter(balancer, EXPERTS, TOP_K, gate=gate, normalize=normalize, fused=fused)
+    router = BalancedRouter(method, EXPERTS, TOP_K, gate=gate, normalize=normalize, fused=fused)
     seen: dict[str, list[torch.Tensor]] = {"weights": [], "experts": [], "gradients": []}
     for seed in range(4):
         # No two alike in a row, in bfloat16 either: top-k may break a tie as it likes.
@@ -83,11 +84,11 @@ METHODS = [
 @pytest.mark.parametrize("padded", [False, True], ids=["all real", "padded"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
 @pytest.mark.parametrize("gate", [Softmax(), Sigmoid()], ids=["softmax", "sigmoid"])
-@pytest.mark.parametrize("balancer", METHODS, ids=method_name)
-def test_fused_training_is_plain_training(balancer, gate, normalize, padded, interpreted):
+@pytest.mark.parametrize("method", METHODS, ids=method_name)
+def test_fused_training_is_plain_training(method, gate, normalize, padded, interpreted):
     how = {"normalize": normalize, "dtype": torch.float32, "padded": padded}
-    fused = interpreted(trained, balancer, gate, fused=True, **how)
-    plain = trained(balancer, gate, fused=False, **how)
+    fused = interpreted(trained, method, gate, fused=True, **how)
+    plain = trained(method, gate, fused=False, **how)
     for name, expected in plain.items():
         for a, b in zip(fused[name], expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 if name == "state" else 1e-7)

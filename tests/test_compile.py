@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moebalance.balancers import (
-    LossFree,
-    PhiBalancing,
-    SequenceLoss,
-    SwitchLoss,
-    Together,
-    ZLoss,
-)
+from moebalance.core.state import method_name
+from moebalance.methods import LossFree, PhiBalancing, SequenceLoss, SwitchLoss, Together, ZLoss
 from moebalance.potentials import NegativeEntropy
-from moebalance.saved import method_name
 from tiny_moe import TinyMoE, close, gradients, handle, hidden
 
 # torch.compile's own: Dynamo instantiates the functions that it traces.
@@ -39,7 +32,7 @@ def compiled(model):
 
 @every_router
 @pytest.mark.parametrize(
-    "balancer",
+    "method",
     [
         PhiBalancing(strength=0.1),
         PhiBalancing(strength=0.1, peek=False),
@@ -54,8 +47,8 @@ def compiled(model):
     ],
     ids=method_name,
 )
-def test_a_price_that_moves_compiles_nothing_anew(balancer, router):
-    model = TinyMoE(balancer, router)
+def test_a_price_that_moves_compiles_nothing_anew(method, router):
+    model = TinyMoE(method, router)
     balancing, run = handle(model), compiled(model)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(4):

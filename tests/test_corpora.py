@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from moebalance.experiments.corpus import load_corpus
+from moebalance.lab.text.corpus import load_corpus
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from missing import hide
-from moebalance.experiments.corpus import load_corpus
-from moebalance.experiments.python_text import python_text, split_docstrings
+from moebalance.lab.text.corpus import load_corpus
+from moebalance.lab.text.python_text import python_text, split_docstrings
 
 # --- the text every Python ships ------------------------------------------------------------------
 

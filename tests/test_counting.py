@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import plain_top_k, tensors
-from moebalance.balancers import LossFree, QuantileBalancing, SwitchLoss, Together
-from moebalance.layer import BalancedRouter, LayerBalance
+from moebalance.core.layer import LayerBalance
+from moebalance.core.state import method_name
+from moebalance.methods import LossFree, QuantileBalancing, SwitchLoss, Together
+from moebalance.router import BalancedRouter
 from moebalance.routing import measure
-from moebalance.saved import method_name
 from tiny_moe import EXPERTS, PHI, TOP_K, TinyMoE, close, hidden, same
 
 # torch.compile's own: Dynamo instantiates the functions that it traces, inductor uses torch.jit.
@@ -73,14 +74,14 @@ def padded_batches():
 
 
 @pytest.mark.parametrize(
-    ("mode", "balancer"),
+    ("mode", "method"),
     [(mode, PHI) for mode in MODES]
     # One case is enough for the slow compiler.
     + [(mode, SwitchLoss(strength=0.1)) for mode in MODES if mode != "inductor"],
     ids=lambda value: value if isinstance(value, str) else method_name(value),
 )
-def test_each_batch_is_counted_and_charged_exactly_once(mode, balancer):
-    model, twin = TinyMoE(balancer), TinyMoE(balancer)
+def test_each_batch_is_counted_and_charged_exactly_once(mode, method):
+    model, twin = TinyMoE(method), TinyMoE(method)
     batches = padded_batches()
     with fresh_compiler():
         run = MODES[mode](model)
@@ -94,12 +95,12 @@ def test_each_batch_is_counted_and_charged_exactly_once(mode, balancer):
 
 
 @pytest.mark.parametrize(
-    "balancer",
+    "method",
     [LossFree(rate=0.1), QuantileBalancing(bins=32), Together(PHI, LossFree(rate=0.1))],
     ids=method_name,
 )
-def test_compiled_training_follows_eager_training_from_step_to_step(balancer):
-    eager, fast = TinyMoE(balancer), TinyMoE(balancer)
+def test_compiled_training_follows_eager_training_from_step_to_step(method):
+    eager, fast = TinyMoE(method), TinyMoE(method)
     with fresh_compiler():
         run = compiled(fast)
         for seed in range(3):
@@ -185,8 +186,8 @@ def test_differentiating_twice_leaves_no_graph_behind_in_the_sums():
 def test_counting_by_hand_adds_to_the_running_step():
     layer = LayerBalance(LossFree(rate=0.1), EXPERTS)
     routing = plain_top_k(hidden(8)[:, :EXPERTS], TOP_K)
-    layer.count(layer.balancer.observe(layer.state, routing))
-    layer.count(layer.balancer.observe(layer.state, routing))
+    layer.count(layer.method.observe(layer.state, routing))
+    layer.count(layer.method.observe(layer.state, routing))
     assert layer.commit().tokens == 16
     assert layer.price.any()
     assert not layer.running.any()

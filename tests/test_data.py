@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from moebalance.experiments.batches import TokenDataset, ordered_indices
-from moebalance.experiments.corpus import Corpus, Document, load_corpus
-from moebalance.experiments.data import DataSpec, TextData, load_data, pack, split_documents
-from moebalance.experiments.python_text import DOMAINS
-from moebalance.experiments.tokens import train_bpe
+from moebalance.lab.text.batches import TokenDataset, ordered_indices
+from moebalance.lab.text.corpus import Corpus, Document, load_corpus
+from moebalance.lab.text.data import DataSpec, TextData, load_data, pack, split_documents
+from moebalance.lab.text.python_text import DOMAINS
+from moebalance.lab.text.tokens import train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_bpe_learns_from_training_documents_only(folder, monkeypatch):
         learnt.extend(texts)
         return train_bpe(texts, vocab_size)
 
-    monkeypatch.setattr("moebalance.experiments.data.train_bpe", spy)
+    monkeypatch.setattr("moebalance.lab.text.data.train_bpe", spy)
     load_data(small(folder, tokenizer="bpe", vocab_size=280))
     train, _ = split_documents(load_corpus(str(folder)), validation=0.1, seed=0)
     assert learnt == [document.text for document in train]
@@ -199,7 +199,7 @@ def test_cache_gives_the_same_data_and_survives_damage(folder, tmp_path, monkeyp
     first = load_data(spec, cache_dir=cache)
     (file,) = cache.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr("moebalance.experiments.data.train_bpe", None)  # must not be needed
+        patch.setattr("moebalance.lab.text.data.train_bpe", None)  # must not be needed
         second = load_data(spec, cache_dir=cache)
     assert second.sha256 == first.sha256 == load_data(spec).sha256
     assert torch.equal(second.train.tokens, first.train.tokens)

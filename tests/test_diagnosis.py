@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moebalance.cli import app
+from moebalance.lab.cli import app
 from moebalance.report.diagnosis import Finding, Severity, examine, render
 from moebalance.report.diagnosis.method import parts
 from moebalance.runlog import Run
@@ -54,10 +54,10 @@ def findings(run: Run, *beside: Run) -> dict[str, Finding]:
 # --- healthy runs -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("balancer", [PHI, HARD, FREE])
+@pytest.mark.parametrize("method", [PHI, HARD, FREE])
 @pytest.mark.parametrize("seed", range(5))
-def test_nothing_is_wrong_with_an_even_run(balancer, seed):
-    run = planted(balancer, even(seed=seed), seed=seed)
+def test_nothing_is_wrong_with_an_even_run(method, seed):
+    run = planted(method, even(seed=seed), seed=seed)
     assert {f.severity for f in findings(run).values()} <= {Severity.OK}
 
 
@@ -188,11 +188,11 @@ def test_soft_even_and_hard_not_is_a_gap_and_not_a_weak_strength():
 
 
 @pytest.mark.parametrize(
-    ("balancer", "soft"),
+    ("method", "soft"),
     [(HARD, even()), (f"Together(first={PHI}, second={FREE})", even()), (PHI, skewed(2))],
 )
-def test_no_gap_where_the_hard_load_is_charged_or_the_soft_one_is_uneven_too(balancer, soft):
-    assert "soft-hard-gap" not in findings(planted(balancer, skewed(3), soft=soft))
+def test_no_gap_where_the_hard_load_is_charged_or_the_soft_one_is_uneven_too(method, soft):
+    assert "soft-hard-gap" not in findings(planted(method, skewed(3), soft=soft))
 
 
 def worsening(late: float) -> np.ndarray:
@@ -231,8 +231,8 @@ def test_routers_that_never_move_are_an_error_and_those_that_learn_are_not():
 
 
 def test_a_loss_above_that_of_the_twin_is_told_beyond_noise_only():
-    def run(balancer: str, loss: float, **more) -> Run:
-        return planted(balancer, even(), evals=[{"loss": loss}], **more)
+    def run(method: str, loss: float, **more) -> Run:
+        return planted(method, even(), evals=[{"loss": loss}], **more)
 
     twins = [run(NONE, 2.0 + 0.01 * s, method="none", seed=s) for s in (0, 1)]
     found = findings(run(HARD, 2.1), *twins)["costs-loss"]
@@ -257,7 +257,7 @@ def test_scores_pinned_at_uniform_while_experts_lose_their_domains():
     ("multiplier", "rule"), [(30.0, "target-out-of-reach"), (0.0, "target-met-alone"), (2.0, None)]
 )
 def test_a_controller_at_an_end_of_its_range(multiplier, rule):
-    steered = f"Targeted(balancer={HARD}, goal=MaxVio(at_most=0.3), gain=0.01, ceiling=30.0)"
+    steered = f"Targeted(method={HARD}, goal=MaxVio(at_most=0.3), gain=0.01, ceiling=30.0)"
     series = np.full(STEPS, multiplier)
     run = planted(steered, even(), multiplier_most=series, multiplier_least=series)
     ends = {"target-out-of-reach", "target-met-alone"}
@@ -285,7 +285,7 @@ def test_a_period_counts_steps_where_snapshots_are_rarer():
 
 
 @pytest.mark.parametrize(
-    ("balancer", "load", "every"),
+    ("method", "load", "every"),
     [
         (HARD, waves(25, size=0.08), 1),  # too small to matter
         (HARD.replace("0.05", "0.6"), waves(25), 1),  # a memory this short damps it
@@ -293,8 +293,8 @@ def test_a_period_counts_steps_where_snapshots_are_rarer():
         (HARD, waves(25), 25),  # snapshots too rare to tell
     ],
 )
-def test_no_oscillation_is_told_where_none_can_be(balancer, load, every):
-    assert "oscillation" not in findings(planted(balancer, load, every=every))
+def test_no_oscillation_is_told_where_none_can_be(method, load, every):
+    assert "oscillation" not in findings(planted(method, load, every=every))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -351,9 +351,7 @@ def test_a_slow_return_after_a_change_of_text_asks_for_a_shorter_memory():
 
 
 def test_a_method_is_read_back_from_its_repr():
-    both = parts(
-        f"Together(first=Targeted(balancer={PHI}, goal=MaxVio(at_most=0.3)), second={FREE})"
-    )
+    both = parts(f"Together(first=Targeted(method={PHI}, goal=MaxVio(at_most=0.3)), second={FREE})")
     assert [part.kind for part in both] == ["Together", "Targeted", "PhiBalancing", "LossFree"]
     assert both[2].number("strength") == 0.03
     assert both[2].rate(1024) == 0.05
@@ -366,7 +364,7 @@ def test_a_method_is_read_back_from_its_repr():
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.text(alphabet="Phi(strength=0.1, ').+\x00Ωη", max_size=60))
-def test_whatever_stands_in_the_log_for_the_balancer_is_read_without_an_error(text):
+def test_whatever_stands_in_the_log_for_the_method_is_read_without_an_error(text):
     parts(text)
 
 

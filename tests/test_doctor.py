@@ -11,7 +11,7 @@ import moebalance as mb
 from checkpoints import checkpoint, drop_biases, edit, texts, worst
 from families import COMMON, EXPECTED, tiny, tokens
 from moebalance.integrations.huggingface import find_sites
-from moebalance.integrations.huggingface.doctor import Diagnosis, Severity, diagnose, render
+from moebalance.lab.doctor import Diagnosis, Severity, diagnose, render
 
 # --- Models -------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import moebalance as mb
 from checkpoints import checkpoint, drop_biases, edit, saved, spread, texts, worst
 from families import tiny, tokens
-from moebalance.integrations.huggingface.doctor import Severity, diagnose
+from moebalance.lab.doctor import Severity, diagnose
 
 PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # theirs
 
@@ -143,8 +143,8 @@ def test_weights_that_a_resuming_trainer_passes_over_are_a_warning(
 
 
 def test_a_price_without_a_place_in_the_weights_is_a_warning(tmp_path: Path) -> None:
-    balancer = mb.Together(mb.PhiBalancing(), mb.LossFree(rate=0.02))
-    found = diagnose(checkpoint(tmp_path, "gpt_oss", balancer))
+    method = mb.Together(mb.PhiBalancing(), mb.LossFree(rate=0.02))
+    found = diagnose(checkpoint(tmp_path, "gpt_oss", method))
     assert "is in the balancing state only" in texts(found, Severity.WARNING)[0]
     found = diagnose(checkpoint(tmp_path / "phi", "gpt_oss", mb.PhiBalancing()))
     assert texts(found, Severity.WARNING) == []

@@ -29,8 +29,8 @@ from documents import (
     prose,
 )
 from families import tiny, tokens
-from moebalance.cli import app
-from moebalance.experiments.methods import build_method, split_outside_brackets
+from moebalance.lab.cli import app
+from moebalance.words.methods import build_method, split_outside_brackets
 from test_trl import tokenizer
 from training import QUIET, light_collections
 

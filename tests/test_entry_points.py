@@ -43,8 +43,8 @@ def train(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer:
     return trainer
 
 
-def assert_balanced(callback: Any, balancer: mb.Balancer) -> None:
-    assert callback.balancing.balancer == balancer
+def assert_balanced(callback: Any, method: mb.Method) -> None:
+    assert callback.balancing.method == method
     assert callback.balancing.steps == 2
     assert callback.balancing.metrics()["tokens"] > 0
 
@@ -157,7 +157,7 @@ def read_configuration(text: str) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("file", "balancer"),
+    ("file", "method"),
     [
         ("config.yaml", PHI),
         (
@@ -169,12 +169,12 @@ def read_configuration(text: str) -> tuple[Any, dict[str, Any]]:
     ],
 )
 def test_the_axolotl_configurations_of_the_documentation_train_balanced(
-    tmp_path: Path, axolotl: None, file: str, balancer: mb.Balancer
+    tmp_path: Path, axolotl: None, file: str, method: mb.Method
 ) -> None:
     plugin, cfg = read_configuration(documented(file))
     callbacks = plugin.add_callbacks_pre_trainer(cfg, model=None)
     train(tmp_path, callbacks)
-    assert_balanced(callbacks[0], balancer)
+    assert_balanced(callbacks[0], method)
 
 
 def test_axolotl_resumes_from_a_folder_outside_of_its_output(tmp_path: Path, axolotl: None) -> None:

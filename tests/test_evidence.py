@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moebalance.evidence.aims import Aim, aim_of
-from moebalance.evidence.chapter import Verdict
-from moebalance.evidence.chapters import (
+from evidence.aims import Aim, aim_of
+from evidence.chapter import Verdict
+from evidence.chapters import (
     finetuning,
     population,
     potentials,
@@ -21,17 +21,17 @@ from moebalance.evidence.chapters import (
     specialisation,
     stability,
 )
-from moebalance.evidence.choose import Cell, cell, choose, family
-from moebalance.evidence.population import plug_in_bias, simulated_scores
-from moebalance.evidence.results import gather, read
-from moebalance.experiments.compare import run_name
+from evidence.choose import Cell, cell, choose, family
+from evidence.population import plug_in_bias, simulated_scores
+from evidence.results import gather, read
+from moebalance.lab.compare import run_name
 from moebalance.report.diagnosis.oscillation import swing
 from moebalance.runlog import read_run
 from synthetic_runs import write_run
 from synthetic_studies import GRID, STEPS, jitter, result, study, swinging
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results/evidence"
+RESULTS = ROOT / "evidence/results"
 SEEDS = range(5)
 
 
@@ -384,4 +384,4 @@ def test_scale(gaps, verdict):
         ladder[name] = study(name, GRID, plant, seeds=3, about=size)
     found = scale.chapter(ladder)
     assert found.verdict is verdict
-    assert "ready to run: `recipes/evidence/scale_large.toml`" in found.because
+    assert "ready to run: `evidence/recipes/scale_large.toml`" in found.because

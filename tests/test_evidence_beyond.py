@@ -9,10 +9,10 @@ from statistics import fmean, stdev
 
 import pytest
 
-from moebalance.evidence.chapter import Verdict
-from moebalance.evidence.chapters import gap, rivals, shares, target
-from moebalance.evidence.choose import family
-from moebalance.experiments.recipe import Recipe
+from evidence.chapter import Verdict
+from evidence.chapters import gap, rivals, shares, target
+from evidence.choose import family
+from moebalance.lab.recipe import Recipe
 from synthetic_studies import GRID, jitter, study
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ CHOICE = json.loads((ROOT / "benchmarks/results/target_choice.json").read_text(e
 
 def test_a_target_is_reported_on_seeds_that_its_law_was_not_chosen_on():
     for name in (*target.STUDIES, target.COURSE):
-        recipe = Recipe.read(ROOT / f"recipes/evidence/{name}.toml")
+        recipe = Recipe.read(ROOT / f"evidence/recipes/{name}.toml")
         assert not {run["seed"] for run in CHOICE} & set(recipe.compare.seeds)
 
 
@@ -162,7 +162,7 @@ def test_shares_and_groups(gap, mi, verdict):
 
     studies = {}
     for name in ("shares", "groups"):
-        recipe = Recipe.read(ROOT / f"recipes/evidence/{name}.toml")
+        recipe = Recipe.read(ROOT / f"evidence/recipes/{name}.toml")
         both = tuple(recipe.compare.batching)
         studies[name] = study(name, tuple(recipe.compare.methods), plant, seeds=3, batchings=both)
     found = shares.chapter(studies)

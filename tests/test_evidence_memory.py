@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moebalance.evidence.chapter import Verdict
-from moebalance.evidence.chapters import memory
-from moebalance.experiments.recipe import Recipe
+from evidence.chapter import Verdict
+from evidence.chapters import memory
+from moebalance.lab.recipe import Recipe
 from synthetic_studies import STEPS, study
 
 ROOT = Path(__file__).parents[1]
@@ -59,11 +59,11 @@ def test_memory(gain, verdict):
 def test_a_claim_whose_recipes_were_not_run_says_so():
     found = memory.chapter({})
     assert found.verdict is Verdict.OPEN
-    assert "`recipes/evidence/memory_large.toml` can be run" in found.because
+    assert "`evidence/recipes/memory_large.toml` can be run" in found.because
 
 
 def test_the_recipes_of_the_memory_have_its_settings_and_equal_tokens():
-    recipes = [Recipe.read(ROOT / f"recipes/evidence/{name}.toml") for name in memory.SIZES]
+    recipes = [Recipe.read(ROOT / f"evidence/recipes/{name}.toml") for name in memory.SIZES]
     tokens = [r.train.steps * r.train.batch_size * r.train.accumulation * 128 for r in recipes]
     assert set(tokens) == {409_600}
     ours = (memory.RATE, memory.MEMORY, memory.ADAPTED, memory.SCHEDULED)

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 import moebalance as mb
 from moebalance import metrics
-from moebalance.cli import app
-from moebalance.experiments.batches import TokenDataset
-from moebalance.experiments.checkpoints import last_whole_checkpoint
-from moebalance.experiments.compare import compare, end_with_parent, is_complete, plan
-from moebalance.experiments.evaluate import evaluate
-from moebalance.experiments.methods import build_method
-from moebalance.experiments.recipe import Recipe
-from moebalance.experiments.train import build_model, train_run
+from moebalance.lab.checkpoints import last_whole_checkpoint
+from moebalance.lab.cli import app
+from moebalance.lab.compare import compare, end_with_parent, is_complete, plan
+from moebalance.lab.evaluate import evaluate
+from moebalance.lab.recipe import Recipe
+from moebalance.lab.text.batches import TokenDataset
+from moebalance.lab.train import build_model, train_run
 from moebalance.runlog import LOG_NAME, read_run
+from moebalance.words.methods import build_method
 
 MODEL = {
     "architecture": "qwen3_moe",
@@ -93,7 +93,7 @@ def test_a_run_writes_header_steps_snapshots_evaluation_and_end(
     log = read_run(run(recipe, tmp_path))
     assert log.status == "complete"
     assert log.header["method"] == "phi+loss-free"
-    assert log.header["balancer"].startswith("Together(first=PhiBalancing(")
+    assert log.header["method_repr"].startswith("Together(first=PhiBalancing(")
     assert log.header["model"]["num_experts"] == 8
     assert log.header["model"]["active_parameters"] < log.header["model"]["parameters"]
     assert log.header["data"]["domains"] == ["animals", "numbers"]

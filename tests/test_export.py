@@ -28,11 +28,11 @@ UNPRICED = (mb.PhiBalancing(), mb.Sinkhorn(), mb.NoBalancing())
 
 
 def trained(
-    family: str, balancer: mb.Balancer, *, steps: int = 3, dtype: torch.dtype = torch.float32
+    family: str, method: mb.Method, *, steps: int = 3, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, mb.Balancing]:
     """A model and its handle after some steps, in evaluation mode."""
     model = tiny(family).to(dtype)
-    balancing = mb.attach(model, balancer)
+    balancing = mb.attach(model, method)
     step(model, balancing, steps)
     return model, balancing
 
@@ -62,12 +62,12 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 # --- Families with a selection bias -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("balancer", PRICED, ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize("method", PRICED, ids=lambda b: type(b).__name__)
 @pytest.mark.parametrize("family", NATIVE)
 def test_a_trained_price_comes_back_from_an_export_bit_for_bit(
-    tmp_path: Path, family: str, balancer: mb.Balancer
+    tmp_path: Path, family: str, method: mb.Method
 ) -> None:
-    model, balancing = trained(family, balancer)
+    model, balancing = trained(family, method)
     before = outputs(model)
     assert export(model, balancing, tmp_path) == tmp_path
     assert torch.equal(outputs(loaded(tmp_path)), before)
@@ -148,11 +148,11 @@ def test_a_file_without_the_price_is_noticed(
 # --- Families without ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("balancer", PRICED, ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize("method", PRICED, ids=lambda b: type(b).__name__)
 def test_an_export_without_a_place_for_the_price_is_refused_and_nothing_is_done(
-    tmp_path: Path, balancer: mb.Balancer
+    tmp_path: Path, method: mb.Method
 ) -> None:
-    model, balancing = trained("olmoe", balancer)
+    model, balancing = trained("olmoe", method)
     before = outputs(model)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate and 1 more have no select"):
         export(model, balancing, tmp_path / "out")
@@ -163,9 +163,9 @@ def test_an_export_without_a_place_for_the_price_is_refused_and_nothing_is_done(
     step(model, balancing, 1)  # attached still
 
 
-@pytest.mark.parametrize("balancer", UNPRICED, ids=lambda b: type(b).__name__)
-def test_methods_without_a_price_export_anywhere(tmp_path: Path, balancer: mb.Balancer) -> None:
-    model, balancing = trained("olmoe", balancer)
+@pytest.mark.parametrize("method", UNPRICED, ids=lambda b: type(b).__name__)
+def test_methods_without_a_price_export_anywhere(tmp_path: Path, method: mb.Method) -> None:
+    model, balancing = trained("olmoe", method)
     before = outputs(model)
     export(model, balancing, tmp_path)
     assert torch.equal(outputs(loaded(tmp_path)), before)
@@ -202,12 +202,12 @@ def test_saving_weights_that_lack_their_price_is_warned_about_once(
 
 
 @pytest.mark.parametrize(
-    ("family", "balancer"), [("olmoe", mb.PhiBalancing()), ("deepseek_v3", PRICED[0])]
+    ("family", "method"), [("olmoe", mb.PhiBalancing()), ("deepseek_v3", PRICED[0])]
 )
 def test_saving_weights_that_lack_nothing_is_not_warned_about(
-    caplog: pytest.LogCaptureFixture, family: str, balancer: mb.Balancer
+    caplog: pytest.LogCaptureFixture, family: str, method: mb.Method
 ) -> None:
-    model, balancing = trained(family, balancer)
+    model, balancing = trained(family, method)
     with caplog.at_level(logging.WARNING, "moebalance"):
         model.state_dict()
         balancing.detach()

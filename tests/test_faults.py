@@ -16,9 +16,9 @@ from torch import Tensor
 import moebalance as mb
 from cases import plain_top_k
 from layout_models import WIDTH, Stack, losses
-from moebalance.balancers import LossFree, PhiBalancing, Together
-from moebalance.balancing import Balancing
-from moebalance.layer import LayerBalance
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance
+from moebalance.methods import LossFree, PhiBalancing, Together
 from moebalance.routing import measure
 from processes import COLLECTIVE_S, Collectives, run
 
@@ -63,10 +63,10 @@ def two():
 # --- ranks that do not belong together --------------------------------------------------------
 
 
-def hand(balancer=PHI, names="ab", experts=4, **options: Any) -> Balancing:
+def hand(method=PHI, names="ab", experts=4, **options: Any) -> Balancing:
     """A handle on layers without a model."""
-    layers = {name: LayerBalance(balancer, experts, name=name) for name in names}
-    return Balancing(balancer, layers, **options)
+    layers = {name: LayerBalance(method, experts, name=name) for name in names}
+    return Balancing(method, layers, **options)
 
 
 def count(balancing: Balancing, tokens: int = 8) -> None:
@@ -252,10 +252,10 @@ METHODS = {"phi": PHI, "loss-free": LossFree(), "both": Together(PHI, LossFree()
 def poison() -> Poisoned:
     """NaN logits in the second layer of rank 1 in step 3, then a clean step."""
     found = {}
-    for name, balancer in METHODS.items():
+    for name, method in METHODS.items():
         for all_metrics in (True, False):
             for early in (True, False):
-                model = Stack(balancer)
+                model = Stack(method)
                 balancing = mb.attach(model)
                 balancing.global_metrics = all_metrics
                 gate = model.layers["1"].gate.data

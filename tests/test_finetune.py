@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import moebalance as mb
-from moebalance.cli import app
-from moebalance.experiments.compare import compare, is_complete, plan
-from moebalance.experiments.evaluate import evaluate
-from moebalance.experiments.inputs import load_texts
-from moebalance.experiments.recipe import FINAL, Recipe
-from moebalance.experiments.tokens import TOKENIZER_FILE
-from moebalance.experiments.train import held_out, train_run
+from moebalance.lab.cli import app
+from moebalance.lab.compare import compare, is_complete, plan
+from moebalance.lab.evaluate import evaluate
+from moebalance.lab.inputs import load_texts
+from moebalance.lab.recipe import FINAL, Recipe
+from moebalance.lab.text.tokens import TOKENIZER_FILE
+from moebalance.lab.train import held_out, train_run
 from moebalance.runlog import LOG_NAME, Run, read_run
 
 pytestmark = [

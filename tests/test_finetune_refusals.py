@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moebalance.experiments.recipe import FINAL, Recipe
-from moebalance.experiments.tokens import TOKENIZER_FILE, ByteTokenizer
-from moebalance.experiments.train import train_run
+from moebalance.lab.recipe import FINAL, Recipe
+from moebalance.lab.text.tokens import TOKENIZER_FILE, ByteTokenizer
+from moebalance.lab.train import train_run
 from moebalance.runlog import LOG_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import GATES, random_logits
-from moebalance.routing import Gate, Sigmoid, Softmax, SqrtSoftplus
+from moebalance.gates import Gate, Sigmoid, Softmax, SqrtSoftplus
 
 every_gate_in_use = pytest.mark.parametrize(
     "gate", [Softmax(), Sigmoid(), SqrtSoftplus()], ids=lambda gate: type(gate).__name__

@@ -9,11 +9,11 @@ import torch
 
 from cases import random_logits
 from kernel_processes import caller, process
-from moebalance.balancers import Balancer, LossFree, NoBalancing, PhiBalancing, Sinkhorn
+from moebalance.core.state import method_name
+from moebalance.gates import Gate, GroupLimit, Sigmoid, Softmax
 from moebalance.kernels.plain import ranking
-from moebalance.layer import BalancedRouter
-from moebalance.routing import Gate, GroupLimit, Sigmoid, Softmax
-from moebalance.saved import method_name
+from moebalance.methods import LossFree, Method, NoBalancing, PhiBalancing, Sinkhorn
+from moebalance.router import BalancedRouter
 
 TOKENS, EXPERTS, TOP_K = 65, 24, 5
 LIMITS = [GroupLimit(6, 3), GroupLimit(6, 2, best=1), GroupLimit(3, 1, best=4)]
@@ -21,13 +21,13 @@ LIMITS = [GroupLimit(6, 3), GroupLimit(6, 2, best=1), GroupLimit(3, 1, best=4)]
 every_limit = pytest.mark.parametrize("limit", LIMITS, ids=str)
 every_gate = pytest.mark.parametrize("gate", [Softmax(), Sigmoid()], ids=["softmax", "sigmoid"])
 every_method = pytest.mark.parametrize(
-    "balancer", [PhiBalancing(strength=0.5), LossFree(), NoBalancing()], ids=method_name
+    "method", [PhiBalancing(strength=0.5), LossFree(), NoBalancing()], ids=method_name
 )
 
 
-def router(balancer: Balancer, gate: Gate, limit: GroupLimit | None, *, fused: bool = True):
-    made = BalancedRouter(balancer, EXPERTS, TOP_K, gate=gate, limit=limit, fused=fused)
-    if balancer.prices_selection:
+def router(method: Method, gate: Gate, limit: GroupLimit | None, *, fused: bool = True):
+    made = BalancedRouter(method, EXPERTS, TOP_K, gate=gate, limit=limit, fused=fused)
+    if method.prices_selection:
         made.get_buffer("state_price").copy_(torch.linspace(0, 0.05, EXPERTS))
     return made
 
@@ -42,14 +42,14 @@ def groups_of(experts: torch.Tensor, limit: GroupLimit) -> torch.Tensor:
 @every_gate
 @every_method
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_the_choice_is_the_best_of_the_best_groups(balancer, gate, limit, training):
-    made = router(balancer, gate, limit).train(training)
+def test_the_choice_is_the_best_of_the_best_groups(method, gate, limit, training):
+    made = router(method, gate, limit).train(training)
     logits = random_logits(TOKENS, EXPERTS, seed=0).requires_grad_()
     _, experts = made(logits)
     expected = ranking(logits.detach(), gate, made.price, limit)[:, :TOP_K]
     assert torch.equal(experts.sort(dim=-1).values, expected.sort(dim=-1).values)
     assert groups_of(experts, limit).max() <= limit.kept
-    _, free = router(balancer, gate, None)(logits)
+    _, free = router(method, gate, None)(logits)
     assert groups_of(free, limit).max() > limit.kept
 
 
@@ -84,9 +84,9 @@ def interpreted():
         yield caller(pool)
 
 
-def trained(balancer: Balancer, gate: Gate, limit: GroupLimit, *, fused: bool):
+def trained(method: Method, gate: Gate, limit: GroupLimit, *, fused: bool):
     """Weights, choice, gradient and what was counted, told by expert."""
-    made = router(balancer, gate, limit, fused=fused)
+    made = router(method, gate, limit, fused=fused)
     logits = random_logits(TOKENS, EXPERTS, seed=3).requires_grad_()
     weights, experts = made(logits)
     upstream = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0))
@@ -98,9 +98,9 @@ def trained(balancer: Balancer, gate: Gate, limit: GroupLimit, *, fused: bool):
 @every_limit
 @every_gate
 @every_method
-def test_fused_training_is_plain_training(balancer, gate, limit, interpreted):
-    *found, fused = interpreted(trained, balancer, gate, limit, fused=True)
-    *expected, plain = trained(balancer, gate, limit, fused=False)
+def test_fused_training_is_plain_training(method, gate, limit, interpreted):
+    *found, fused = interpreted(trained, method, gate, limit, fused=True)
+    *expected, plain = trained(method, gate, limit, fused=False)
     assert fused
     assert not plain
     for a, b in zip(found, expected, strict=True):

@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from moebalance import BalancedRouter
-from moebalance.balancers import (
-    Balancer,
+from moebalance.core.layer import LayerBalance
+from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.lab.bench.traffic import Traffic, kept_for_backward, traffic
+from moebalance.methods import (
     EmaSwitchLoss,
     GlobalBatchLoss,
+    Method,
     NoBalancing,
     PhiBalancing,
     SwitchLoss,
 )
-from moebalance.bench.traffic import Traffic, kept_for_backward, traffic
-from moebalance.layer import LayerBalance
-from moebalance.routing import Gate, Sigmoid, Softmax
 
 TOKENS, EXPERTS, TOP_K = 4096, 256, 8
 
-PRICED: dict[str, Balancer] = {
+PRICED: dict[str, Method] = {
     "phi": PhiBalancing(),
     "phi-no-peek": PhiBalancing(peek=False),
     "switch": SwitchLoss(),

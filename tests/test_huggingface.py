@@ -60,7 +60,7 @@ def test_the_rule_recomputes_the_routers_own_weights(family: str) -> None:
 
 @each_family
 def test_injected_gradient_equals_the_explicit_term(family: str) -> None:
-    ids, balancer = tokens(), mb.PhiBalancing(strength=0.5)
+    ids, method = tokens(), mb.PhiBalancing(strength=0.5)
     model = tiny(family)
     names = [site.name for site in find_sites(model)]
     gates = {site.name: site.rule.gate for site in find_sites(model)}
@@ -74,12 +74,12 @@ def test_injected_gradient_equals_the_explicit_term(family: str) -> None:
     for name, (logits, _, experts, *_) in seen.items():
         routing = mb.route(logits, experts, gates[name])
         sums = mb.measure(routing)
-        loss = loss + balancer.penalty(balancer.init(8), mb.Batch(routing, sums, sums))
+        loss = loss + method.penalty(method.init(8), mb.Batch(routing, sums, sums))
     loss.backward()
     explicit = router_gradients(model, names)
     model.zero_grad()
 
-    with mb.attach(model, balancer):
+    with mb.attach(model, method):
         model(input_ids=ids, labels=ids).loss.backward()
         injected = router_gradients(model, names)
     for name in names:

@@ -130,7 +130,7 @@ def test_what_is_neither_transformers_nor_ours_is_refused() -> None:
         mb.attach(nn.Linear(2, 2), mb.PhiBalancing())
     with pytest.raises(TypeError, match="torch module"):
         mb.attach("mixtral", mb.PhiBalancing())
-    with pytest.raises(TypeError, match="must be a Balancer"):
+    with pytest.raises(TypeError, match="must be a Method"):
         mb.attach(tiny("mixtral"), "phi")
 
 

@@ -15,21 +15,18 @@ from pathlib import Path
 import pytest
 
 import moebalance
-import moebalance.balancers
+import moebalance.methods
 
 DOCUMENTED = [
     "moebalance.routing",
-    "moebalance.inject",
-    "moebalance.tally",
+    "moebalance.core.inject",
+    "moebalance.core.tally",
     "moebalance.kernels.router",
-    "moebalance.layer",
-    "moebalance.balancing",
-    "moebalance.sites",
-    "moebalance.balancers",
-    *(
-        f"moebalance.balancers.{m.name}"
-        for m in pkgutil.iter_modules(moebalance.balancers.__path__)
-    ),
+    "moebalance.core.layer",
+    "moebalance.core.handle",
+    "moebalance.integrations.rule",
+    "moebalance.methods",
+    *(f"moebalance.methods.{m.name}" for m in pkgutil.iter_modules(moebalance.methods.__path__)),
 ]
 HEAVY = ("torch", "transformers", "rich", "typer", "jinja2", "datasets", "accelerate", "numpy")
 
@@ -99,8 +96,8 @@ def test_names_for_type_checkers_are_the_public_names():
         assert getattr(moebalance, name) is found
 
 
-def test_every_balancer_in_the_package_is_public():
-    for name in moebalance.balancers.__all__:
+def test_every_method_in_the_package_is_public():
+    for name in moebalance.methods.__all__:
         assert name in moebalance.__all__
 
 

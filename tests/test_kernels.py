@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_processes import caller, process
+from moebalance.gates import GroupLimit, Sigmoid, Softmax, SqrtSoftplus
 from moebalance.kernels import choose, plain, pull_back, router, supported, tiling
-from moebalance.routing import GroupLimit, Sigmoid, Softmax, SqrtSoftplus
 
 GATES = [Softmax(), Sigmoid()]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}

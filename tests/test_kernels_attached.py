@@ -11,12 +11,13 @@ from cases import skewed_state
 from families import tiny
 from kernel_processes import caller, process
 from moebalance import BalancedRouter, attach, kernels
-from moebalance.balancers import LossFree, PhiBalancing, SequenceLoss, SwitchLoss
-from moebalance.bench.traffic import traffic
+from moebalance.core.layer import LayerBalance
+from moebalance.core.tally import pack
+from moebalance.gates import Sigmoid, Softmax
 from moebalance.kernels import attached, price
-from moebalance.layer import LayerBalance
-from moebalance.routing import Sigmoid, Softmax, measure, real_rows, route
-from moebalance.tally import pack
+from moebalance.lab.bench.traffic import traffic
+from moebalance.methods import LossFree, PhiBalancing, SequenceLoss, SwitchLoss
+from moebalance.routing import measure, real_rows, route
 
 GATES = [Softmax(), Sigmoid()]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}

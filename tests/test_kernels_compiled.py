@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kernel_processes import caller, process
+from moebalance.gates import GroupLimit
 from moebalance.kernels.tiling import next_power, tile
-from moebalance.routing import GroupLimit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -8,10 +8,14 @@ import torch
 from cases import skewed_state
 from kernel_processes import caller, process
 from moebalance import BalancedRouter, kernels
-from moebalance.balancers import (
-    Balancer,
+from moebalance.core.tally import Tally, settle
+from moebalance.kernels import price as launched
+from moebalance.kernels import router as passes
+from moebalance.lab.bench.traffic import traffic
+from moebalance.methods import (
     LossFree,
     MaxVio,
+    Method,
     NoBalancing,
     PhiBalancing,
     Scheduled,
@@ -19,11 +23,7 @@ from moebalance.balancers import (
     Targeted,
     Together,
 )
-from moebalance.bench.traffic import traffic
-from moebalance.kernels import price as launched
-from moebalance.kernels import router as passes
 from moebalance.potentials import Euclidean, NegativeEntropy, Softplus
-from moebalance.tally import Tally, settle
 
 STEPS = {"first step": (0, 0), "one batch a step": (64, 1), "four batches a step": (200, 4)}
 
@@ -35,7 +35,7 @@ def interpreted():
 
 
 def charged(
-    method: Balancer, experts: int, tokens: float, last_step: tuple[int, int], *, fused: bool
+    method: Method, experts: int, tokens: float, last_step: tuple[int, int], *, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Price and running sums after a batch of these sums in the middle of a step."""
     generator = torch.Generator().manual_seed(experts)
@@ -80,7 +80,7 @@ def test_so_does_it_where_phi_is_steered_scheduled_or_beside_a_bias(method, inte
     same_launched(method, STEPS["four batches a step"], interpreted)
 
 
-def same_launched(method: Balancer, last_step: tuple[int, int], interpreted) -> None:
+def same_launched(method: Method, last_step: tuple[int, int], interpreted) -> None:
     for experts, tokens in ((2, 5.0), (60, 0.0), (60, 33.0), (2304, 100.0)):
         assert kernels.forms(method.mean_price(skewed_state(method, experts)))
         case = (method, experts, tokens, last_step)
@@ -106,7 +106,7 @@ def test_what_the_launch_cannot_form_is_formed_in_torch():
         assert not kernels.forms(method.mean_price(method.init(8)))
 
 
-def kernels_of_a_batch(balancer: Balancer, monkeypatch, *, padded: bool = False) -> list[str]:
+def kernels_of_a_batch(method: Method, monkeypatch, *, padded: bool = False) -> list[str]:
     """All that a GPU is sent for one batch, there and back, in order."""
     sent: list[str] = []
 
@@ -116,7 +116,7 @@ def kernels_of_a_batch(balancer: Balancer, monkeypatch, *, padded: bool = False)
     monkeypatch.setattr(kernels, "supported", lambda *_: True)
     for module in (passes, launched):
         monkeypatch.setattr(module, "launch", launch)
-    router = BalancedRouter(balancer, 64, 8)
+    router = BalancedRouter(method, 64, 8)
     logits = torch.randn(32, 64, requires_grad=True)
     mask = torch.arange(32) < 20 if padded else None
     upstream = torch.ones(32, 8)

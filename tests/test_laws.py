@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import moebalance as mb
 from cases import (
-    BALANCERS,
     GATES,
+    METHODS,
     OF_EIGHT,
     add,
     charging_parts,
@@ -25,15 +25,15 @@ from cases import (
     tensors,
     to_double,
 )
-from moebalance.balancers import Balancer
+from moebalance.methods import Method
 from moebalance.routing import Routing, route
 
-every_balancer = pytest.mark.parametrize(
-    "balancer", [pytest.param(balancer, id=name) for name, balancer in BALANCERS.items()]
+every_method = pytest.mark.parametrize(
+    "method", [pytest.param(method, id=name) for name, method in METHODS.items()]
 )
-every_balancer_of_eight = pytest.mark.parametrize(
-    "balancer",
-    [pytest.param(balancer, id=name) for name, balancer in {**BALANCERS, **OF_EIGHT}.items()],
+every_method_of_eight = pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, id=name) for name, method in {**METHODS, **OF_EIGHT}.items()],
 )
 every_gate = pytest.mark.parametrize(
     "gate", [pytest.param(gate, id=name) for name, gate in GATES.items()]
@@ -69,88 +69,88 @@ def rotations(base: torch.Tensor) -> torch.Tensor:
 # --- statistics -------------------------------------------------------------------------------
 
 
-@every_balancer
+@every_method
 @given(size=sizes, other_tokens=st.integers(0, 30), seed=seeds, padded=st.booleans())
 @few
 def test_sums_of_a_concatenation_are_the_sums_of_the_parts(
-    balancer, size, other_tokens, seed, padded
+    method, size, other_tokens, seed, padded
 ):
     tokens, num_experts, top_k = size
-    state = skewed_state(balancer, num_experts)
+    state = skewed_state(method, num_experts)
     a = random_routing(tokens, num_experts, top_k, seed=seed, padded=padded)
     b = random_routing(max(other_tokens, 1), num_experts, top_k, seed=seed + 1, padded=padded)
     mask = None if not padded else torch.cat([a.mask, b.mask])
     both = route(
         torch.cat([a.logits, b.logits]), torch.cat([a.experts, b.experts]), a.gate, mask=mask
     )
-    whole = balancer.observe(state, both)
-    close(whole, add(balancer.observe(state, a), balancer.observe(state, b)))
+    whole = method.observe(state, both)
+    close(whole, add(method.observe(state, a), method.observe(state, b)))
 
 
-@every_balancer_of_eight
-def test_extra_sums_have_the_announced_shapes(balancer):
+@every_method_of_eight
+def test_extra_sums_have_the_announced_shapes(method):
     routing = random_routing(10, 8)
-    extra = balancer.observe(balancer.init(8), routing).extra
-    assert tuple(tuple(tensor.shape) for tensor in extra) == balancer.extra_shapes(8)
+    extra = method.observe(method.init(8), routing).extra
+    assert tuple(tuple(tensor.shape) for tensor in extra) == method.extra_shapes(8)
 
 
-@every_balancer_of_eight
+@every_method_of_eight
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_state_sums_and_gradient_are_float32_whatever_the_logits(balancer, dtype):
+def test_state_sums_and_gradient_are_float32_whatever_the_logits(method, dtype):
     routing = random_routing(24, 8, dtype=dtype)
-    state = balancer.init(8)
+    state = method.init(8)
     for _ in range(2):
-        batch = one_batch(balancer, state, routing)
+        batch = one_batch(method, state, routing)
         results = [*tensors(state), *tensors(batch.sums)]
-        results += [balancer.logit_gradient(state, batch), balancer.penalty(state, batch)]
-        results += [balancer.price(state), preference(balancer, state, routing)]
+        results += [method.logit_gradient(state, batch), method.penalty(state, batch)]
+        results += [method.price(state), preference(method, state, routing)]
         assert {r.dtype for r in results if r is not None} == {torch.float32}
-        state = balancer.update(state, batch.sums)
+        state = method.update(state, batch.sums)
 
 
-@every_balancer_of_eight
-def test_state_stays_float32_under_another_default_dtype(balancer):
+@every_method_of_eight
+def test_state_stays_float32_under_another_default_dtype(method):
     torch.set_default_dtype(torch.bfloat16)
     try:
-        state = balancer.init(8)
+        state = method.init(8)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(tensor.dtype == torch.float32 for tensor in tensors(state))
 
 
-@every_balancer_of_eight
+@every_method_of_eight
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_float64_logits_are_taken_and_an_update_keeps_the_dtype_of_the_state(balancer, state_dtype):
+def test_float64_logits_are_taken_and_an_update_keeps_the_dtype_of_the_state(method, state_dtype):
     routing = random_routing(24, 8, dtype=torch.float64)
-    state = balancer.init(8) if state_dtype == torch.float32 else to_double(balancer.init(8))
-    batch = one_batch(balancer, state, routing)
-    gradient = balancer.logit_gradient(state, batch)
+    state = method.init(8) if state_dtype == torch.float32 else to_double(method.init(8))
+    batch = one_batch(method, state, routing)
+    gradient = method.logit_gradient(state, batch)
     assert gradient is None or gradient.dtype == torch.float64
-    assert all(t.dtype == state_dtype for t in tensors(balancer.update(state, batch.sums)))
+    assert all(t.dtype == state_dtype for t in tensors(method.update(state, batch.sums)))
 
 
-@every_balancer_of_eight
+@every_method_of_eight
 @pytest.mark.parametrize("tokens", [0, 6], ids=["no-token", "all-padding"])
 @every_gate
-def test_batch_without_real_token_changes_no_state_and_has_zero_gradient(balancer, tokens, gate):
-    state = skewed_state(balancer, 8)
+def test_batch_without_real_token_changes_no_state_and_has_zero_gradient(method, tokens, gate):
+    state = skewed_state(method, 8)
     mask = torch.zeros(tokens, dtype=torch.bool)
     routing = plain_top_k(random_logits(tokens, 8), 2, gate=gate, mask=mask)
-    batch = one_batch(balancer, state, routing)
-    identical(balancer.update(state, batch.sums), state)
-    gradient = balancer.logit_gradient(state, batch)
+    batch = one_batch(method, state, routing)
+    identical(method.update(state, batch.sums), state)
+    gradient = method.logit_gradient(state, batch)
     if gradient is not None:
         assert gradient.shape == (tokens, 8)
         assert not gradient.any()
-        assert balancer.penalty(state, batch).item() == 0
+        assert method.penalty(state, batch).item() == 0
     assert torch.isfinite(torch.cat([t.reshape(-1) for t in tensors(batch.sums)])).all()
 
 
-@every_balancer_of_eight
+@every_method_of_eight
 @every_gate
-def test_padding_changes_neither_sums_nor_term_nor_choice_of_real_tokens(balancer, gate):
+def test_padding_changes_neither_sums_nor_term_nor_choice_of_real_tokens(method, gate):
     sequences, length, padding, num_experts = 3, 7, 4, 8
-    state = to_double(skewed_state(balancer, num_experts, gate=gate))
+    state = to_double(skewed_state(method, num_experts, gate=gate))
     real = random_logits(sequences * length, num_experts, seed=5, dtype=torch.float64)
     # One sequence more is padding altogether.
     garbage = random_logits(
@@ -166,30 +166,30 @@ def test_padding_changes_neither_sums_nor_term_nor_choice_of_real_tokens(balance
     long = plain_top_k(
         logits.view(-1, num_experts), 2, gate=gate, mask=flat, sequences=sequences + 1
     )
-    expected, found = one_batch(balancer, state, short), one_batch(balancer, state, long)
+    expected, found = one_batch(method, state, short), one_batch(method, state, long)
     close(found.sums, expected.sums, 1e-12)
-    close(balancer.update(state, found.sums), balancer.update(state, expected.sums), 1e-12)
-    gradient = balancer.logit_gradient(state, expected)
+    close(method.update(state, found.sums), method.update(state, expected.sums), 1e-12)
+    gradient = method.logit_gradient(state, expected)
     if gradient is not None:
-        padded_gradient = balancer.logit_gradient(state, found)
+        padded_gradient = method.logit_gradient(state, found)
         # A penalty of centred prices is a small difference of large terms: absolute.
         torch.testing.assert_close(
-            balancer.penalty(state, found), balancer.penalty(state, expected), rtol=0, atol=1e-14
+            method.penalty(state, found), method.penalty(state, expected), rtol=0, atol=1e-14
         )
         close(padded_gradient[flat], gradient, 1e-12)
         assert not padded_gradient[~flat].any()
-    ranked = preference(balancer, state, short)
+    ranked = preference(method, state, short)
     if ranked is not None:
-        close(preference(balancer, state, long)[flat], ranked, 1e-12)
+        close(preference(method, state, long)[flat], ranked, 1e-12)
 
 
 # --- the methods as functions -----------------------------------------------------------------
 
 
-@every_balancer
+@every_method
 @given(seed=seeds, num_experts=st.sampled_from([3, 8]), padded=st.booleans())
 @few
-def test_renumbering_the_experts_renumbers_every_result(balancer, seed, num_experts, padded):
+def test_renumbering_the_experts_renumbers_every_result(method, seed, num_experts, padded):
     order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(seed))
     new_number = order.argsort()
     routing = random_routing(18, num_experts, 2, seed=seed, padded=padded, sequences=3)
@@ -200,29 +200,27 @@ def test_renumbering_the_experts_renumbers_every_result(balancer, seed, num_expe
         mask=routing.mask,
         sequences=3,
     )
-    state = skewed_state(balancer, num_experts)
+    state = skewed_state(method, num_experts)
     other = permute(state, order)
-    batch, twin = one_batch(balancer, state, routing), one_batch(balancer, other, renumbered)
+    batch, twin = one_batch(method, state, routing), one_batch(method, other, renumbered)
 
     close(twin.sums, permute(batch.sums, order))
-    after = permute(balancer.update(state, batch.sums), order)
-    for mine, theirs in zip(
-        tensors(after), tensors(balancer.update(other, twin.sums)), strict=True
-    ):
+    after = permute(method.update(state, batch.sums), order)
+    for mine, theirs in zip(tensors(after), tensors(method.update(other, twin.sums)), strict=True):
         # Squares of small differences, numbers that an adaptive rate keeps, double the rounding.
-        adapts = getattr(balancer, "rate", None) == "auto" and not mine.dim()
+        adapts = getattr(method, "rate", None) == "auto" and not mine.dim()
         close(theirs, mine, 2e-5 if adapts else 1e-6)
     for mine, theirs in [
-        (balancer.penalty(state, batch), balancer.penalty(other, twin)),
-        (columns(balancer.charged(state, batch), order), balancer.charged(other, twin)),
+        (method.penalty(state, batch), method.penalty(other, twin)),
+        (columns(method.charged(state, batch), order), method.charged(other, twin)),
         (
-            columns(balancer.logit_gradient(state, batch), order),
-            balancer.logit_gradient(other, twin),
+            columns(method.logit_gradient(state, batch), order),
+            method.logit_gradient(other, twin),
         ),
-        (columns(balancer.price(state), order), balancer.price(other)),
+        (columns(method.price(state), order), method.price(other)),
         (
-            columns(preference(balancer, state, routing), order),
-            preference(balancer, other, renumbered),
+            columns(preference(method, state, routing), order),
+            preference(method, other, renumbered),
         ),
     ]:
         assert (mine is None) == (theirs is None)
@@ -230,69 +228,69 @@ def test_renumbering_the_experts_renumbers_every_result(balancer, seed, num_expe
             torch.testing.assert_close(theirs, mine, rtol=2e-6, atol=1e-6)
 
 
-@every_balancer_of_eight
-def test_functions_are_pure(balancer):
+@every_method_of_eight
+def test_functions_are_pure(method):
     routing = random_routing(24, 8, padded=True, sequences=4)
-    state = skewed_state(balancer, 8)
+    state = skewed_state(method, 8)
     copies = [t.clone() for t in [*tensors(state), routing.logits, routing.scores, routing.experts]]
 
     def everything():
-        batch = one_batch(balancer, state, routing, share=0.5)
-        results = [balancer.update(state, batch.sums), batch.sums]
-        results += [balancer.penalty(state, batch), balancer.logit_gradient(state, batch)]
-        results += [balancer.price(state), preference(balancer, state, routing)]
+        batch = one_batch(method, state, routing, share=0.5)
+        results = [method.update(state, batch.sums), batch.sums]
+        results += [method.penalty(state, batch), method.logit_gradient(state, batch)]
+        results += [method.price(state), preference(method, state, routing)]
         return [result for result in results if result is not None]
 
     identical(everything(), everything())
     identical([*tensors(state), routing.logits, routing.scores, routing.experts], copies)
 
 
-@every_balancer_of_eight
-def test_hyper_parameters_are_frozen_hashable_and_comparable(balancer):
-    assert len({balancer, eval(repr(balancer), public_names())}) == 1
-    for field in fields(balancer):
+@every_method_of_eight
+def test_hyper_parameters_are_frozen_hashable_and_comparable(method):
+    assert len({method, eval(repr(method), public_names())}) == 1
+    for field in fields(method):
         with pytest.raises(FrozenInstanceError):
-            setattr(balancer, field.name, 1)
+            setattr(method, field.name, 1)
 
 
-@every_balancer_of_eight
-def test_repr_is_the_expression_that_builds_it(balancer):
-    assert eval(repr(balancer), public_names()) == balancer
+@every_method_of_eight
+def test_repr_is_the_expression_that_builds_it(method):
+    assert eval(repr(method), public_names()) == method
 
 
-@every_balancer_of_eight
-def test_levers_are_announced_truly(balancer):
+@every_method_of_eight
+def test_levers_are_announced_truly(method):
     routing = random_routing(24, 8)
-    state = skewed_state(balancer, 8)
-    batch = one_batch(balancer, state, routing)
-    assert balancer.charges == (balancer.logit_gradient(state, batch) is not None)
-    assert balancer.charges == (balancer.penalty(state, batch) is not None)
-    assert balancer.prices_selection == (balancer.price(state) is not None)
-    assert balancer.selects == (preference(balancer, state, routing) is not None)
+    state = skewed_state(method, 8)
+    batch = one_batch(method, state, routing)
+    assert method.charges == (method.logit_gradient(state, batch) is not None)
+    assert method.charges == (method.penalty(state, batch) is not None)
+    assert method.prices_selection == (method.price(state) is not None)
+    assert method.selects == (preference(method, state, routing) is not None)
 
 
-@every_balancer_of_eight
+@every_method_of_eight
 @every_gate
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
 )
-def test_logit_gradient_is_autograd_of_the_penalty(balancer, gate, padded, dtype, tolerance):
-    state = skewed_state(balancer, 8, gate=gate)
+def test_logit_gradient_is_autograd_of_the_penalty(method, gate, padded, dtype, tolerance):
+    state = skewed_state(method, 8, gate=gate)
     if dtype == torch.float64:
         state = to_double(state)
     routing = random_routing(24, 8, gate=gate, dtype=dtype, padded=padded, sequences=4, seed=3)
     # A step that holds another micro-batch as well.
-    before = balancer.observe(state, random_routing(24, 8, gate=gate, dtype=dtype, seed=4))
-    batch = one_batch(balancer, state, routing, share=0.4)
+    before = method.observe(state, random_routing(24, 8, gate=gate, dtype=dtype, seed=4))
+    batch = one_batch(method, state, routing, share=0.4)
     batch = batch._replace(step=add(before, batch.sums))
 
-    closed = balancer.logit_gradient(state, batch)
+    closed = method.logit_gradient(state, batch)
     if closed is None:
         return
     logits = routing.logits.clone().requires_grad_()
     live = route(logits, routing.experts, gate, mask=routing.mask, sequences=4)
-    balancer.penalty(state, batch._replace(routing=live)).backward()
+    method.penalty(state, batch._replace(routing=live)).backward()
     close(closed, logits.grad, tolerance)
 
 
@@ -300,12 +298,12 @@ def test_logit_gradient_is_autograd_of_the_penalty(balancer, gate, padded, dtype
 
 
 selecting = pytest.mark.parametrize(
-    "balancer",
-    [pytest.param(b, id=name) for name, b in BALANCERS.items() if b.prices_selection],
+    "method",
+    [pytest.param(b, id=name) for name, b in METHODS.items() if b.prices_selection],
 )
 charging = pytest.mark.parametrize(
-    "balancer",
-    [pytest.param(b, id=name) for name, b in BALANCERS.items() if b.charges],
+    "method",
+    [pytest.param(b, id=name) for name, b in METHODS.items() if b.charges],
 )
 
 
@@ -313,15 +311,13 @@ charging = pytest.mark.parametrize(
 @every_gate
 @given(seed=seeds, expert=st.integers(0, 7), amount=st.floats(0, 1))
 @few
-def test_raising_the_price_of_one_expert_never_raises_its_load(
-    balancer, gate, seed, expert, amount
-):
+def test_raising_the_price_of_one_expert_never_raises_its_load(method, gate, seed, expert, amount):
     """Exact for every token: its rank can only fall while all others' keys stay."""
-    state = skewed_state(balancer, 8, gate=gate)
+    state = skewed_state(method, 8, gate=gate)
     routing = random_routing(64, 8, gate=gate, seed=seed)
-    ranked = preference(balancer, state, routing)
+    ranked = preference(method, state, routing)
     # What is ranked is the affinity minus the price, so a dearer expert is ranked so much lower.
-    torch.testing.assert_close(ranked, gate.affinities(routing.logits) - balancer.price(state))
+    torch.testing.assert_close(ranked, gate.affinities(routing.logits) - method.price(state))
     dearer = ranked.clone()
     dearer[:, expert] -= amount
     assert (dearer.topk(2).indices == expert).sum() <= (ranked.topk(2).indices == expert).sum()
@@ -329,17 +325,17 @@ def test_raising_the_price_of_one_expert_never_raises_its_load(
 
 @selecting
 @every_gate
-def test_an_update_makes_the_busiest_expert_dearer_than_the_idlest(balancer, gate):
-    state = balancer.init(8)
+def test_an_update_makes_the_busiest_expert_dearer_than_the_idlest(method, gate):
+    state = method.init(8)
     routing = random_routing(256, 8, gate=gate, seed=11)
-    sums = balancer.observe(state, routing)
-    change = balancer.price(balancer.update(state, sums)) - balancer.price(state)
+    sums = method.observe(state, routing)
+    change = method.price(method.update(state, sums)) - method.price(state)
     assert change[sums.counts.argmax()] > change[sums.counts.argmin()]
 
 
 @charging
 @every_gate
-def test_a_gradient_step_lowers_the_mean_score_of_the_one_busy_expert(balancer, gate):
+def test_a_gradient_step_lowers_the_mean_score_of_the_one_busy_expert(method, gate):
     """One expert is busier than all others, who are alike.
 
     For arbitrary loads this is false of single experts: taking score from an expert with a large
@@ -350,32 +346,32 @@ def test_a_gradient_step_lowers_the_mean_score_of_the_one_busy_expert(balancer, 
     logits = torch.cat([others.max(dim=-1, keepdim=True).values + 0.5, others], dim=-1)
     routing = plain_top_k(logits, 2, gate=gate)
     # Methods that do not peek charge what finished steps have shown.
-    state = balancer.update(balancer.init(8), balancer.observe(balancer.init(8), routing))
-    batch = one_batch(balancer, state, routing)
-    step = balancer.logit_gradient(state, batch)
+    state = method.update(method.init(8), method.observe(method.init(8), routing))
+    batch = one_batch(method, state, routing)
+    step = method.logit_gradient(state, batch)
     after = gate.scores(logits - 1e-2 * step / step.abs().max()).mean(dim=0)
     assert after[0] < batch.sums.soft_load[0]
 
 
 @charging
 @every_gate
-def test_a_small_gradient_step_lowers_the_penalty_at_the_same_price(balancer, gate):
-    state = to_double(skewed_state(balancer, 8, gate=gate))
+def test_a_small_gradient_step_lowers_the_penalty_at_the_same_price(method, gate):
+    state = to_double(skewed_state(method, 8, gate=gate))
     routing = random_routing(48, 8, gate=gate, dtype=torch.float64, seed=9)
-    batch = one_batch(balancer, state, routing)
-    gradient = balancer.logit_gradient(state, batch)
+    batch = one_batch(method, state, routing)
+    gradient = method.logit_gradient(state, batch)
     length = 1e-3 / gradient.abs().max()
     moved = route(routing.logits - length * gradient, routing.experts, gate)
-    change = balancer.penalty(state, batch._replace(routing=moved)) - balancer.penalty(state, batch)
+    change = method.penalty(state, batch._replace(routing=moved)) - method.penalty(state, batch)
     assert change / (-length * gradient.square().sum()) == pytest.approx(1, rel=1e-2)
 
 
 @charging
 @every_gate
-def test_a_batch_in_which_all_experts_are_alike_is_not_charged(balancer, gate):
+def test_a_batch_in_which_all_experts_are_alike_is_not_charged(method, gate):
     base = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     routing = plain_top_k(rotations(base), 2, gate=gate)
-    for part in charging_parts(balancer):
+    for part in charging_parts(method):
         state = to_double(part.init(8))
         for _ in range(3):
             batch = one_batch(part, state, routing)
@@ -383,10 +379,8 @@ def test_a_batch_in_which_all_experts_are_alike_is_not_charged(balancer, gate):
             state = part.update(state, batch.sums)
 
 
-def preference(balancer: Balancer, state, routing: Routing) -> torch.Tensor | None:
-    return balancer.preference(
-        state, routing.gate, routing.logits, mask=routing.mask, training=True
-    )
+def preference(method: Method, state, routing: Routing) -> torch.Tensor | None:
+    return method.preference(state, routing.gate, routing.logits, mask=routing.mask, training=True)
 
 
 def columns(tensor: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | None:

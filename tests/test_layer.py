@@ -7,20 +7,21 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from cases import BALANCERS
-from moebalance.balancers import (
-    Balancer,
+from cases import METHODS
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance
+from moebalance.core.state import method_name
+from moebalance.gates import Sigmoid, Softmax, SqrtSoftplus
+from moebalance.methods import (
     GlobalBatchLoss,
     LossFree,
+    Method,
     NoBalancing,
     PhiBalancing,
     Sinkhorn,
     Together,
 )
-from moebalance.balancing import Balancing
-from moebalance.layer import BalancedRouter, LayerBalance
-from moebalance.routing import Sigmoid, Softmax, SqrtSoftplus
-from moebalance.saved import method_name
+from moebalance.router import BalancedRouter
 from tiny_moe import (
     EXPERTS,
     PHI,
@@ -41,9 +42,9 @@ from tiny_moe import (
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("name", [name for name, b in BALANCERS.items() if b.charges])
+@pytest.mark.parametrize("name", [name for name, b in METHODS.items() if b.charges])
 def test_injected_gradient_is_that_of_the_term_in_the_loss(name, router):
-    model = TinyMoE(BALANCERS[name], router)
+    model = TinyMoE(METHODS[name], router)
     warm(model)
     x = hidden(3, 5)
     mask = torch.ones(3, 5, dtype=torch.bool)
@@ -117,7 +118,7 @@ def test_accumulated_micro_batches_charge_what_one_batch_charges():
 
 def test_unequal_micro_batches_charge_what_one_batch_charges_given_their_weights():
     layer = LayerBalance(PhiBalancing(strength=0.1, peek=False), EXPERTS)
-    balancing = Balancing(layer.balancer, {"layer": layer})
+    balancing = Balancing(layer.method, {"layer": layer})
     logits = hidden(24)[:, :EXPERTS].requires_grad_()
 
     def run(rows, weight=None):
@@ -199,7 +200,7 @@ def test_peek_takes_a_batch_for_the_whole_step_where_steps_are_one_batch():
         (lambda: BalancedRouter(PHI, 4, 5), ValueError, "top_k=5 with num_experts=4"),
         (lambda: BalancedRouter(PHI, 4, 0), ValueError, "top_k=0"),
         (lambda: BalancedRouter(PHI, 1, 1), ValueError, "num_experts=1"),
-        (lambda: BalancedRouter("phi", 4, 2), TypeError, "balancer='phi'"),
+        (lambda: BalancedRouter("phi", 4, 2), TypeError, "method='phi'"),
         (lambda: BalancedRouter(PhiBalancing, 4, 2), TypeError, "PhiBalancing"),
         (
             lambda: BalancedRouter(PHI, 4, 2, name="layers.3")(torch.zeros(5, 3)),
@@ -234,7 +235,7 @@ def test_a_method_is_named_by_its_classes():
 
 
 @dataclass(frozen=True)
-class Squares(Balancer):
+class Squares(Method):
     """A stranger's method that knows its term and no gradient."""
 
     def penalty(self, state, batch):

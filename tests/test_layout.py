@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import moebalance as mb
-from cases import BALANCERS, parts
+from cases import METHODS, parts
 from layout_models import EXPERTS, WIDTH, Stack, losses
 from layouts import (
     ALONE,
@@ -33,13 +33,13 @@ from layouts import (
     halves,
     train_all,
 )
-from moebalance.balancers import GlobalBatchLoss, LossFree, PhiBalancing, Sinkhorn, Together
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
+from moebalance.methods import GlobalBatchLoss, LossFree, PhiBalancing, Sinkhorn, Together
 from processes import Collectives, run
 
-ADDITIVE = [name for name, balancer in BALANCERS.items() if additive(balancer)]
+ADDITIVE = [name for name, method in METHODS.items() if additive(method)]
 COUPLED = {
-    unit: [name for name, balancer in BALANCERS.items() if balancer.coupling == unit]
+    unit: [name for name, method in METHODS.items() if method.coupling == unit]
     for unit in ("sequence", "batch", "step")
 }
 """What must not be taken apart, and for whom."""
@@ -71,14 +71,14 @@ class Pair(NamedTuple):
 
 
 def pair() -> Pair:
-    trained = train_all(PAIRS, BALANCERS) | train_all(RAGGED_PAIRS, FEW)
+    trained = train_all(PAIRS, METHODS) | train_all(RAGGED_PAIRS, FEW)
     trained |= train_all(UNSHARED, MOVED)
     return Pair(trained, interleave(), count_messages(), train_transformers(FRAMEWORKS))
 
 
 @pytest.fixture(scope="module")
 def one():
-    return train_all({"all": ONE["all"]}, BALANCERS) | train_all(ONE, FEW)
+    return train_all({"all": ONE["all"]}, METHODS) | train_all(ONE, FEW)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def two():
 
 def compare(sides, one, name: str, layout: Layout, method: str) -> Difference:
     reference = one[layout.tokens, method]
-    return difference([side[name, method] for side in sides], reference, BALANCERS[method])
+    return difference([side[name, method] for side in sides], reference, METHODS[method])
 
 
 # --- the law ----------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def check(sides, one, name: str, layout: Layout, methods: Iterable[str]) -> None
         found = compare(sides, one, name, layout, method)
         said = f"{method} under {name}: {found}"
         assert found.state <= SAME_STATE, said
-        if not any(isinstance(part, Sinkhorn) for part in parts(BALANCERS[method])):
+        if not any(isinstance(part, Sinkhorn) for part in parts(METHODS[method])):
             assert found.sums <= SAME_STATE, said
         if method in ADDITIVE:
             assert found.gradient <= SAME_GRADIENT, said
@@ -109,13 +109,13 @@ def check(sides, one, name: str, layout: Layout, methods: Iterable[str]) -> None
 
 @pytest.mark.parametrize("name", [*ALONE, *RAGGED_ALONE])
 def test_micro_batches_make_the_step_that_one_batch_makes(name, one):
-    layout, methods = {**ALONE, **RAGGED_ALONE}[name], BALANCERS if name in ALONE else FEW
+    layout, methods = {**ALONE, **RAGGED_ALONE}[name], METHODS if name in ALONE else FEW
     check([train_all({name: layout}, methods)], one, name, layout, methods)
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *RAGGED_PAIRS])
 def test_two_ranks_make_the_step_that_one_process_makes(name, one, two):
-    methods = BALANCERS if name in PAIRS else FEW
+    methods = METHODS if name in PAIRS else FEW
     check([rank.trained for rank in two], one, name, {**PAIRS, **RAGGED_PAIRS}[name], methods)
 
 
@@ -146,7 +146,7 @@ def interleave() -> dict:
     found = {}
     for schedule in SCHEDULES:
         numbers = (dist.get_rank(), dist.get_rank() + 2)
-        parts = {n: Stack(BALANCERS["phi-no-peek"], layers=[n]) for n in numbers}
+        parts = {n: Stack(METHODS["phi-no-peek"], layers=[n]) for n in numbers}
         handles = {n: mb.attach(p, group=groups[dist.get_rank()]) for n, p in parts.items()}
         follow = handles[numbers[-1]].follow
         stages = [
@@ -184,7 +184,7 @@ def inputs() -> Tensor:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stages_that_take_turns_and_split_backward_make_the_same_step(schedule, two):
     """Zero-bubble schedules run the backward of inputs and that of weights at different times."""
-    model = Stack(BALANCERS["phi-no-peek"], layers=range(4))
+    model = Stack(METHODS["phi-no-peek"], layers=range(4))
     balancing = mb.attach(model)
     for _ in range(2):
         model.zero_grad()
@@ -215,7 +215,7 @@ def test_a_batch_of_another_rank_weighs_as_one_of_another_micro_batch(method, tw
     """But not to a method that looks back at the earlier micro-batches of its own process."""
     apart = train_all({"DDP 2": ALONE["accumulation 2"]}, [method])
     sides = [rank.trained["DDP 2", method] for rank in two]
-    found = difference(sides, apart["DDP 2", method], BALANCERS[method])
+    found = difference(sides, apart["DDP 2", method], METHODS[method])
     if method in COUPLED["step"]:
         assert found.gradient > 1e-3
     else:
@@ -235,12 +235,12 @@ def test_a_loss_of_whole_sequences_depends_on_where_sequences_are_cut_and_on_the
 
 
 def test_two_methods_together_couple_as_much_as_the_one_that_couples_more():
-    by_unit = {"token": LossFree(), **{unit: BALANCERS[COUPLED[unit][0]] for unit in COUPLED}}
-    for number, (unit, balancer) in enumerate(by_unit.items()):
+    by_unit = {"token": LossFree(), **{unit: METHODS[COUPLED[unit][0]] for unit in COUPLED}}
+    for number, (unit, method) in enumerate(by_unit.items()):
         for other, free in list(by_unit.items())[: number + 1]:
-            if not (balancer.selects and free.selects):
-                assert Together(balancer, free).coupling == unit, other
-                assert Together(free, balancer).coupling == unit, other
+            if not (method.selects and free.selects):
+                assert Together(method, free).coupling == unit, other
+                assert Together(free, method).coupling == unit, other
 
 
 # --- the one message --------------------------------------------------------------------------
@@ -268,12 +268,12 @@ OWN_NUMBERS = {
 def count_messages() -> dict:
     """Collectives of five steps after the first, by method, layers and kind of metrics."""
     found = {}
-    for name, balancer in COUNTED.items():
+    for name, method in COUNTED.items():
         for layers in (1, 3):
             for all_metrics in (True, False):
-                model = Stack(balancer, layers=range(layers))
+                model = Stack(method, layers=range(layers))
                 handles = mb.attach(model).layers
-                balancing = Balancing(balancer, handles, global_metrics=all_metrics)
+                balancing = Balancing(method, handles, global_metrics=all_metrics)
                 with Collectives() as collectives:
                     for step in range(6):
                         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
@@ -335,9 +335,9 @@ def train_transformers(frameworks: tuple[str, ...]) -> dict:
 
     found = {}
     for framework in frameworks:
-        for name, balancer in STRONG.items():
+        for name, method in STRONG.items():
             model = tiny("mixtral")
-            balancing = mb.attach(model, balancer)
+            balancing = mb.attach(model, method)
             wrapped = wrap_transformers(model, framework)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             for step in range(4):

@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import BALANCERS, random_routing, tensors
-from moebalance import ledger
-from moebalance.balancers import LossFree, PhiBalancing, Together
-from moebalance.balancing import Balancing
-from moebalance.bench.traffic import traffic
-from moebalance.layer import LayerBalance, commit_rows
-from moebalance.tally import pack, unpack
+from cases import METHODS, random_routing, tensors
+from moebalance.core import step as ledger
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance, commit_rows
+from moebalance.core.tally import pack, unpack
+from moebalance.lab.bench.traffic import traffic
+from moebalance.methods import LossFree, PhiBalancing, Together
 
 BOTH = Together(PhiBalancing(), LossFree())
 
 
-def counted(balancer, sizes=(8, 8, 8), seed=0) -> Balancing:
+def counted(method, sizes=(8, 8, 8), seed=0) -> Balancing:
     """A handle on layers that have each counted a batch of their own."""
-    layers = {f"layer{i}": LayerBalance(balancer, experts) for i, experts in enumerate(sizes)}
-    balancing = Balancing(balancer, layers)
+    layers = {f"layer{i}": LayerBalance(method, experts) for i, experts in enumerate(sizes)}
+    balancing = Balancing(method, layers)
     count(balancing, seed)
     return balancing
 
@@ -30,18 +30,18 @@ def counted(balancer, sizes=(8, 8, 8), seed=0) -> Balancing:
 def count(balancing: Balancing, seed: int) -> None:
     for i, layer in enumerate(balancing.layers.values()):
         routing = random_routing(24, layer.num_experts, 2, seed=seed + i)
-        layer.count(layer.balancer.observe(layer.state, routing))
+        layer.count(layer.method.observe(layer.state, routing))
 
 
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_layer_advances_as_it_would_alone(name):
-    balancer = BALANCERS[name]
+    method = METHODS[name]
     sizes = (8, 6, 8, 8, 6)
-    together, alone = counted(balancer, sizes), counted(balancer, sizes)
+    together, alone = counted(method, sizes), counted(method, sizes)
     for seed in (0, 10, 20):
         for layer in alone.layers.values():
-            sums = unpack(layer.running.clone(), balancer, layer.num_experts)
-            expected = balancer.update(layer.state, sums)
+            sums = unpack(layer.running.clone(), method, layer.num_experts)
+            expected = method.update(layer.state, sums)
             layer._write(expected)
             layer.discard()
         together.step()

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import BALANCERS, GATES, plain_top_k, random_logits, skewed_state, tensors
+from cases import GATES, METHODS, plain_top_k, random_logits, skewed_state, tensors
 from families import loss, tiny, tokens
 from moebalance import huggingface
 from moebalance.attachment import attach
-from moebalance.balancers import LossFree, PhiBalancing, QuantileBalancing, SwitchLoss, Together
-from moebalance.balancers.ema import Ema
-from moebalance.balancers.lineage import Lineage, inherit
-from moebalance.balancing import Balancing
-from moebalance.layer import LayerBalance
-from moebalance.routing import Softmax
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance
+from moebalance.gates import Softmax
+from moebalance.methods import LossFree, PhiBalancing, QuantileBalancing, SwitchLoss, Together
+from moebalance.methods.ema import Ema
+from moebalance.methods.lineage import Lineage, inherit
 
 TWICE = [0, 1, 2, 3, 4, 5, 6, 7] * 2
 BACK = [(e, e + 8) for e in range(8)]
@@ -105,8 +105,8 @@ def test_a_state_that_does_not_say_how_it_follows_is_refused():
 # --- every method -------------------------------------------------------------------------------
 
 AVERAGING = {
-    name: balancer
-    for name, balancer in BALANCERS.items()
+    name: method
+    for name, method in METHODS.items()
     if "loss-free" not in name and "quantile" not in name
 }
 
@@ -115,13 +115,13 @@ AVERAGING = {
 @pytest.mark.parametrize("gate", GATES)
 def test_the_state_of_a_copied_layer_is_the_one_it_would_have_had_from_the_start(name, gate):
     """Router rows copied and K doubled: all scores halve, and both copies of an expert serve."""
-    balancer, gate = AVERAGING[name], GATES[gate]
-    small, large = balancer.init(8), balancer.init(16)
+    method, gate = AVERAGING[name], GATES[gate]
+    small, large = method.init(8), method.init(16)
     for seed in range(4):
         logits = random_logits(48, 8, seed=seed)
         for state, z, k in ((small, logits, 2), (large, logits.repeat(1, 2), 4)):
             routing = plain_top_k(z, k, gate=gate)
-            after = balancer.update(state, balancer.observe(state, routing))
+            after = method.update(state, method.observe(state, routing))
             small, large = (after, large) if state is small else (small, after)
     found = inherit(small, Lineage.of(TWICE, 8), gate)
     for mine, theirs in zip(tensors(found), tensors(large), strict=True):
@@ -130,39 +130,39 @@ def test_the_state_of_a_copied_layer_is_the_one_it_would_have_had_from_the_start
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
-    "balancer", [LossFree(rate=0.05), QuantileBalancing()], ids=["loss-free", "quantile"]
+    "method", [LossFree(rate=0.05), QuantileBalancing()], ids=["loss-free", "quantile"]
 )
-def test_tokens_go_to_the_copies_of_the_experts_that_they_went_to(balancer, gate):
+def test_tokens_go_to_the_copies_of_the_experts_that_they_went_to(method, gate):
     gate = GATES[gate]
-    state = skewed_state(balancer, 8, gate=gate)
+    state = skewed_state(method, 8, gate=gate)
     logits = random_logits(64, 8, seed=9)
     grown = inherit(state, Lineage.of(TWICE, 8), gate)
 
     def choice(held: Any, z: torch.Tensor, k: int) -> torch.Tensor:
-        ranked = balancer.preference(held, gate, z, mask=None, training=True)
+        ranked = method.preference(held, gate, z, mask=None, training=True)
         served = torch.zeros_like(z)
         return served.scatter(-1, ranked.topk(k).indices, 1.0)
 
     before = choice(state, logits, 2)
     assert torch.equal(choice(grown, logits.repeat(1, 2), 4), before.repeat(1, 2))
-    assert not torch.equal(before, choice(balancer.init(8), logits, 2))
+    assert not torch.equal(before, choice(method.init(8), logits, 2))
 
 
-def layer_of(balancer, experts: int, steps: int) -> Balancing:
-    layer = LayerBalance(balancer, experts, name="a")
-    handle = Balancing(balancer, {"a": layer})
+def layer_of(method, experts: int, steps: int) -> Balancing:
+    layer = LayerBalance(method, experts, name="a")
+    handle = Balancing(method, {"a": layer})
     for seed in range(steps):
         routing = plain_top_k(random_logits(32, experts, seed=seed), 2)
-        layer.count(balancer.observe(layer.state, routing))
+        layer.count(method.observe(layer.state, routing))
         handle.step()
     return handle
 
 
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_grows_and_shrinks_back(name):
-    balancer = BALANCERS[name]
-    saved = layer_of(balancer, 8, 3).state_dict()
-    same, grown, back = (layer_of(balancer, experts, 0) for experts in (8, 16, 8))
+    method = METHODS[name]
+    saved = layer_of(method, 8, 3).state_dict()
+    same, grown, back = (layer_of(method, experts, 0) for experts in (8, 16, 8))
     same.load_state_dict(saved, parents=range(8))
     grown.load_state_dict(saved, parents=TWICE)
     back.load_state_dict(grown.state_dict(), parents=BACK)
@@ -173,7 +173,7 @@ def test_every_method_grows_and_shrinks_back(name):
     price = grown.layers["a"].price
     assert price is None or torch.equal(price[:8], price[8:])
     routing = plain_top_k(random_logits(32, 16), 2)
-    grown.layers["a"].count(balancer.observe(grown.layers["a"].state, routing))
+    grown.layers["a"].count(method.observe(grown.layers["a"].state, routing))
     grown.step()
 
 

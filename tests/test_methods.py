@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import moebalance as mb
-from moebalance.balancers import Balancer, Scheduled, Targeted, Together
-from moebalance.experiments import methods
-from moebalance.experiments.methods import build_method, method_classes, split_outside_brackets
-from moebalance.experiments.recipe import Recipe
+from moebalance.lab.recipe import Recipe
+from moebalance.methods import Method, Scheduled, Targeted, Together
+from moebalance.words import methods
+from moebalance.words.methods import build_method, method_classes, split_outside_brackets
 
 MINIMAL = {"model": {"architecture": "mixtral"}}
 
@@ -22,9 +22,9 @@ def test_doctests() -> None:
 def test_every_exported_method_has_a_word_and_can_be_built() -> None:
     exported = {
         kind
-        for name in mb.balancers.__all__
-        if isinstance(kind := getattr(mb.balancers, name), type) and issubclass(kind, Balancer)
-    } - {Balancer, Scheduled, Targeted, Together}
+        for name in mb.methods.__all__
+        if isinstance(kind := getattr(mb.methods, name), type) and issubclass(kind, Method)
+    } - {Method, Scheduled, Targeted, Together}
     assert set(method_classes().values()) == exported
     for word, kind in method_classes().items():
         assert build_method(word) == kind()
@@ -113,7 +113,7 @@ def test_every_committed_recipe_reads() -> None:
             build_method(method, recipe.methods)
 
 
-def test_balancers_are_frozen_dataclasses() -> None:
+def test_methods_are_frozen_dataclasses() -> None:
     for kind in method_classes().values():
         assert kind.__dataclass_params__.frozen
         assert all(field.init for field in fields(kind))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cases import POTENTIALS, one_batch, random_routing, skewed_state, to_double
-from moebalance.balancers import EmaSwitchLoss, PhiBalancing, SwitchLoss, charge
+from moebalance.methods import EmaSwitchLoss, PhiBalancing, SwitchLoss, charge
 from moebalance.potentials import Euclidean, NegativeEntropy
 from moebalance.routing import route
 from simulation import Domains, averages, excess

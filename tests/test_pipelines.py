@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 import moebalance as mb
-from cases import BALANCERS
+from cases import METHODS
 from layout_models import EXPERTS, WIDTH, Stack, losses
 from layouts import ONE, SAME_STATE, Layout, cuts, difference, train_all
-from moebalance.balancing import Balancing
-from moebalance.pipelining import ignore_trial_runs
+from moebalance.core.handle import Balancing
+from moebalance.integrations.pipelining import ignore_trial_runs
 from processes import run
 
 PHI = mb.PhiBalancing(strength=0.1, peek=False)
@@ -170,6 +170,6 @@ def test_ragged_micro_batches_make_the_state_of_one_batch_without_the_loss_on_th
 ):
     tokens = RAGGED[name].tokens
     one = train_all({tokens: ONE[tokens]}, [method])[tokens, method]
-    found = difference([rank.ragged[name, method] for rank in two], one, BALANCERS[method])
+    found = difference([rank.ragged[name, method] for rank in two], one, METHODS[method])
     assert found.state <= SAME_STATE
     assert found.sums <= SAME_STATE

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moebalance.balancers import PhiBalancing
+from moebalance.methods import PhiBalancing
 from moebalance.potentials import Combined, Euclidean, Grouped, NegativeEntropy, Relative, Tsallis
 from potential_cases import laws, logit_pairs, plain_potentials, prices_in_domain, simplex, vector
 

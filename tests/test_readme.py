@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_methods_in_the_readme_are_the_methods_there_are() -> None:
-    from moebalance.experiments.methods import method_classes
+    from moebalance.words.methods import method_classes
 
     table = dict(re.findall(r"^\| `(\w+)` \| `([\w-]+)` \|", README, flags=re.MULTILINE))
     assert table == {kind.__name__: word for word, kind in method_classes().items()}
@@ -35,9 +35,9 @@ def test_the_layout_figure_in_the_readme_is_the_one_measured_of_phi() -> None:
 
 
 def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
-    from moebalance.evidence.results import read
+    from evidence.results import read
 
-    study = read(ROOT / "benchmarks/results/evidence/rivals.jsonl")
+    study = read(ROOT / "evidence/results/rivals.jsonl")
     names = {
         "no balancing": "none",
         "Switch loss": "switch(strength=0.1)",
@@ -52,12 +52,12 @@ def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
 
 
 def test_elsewhere_too_the_recommendation_is_as_even_and_costs_no_loss() -> None:
-    from moebalance.evidence.chapter import difference
-    from moebalance.evidence.results import read
+    from evidence.chapter import difference
+    from evidence.results import read
 
     ours, reached = "phi(strength=0.0003)+loss-free", []
     for name in ("grid", "corpora"):
-        study = read(ROOT / f"benchmarks/results/evidence/{name}.jsonl")
+        study = read(ROOT / f"evidence/results/{name}.jsonl")
         reached.append(f"{study.mean(ours, 'maxvio'):.2f}")
         costs = difference(study, ours, "none", "loss")
         assert costs is not None

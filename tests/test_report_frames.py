@@ -19,8 +19,8 @@ import moebalance.report.loads
 import moebalance.report.pack
 import moebalance.report.watch
 from families import tiny
-from moebalance.experiments.batches import TokenDataset
-from moebalance.experiments.evaluate import evaluate, pair_lift
+from moebalance.lab.evaluate import evaluate, pair_lift
+from moebalance.lab.text.batches import TokenDataset
 from moebalance.metrics import coactivation
 from moebalance.report import summarise
 from moebalance.report.axes import Ink

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moebalance.cli import app
+from moebalance.lab.cli import app
 from moebalance.report.live import ReportServer
 from moebalance.report.watch import sparkline, view
 from moebalance.runlog import LOG_NAME, RunLog, find_runs

@@ -239,7 +239,7 @@ def test_a_sweep_is_told_apart_and_its_best_speaks(tmp_path):
                 "phi",
                 seed=seed,
                 header={
-                    "balancer": f"PhiBalancing(NegativeEntropy(a=1, b=2), strength={strength})"
+                    "method_repr": f"PhiBalancing(NegativeEntropy(a=1, b=2), strength={strength})"
                 },
                 loss=1.6 + shift + seed / 100,
                 maxvio=0.9 if shift else 0.4,

@@ -106,7 +106,7 @@ def test_markup_in_names_is_escaped(tmp_path):
         batching=bad,
         header={
             "name": bad,
-            "balancer": bad,
+            "method_repr": bad,
             "recipe": {bad: bad},
             "commit": bad,
             "data": {"domains": [bad] * 4},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moebalance.cli import app
+from moebalance.lab.cli import app
 from moebalance.report import summarise, write_figures
 from moebalance.report.paper_figures import (
     FIGURES,
@@ -129,7 +129,9 @@ def test_figures_come_out_whatever_the_log_lacks(tmp_path, options):
 def test_a_sweep_with_long_names_still_fits_its_column(tmp_path):
     runs = []
     for i in range(6):
-        header = {"balancer": f"PhiBalancing(strength={i}, potential=Something({'very ' * 9}long))"}
+        header = {
+            "method_repr": f"PhiBalancing(strength={i}, potential=Something({'very ' * 9}long))"
+        }
         runs.append(read_run(write_run(tmp_path / str(i), "phi", steps=5, header=header)))
     figure = loss_against_maxvio(summarise(runs)[0])
     figure.canvas.draw()  # a warning, which is an error here, if nothing is left for the axes

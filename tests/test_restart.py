@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 import moebalance as mb
 from layout_models import WIDTH, Stack, losses
 from layouts import shard
-from moebalance import balancing as body
-from moebalance.balancers import LossFree, PhiBalancing, SwitchLoss, Together
+from moebalance.core import handle as body
 from moebalance.integrations.huggingface import state_file
+from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
 from processes import COLLECTIVE_S, Failure, outcomes, run
 
 BOTH = Together(PhiBalancing(strength=0.1, peek=False), LossFree(rate=0.01))
@@ -180,13 +180,13 @@ def test_a_distributed_checkpoint_is_taken_up_by_more_or_fewer_ranks(tmp_path):
             assert close(went_on.gates, origin.gates)
 
 
-def saved_by(balancer, folder: Path) -> None:
-    balancing = mb.attach(Stack(balancer))
+def saved_by(method, folder: Path) -> None:
+    balancing = mb.attach(Stack(method))
     dcp.save({"balancing": balancing}, checkpoint_id=folder)
 
 
-def trained(balancer=BOTH):
-    model = Stack(balancer)
+def trained(method=BOTH):
+    model = Stack(method)
     balancing = mb.attach(model)
     losses(model(tokens(0, 0))).mean().backward()
     balancing.step()

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from moebalance.experiments.compare import plan
-from moebalance.experiments.methods import build_method
-from moebalance.experiments.recipe import Recipe
+from moebalance.lab.compare import plan
+from moebalance.lab.recipe import Recipe
 from moebalance.report import summarise, write_figure, write_markdown
 from moebalance.runlog import find_runs
+from moebalance.words.methods import build_method
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,7 +54,7 @@ def test_fine_tuning_runs_with_the_strengths_that_the_stated_rule_chooses() -> N
         settings = [m for m in section.methods if m.method == method]
         lowest = min(m.estimates["loss"].mean for m in settings)
         near = [m for m in settings if m.estimates["loss"].mean <= lowest + 0.01]
-        assert min(near, key=lambda m: m.estimates["maxvio"].mean).balancer in taken
+        assert min(near, key=lambda m: m.estimates["maxvio"].mean).method_repr in taken
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -20,10 +20,11 @@ from cases import (
     tensors,
     to_double,
 )
-from moebalance.balancers import (
-    Balancer,
+from moebalance.gates import Sigmoid, Softmax
+from moebalance.methods import (
     GlobalBatchLoss,
     LossFree,
+    Method,
     NoBalancing,
     PhiBalancing,
     PlugInLoss,
@@ -35,7 +36,7 @@ from moebalance.balancers import (
     ZLoss,
 )
 from moebalance.potentials import Euclidean
-from moebalance.routing import Batch, Sigmoid, Softmax, route
+from moebalance.routing import Batch, route
 
 
 def doubled(**kwargs):
@@ -258,7 +259,7 @@ def test_together_charges_the_sum_and_selects_as_its_selector():
 
 
 @dataclass(frozen=True)
-class ChargesItsOwnSum(Balancer):
+class ChargesItsOwnSum(Method):
     """Charges what it alone has summed: (1, E) of Σ p² so far in the step, times `factor`."""
 
     factor: float
@@ -301,15 +302,15 @@ def test_together_takes_its_parts_in_either_order():
         (Sinkhorn(), LossFree()),
         (Together(PhiBalancing(), LossFree()), Sinkhorn()),
     ],
-    ids=lambda balancer: type(balancer).__name__,
+    ids=lambda method: type(method).__name__,
 )
 def test_two_methods_that_both_choose_experts_are_refused(first, second):
     with pytest.raises(ValueError, match="both choose experts"):
         Together(first, second)
 
 
-def test_together_refuses_what_is_no_balancer():
-    with pytest.raises(TypeError, match="composes balancers"):
+def test_together_refuses_what_is_no_method():
+    with pytest.raises(TypeError, match="composes methods"):
         Together(PhiBalancing(), "loss-free")
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import moebalance as mb
 from cases import one_batch, random_routing, skewed_state
-from moebalance.balancers import Scheduled
-from moebalance.experiments.methods import build_method
+from moebalance.methods import Scheduled
 from moebalance.routing import Sums
+from moebalance.words.methods import build_method
 
 LOAD = torch.tensor([0.4, 0.3, 0.2, 0.1])
 METHOD = Scheduled(
@@ -66,12 +66,12 @@ def test_at_full_strength_it_is_the_method_itself():
 
 def test_the_method_learns_at_its_own_pace_whatever_is_charged():
     state = after(METHOD, [10.0] * 3)
-    expected = METHOD.balancer.init(4)
+    expected = METHOD.method.init(4)
     for _ in range(3):
-        expected = METHOD.balancer.update(expected, sums(10.0))
+        expected = METHOD.method.update(expected, sums(10.0))
     torch.testing.assert_close(state.inner, expected)
     batch = mb.Batch(None, sums(10.0), sums(10.0))
-    ratio = METHOD.charged(state, batch) / METHOD.balancer.charged(state.inner, batch)
+    ratio = METHOD.charged(state, batch) / METHOD.method.charged(state.inner, batch)
     torch.testing.assert_close(ratio, torch.full((4,), 0.03))
 
 

@@ -9,9 +9,10 @@ import torch
 
 from cases import add, random_logits, random_routing, skewed_state, to_double
 from moebalance import metrics
-from moebalance.balancers import LossFree, QuantileBalancing, Sinkhorn
-from moebalance.balancers.loss_free import SelectionPrice
-from moebalance.routing import Sigmoid, Softmax, Sums, measure, route
+from moebalance.gates import Sigmoid, Softmax
+from moebalance.methods import LossFree, QuantileBalancing, Sinkhorn
+from moebalance.methods.loss_free import SelectionPrice
+from moebalance.routing import Sums, measure, route
 
 # --- loss-free --------------------------------------------------------------------------------
 

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from moebalance.experiments.checkpoints import last_whole_checkpoint
-from moebalance.experiments.recipe import Recipe
-from moebalance.experiments.train import train_run
 from moebalance.integrations.huggingface import STATE_FILE
 from moebalance.integrations.huggingface.sharded import PARTS, sharding_for_accelerate
+from moebalance.lab.checkpoints import last_whole_checkpoint
+from moebalance.lab.recipe import Recipe
+from moebalance.lab.train import train_run
 from moebalance.runlog import LOG_NAME, read_run
 from processes import run
 

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from cases import OF_EIGHT, POTENTIALS, SHARES, one_batch, permute, random_routing, tensors
 from moebalance import metrics
 from moebalance.attachment import attach
-from moebalance.balancers import (
-    Balancer,
+from moebalance.methods import (
     EmaSwitchLoss,
     EntropyDeficit,
     Gini,
     GlobalBatchLoss,
     LossFree,
     MaxVio,
+    Method,
     PhiBalancing,
     PlugInLoss,
     QuantileBalancing,
@@ -35,16 +35,16 @@ from moebalance.balancers import (
     Targeted,
     Together,
 )
-from moebalance.experiments.methods import build_method
-from moebalance.layer import BalancedRouter
 from moebalance.potentials import NegativeEntropy, Relative
+from moebalance.proportions import as_shares, per_share
+from moebalance.router import BalancedRouter
 from moebalance.routing import route
-from moebalance.shares import as_shares, per_share
+from moebalance.words.methods import build_method
 
 EQUAL = (3.0,) * 8
 RHO = torch.tensor(SHARES, dtype=torch.float64) / sum(SHARES)
 
-WITHOUT: dict[str, Balancer] = {
+WITHOUT: dict[str, Method] = {
     "switch": SwitchLoss(strength=0.03),
     "global-batch": GlobalBatchLoss(strength=0.02),
     "sequence": SequenceLoss(strength=0.04),
@@ -58,23 +58,21 @@ WITHOUT: dict[str, Balancer] = {
 }
 
 
-def with_shares(balancer: Balancer, shares: Any) -> Balancer:
-    if isinstance(balancer, PhiBalancing | PlugInLoss):
-        return replace(balancer, potential=balancer.potential.relative_to(shares))
-    return replace(balancer, shares=shares)
+def with_shares(method: Method, shares: Any) -> Method:
+    if isinstance(method, PhiBalancing | PlugInLoss):
+        return replace(method, potential=method.potential.relative_to(shares))
+    return replace(method, shares=shares)
 
 
-def history(balancer: Balancer, seeds=range(4)) -> list[torch.Tensor]:
+def history(method: Method, seeds=range(4)) -> list[torch.Tensor]:
     """Everything that a method says over some steps."""
-    state, said = balancer.init(8), []
+    state, said = method.init(8), []
     for seed in seeds:
         routing = random_routing(96, 8, seed=seed, sequences=4)
-        batch = one_batch(balancer, state, routing)
-        state = balancer.update(state, batch.sums)
-        preferred = balancer.preference(
-            state, routing.gate, routing.logits, mask=None, training=True
-        )
-        said += [balancer.logit_gradient(state, batch), preferred, *tensors(state)]
+        batch = one_batch(method, state, routing)
+        state = method.update(state, batch.sums)
+        preferred = method.preference(state, routing.gate, routing.logits, mask=None, training=True)
+        said += [method.logit_gradient(state, batch), preferred, *tensors(state)]
     return [tensor for tensor in said if tensor is not None]
 
 
@@ -114,23 +112,23 @@ def renumbered(value: Any, order: list[int]) -> Any:
 @given(seed=st.integers(0, 1000))
 @settings(max_examples=3, deadline=None, derandomize=True)
 def test_renumbering_experts_with_their_shares_renumbers_every_result(name, seed):
-    balancer = OF_EIGHT[name]
+    method = OF_EIGHT[name]
     if name == "phi-levels":
-        balancer = replace(balancer, potential=balancer.potential.parts[1])
+        method = replace(method, potential=method.potential.parts[1])
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
-    other = renumbered(balancer, order.tolist())
+    other = renumbered(method, order.tolist())
     routing = random_routing(36, 8, seed=seed, sequences=3)
     twin = route(
         routing.logits[:, order], order.argsort()[routing.experts], routing.gate, sequences=3
     )
-    state = balancer.init(8)
-    batch, twin_batch = one_batch(balancer, state, routing), one_batch(other, state, twin)
-    after = balancer.update(state, batch.sums)
+    state = method.init(8)
+    batch, twin_batch = one_batch(method, state, routing), one_batch(other, state, twin)
+    after = method.update(state, batch.sums)
     for x, y in zip(
         tensors(permute(after, order)), tensors(other.update(state, twin_batch.sums)), strict=True
     ):
         torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6)
-    gradient = balancer.logit_gradient(after, batch)
+    gradient = method.logit_gradient(after, batch)
     if gradient is not None:
         found = other.logit_gradient(permute(after, order), twin_batch)
         torch.testing.assert_close(found, gradient[:, order], rtol=1e-4, atol=1e-7)
@@ -139,7 +137,7 @@ def test_renumbering_experts_with_their_shares_renumbers_every_result(name, seed
 # --- shares are met -----------------------------------------------------------------------------
 
 
-STRONG: dict[str, Balancer] = {
+STRONG: dict[str, Method] = {
     "phi": PhiBalancing(NegativeEntropy().relative_to(SHARES), strength=1.0),
     "switch": SwitchLoss(strength=1.0, shares=SHARES),
     "ema-switch": EmaSwitchLoss(strength=1.0, shares=SHARES),
@@ -152,8 +150,8 @@ STRONG: dict[str, Balancer] = {
 @pytest.mark.parametrize("name", STRONG)
 def test_a_router_that_may_only_shift_its_logits_comes_to_the_shares(name):
     """Soft load for those that charge, but for Switch, which knows the hard one."""
-    balancer = STRONG[name]
-    router = BalancedRouter(balancer, 8, 2)
+    method = STRONG[name]
+    router = BalancedRouter(method, 8, 2)
     handle = attach(router)
     noise = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
     shift = torch.linspace(-1, 1, 8).requires_grad_()
@@ -174,9 +172,9 @@ def test_a_router_that_may_only_shift_its_logits_comes_to_the_shares(name):
 
 
 def test_sinkhorn_gives_each_expert_its_share_of_the_plan():
-    balancer = Sinkhorn(iterations=100, shares=SHARES)
+    method = Sinkhorn(iterations=100, shares=SHARES)
     routing = random_routing(512, 8, dtype=torch.float64)
-    ranked = balancer.preference((), routing.gate, routing.logits, mask=None, training=True)
+    ranked = method.preference((), routing.gate, routing.logits, mask=None, training=True)
     torch.testing.assert_close(ranked.softmax(-1).mean(0), RHO, rtol=1e-6, atol=0)
 
 

@@ -15,14 +15,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from cases import BALANCERS, plain_top_k, tensors
+from cases import METHODS, plain_top_k, tensors
 from families import tiny
 from moebalance import metrics
 from moebalance.attachment import attach
-from moebalance.balancers import LossFree, PhiBalancing, SwitchLoss, Together
-from moebalance.balancing import Balancing
-from moebalance.layer import BalancedRouter, LayerBalance
-from moebalance.routing import Softmax, measure, route
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance
+from moebalance.gates import Softmax
+from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
+from moebalance.router import BalancedRouter
+from moebalance.routing import measure, route
 from tiny_moe import (
     EXPERTS,
     PHI,
@@ -43,7 +45,7 @@ from tiny_moe import (
 @pytest.mark.parametrize("name", ["phi-negative-entropy", "phi-and-loss-free", "quantile"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_moving_the_model_to_another_dtype_leaves_state_and_sums_float32(name, dtype):
-    model = TinyMoE(BALANCERS[name])
+    model = TinyMoE(METHODS[name])
     balancing = warm(model)
     before = [t.clone() for t in tensors(model.router.state)]
     model.to(dtype)
@@ -131,7 +133,7 @@ def test_the_models_own_checkpoint_carries_the_state():
     assert same(list(other.buffers()), list(model.buffers()))
 
 
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_interrupted_training_is_uninterrupted_training_bit_for_bit(name):
     def train(model, balancing, steps):
         optimizer = torch.optim.SGD([model.gate, model.experts], lr=0.1)
@@ -142,15 +144,15 @@ def test_interrupted_training_is_uninterrupted_training_bit_for_bit(name):
             optimizer.zero_grad()
             balancing.step()
 
-    through = TinyMoE(BALANCERS[name])
+    through = TinyMoE(METHODS[name])
     whole = handle(through)
     train(through, whole, range(4))
 
-    first = TinyMoE(BALANCERS[name])
+    first = TinyMoE(METHODS[name])
     before = handle(first)
     train(first, before, range(2))
     saved = copy.deepcopy(before.state_dict())
-    second = TinyMoE(BALANCERS[name], seed=9)
+    second = TinyMoE(METHODS[name], seed=9)
     with torch.no_grad():
         second.gate.copy_(first.gate)
         second.experts.copy_(first.experts)
@@ -183,8 +185,8 @@ def test_loading_forgets_what_was_counted_since():
     assert not model.router.running.any()
 
 
-def two_layers(balancer=PHI, experts=EXPERTS, names=("a", "b")):
-    return Balancing(balancer, {name: LayerBalance(balancer, experts, name=name) for name in names})
+def two_layers(method=PHI, experts=EXPERTS, names=("a", "b")):
+    return Balancing(method, {name: LayerBalance(method, experts, name=name) for name in names})
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def test_bad_logits_are_refused_by_layer_and_step_and_do_no_harm(poison):
 
 def test_metrics_are_those_of_the_last_step_by_hand():
     a, b = LayerBalance(LossFree(rate=0.5), 4), LayerBalance(LossFree(rate=0.5), 4)
-    balancing = Balancing(a.balancer, {"a": a, "b": b})
+    balancing = Balancing(a.method, {"a": a, "b": b})
     assert balancing.metrics() == {}
     assert balancing.loads() == {}
     # Layer a: counts 3, 3, 1, 1 of four tokens and top-2; layer b: 4, 2, 2, 0.

@@ -8,8 +8,8 @@ import pytest
 
 import moebalance as mb
 from families import tiny, tokens
+from moebalance.core.state import FORMAT
 from moebalance.integrations.huggingface import load, save
-from moebalance.saved import FORMAT
 
 
 @pytest.fixture

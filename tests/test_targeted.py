@@ -9,10 +9,10 @@ import torch
 
 import moebalance as mb
 from moebalance import metrics
-from moebalance.balancers import Balancer, EntropyDeficit, Gini, MaxVio, RankVio, Targeted
-from moebalance.balancers.targeted import Steered
-from moebalance.experiments.methods import build_method
+from moebalance.methods import EntropyDeficit, Gini, MaxVio, Method, RankVio, Targeted
+from moebalance.methods.targeted import Steered
 from moebalance.routing import Sums
+from moebalance.words.methods import build_method
 
 LOAD = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
@@ -174,7 +174,7 @@ class Follower:
         self.preference, self.sensitivity = preference, sensitivity
         self.logits = preference.clone()
 
-    def step(self, method: Balancer, state: Steered) -> Steered:
+    def step(self, method: Method, state: Steered) -> Steered:
         load = self.logits.softmax(-1)
         price = method.charged(state, mb.Batch(None, sums(load), sums(load)))
         goal = self.preference - self.sensitivity * price
@@ -188,7 +188,7 @@ def test_one_setting_reaches_its_goal_whatever_the_router_answers(sensitivity, t
     """A fixed strength leaves what it leaves; the controller ends within a fifth of the goal."""
     preference = 1.5 * torch.randn(16, generator=torch.Generator().manual_seed(3))
 
-    def ends_at(method: Balancer, state) -> float:
+    def ends_at(method: Method, state) -> float:
         router, last = Follower(preference.clone(), sensitivity), []
         for _ in range(3000):
             state = router.step(method, state)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cases import random_logits, to_double
-from moebalance.balancers import Balancer, EmaSwitchLoss, PhiBalancing
-from moebalance.balancers.memory import batch_rate
-from moebalance.routing import Batch, Softmax, Sums, measure, route
+from moebalance.gates import Softmax
+from moebalance.methods import EmaSwitchLoss, Method, PhiBalancing
+from moebalance.methods.memory import batch_rate
+from moebalance.routing import Batch, Sums, measure, route
 
 EXPERTS, TOKENS, MEMORY = 6, 960, 300.0
 
@@ -19,7 +20,7 @@ def sums(load: torch.Tensor, tokens: float) -> Sums:
     return Sums(load * tokens, load * 2 * tokens, torch.tensor(tokens, dtype=torch.float64))
 
 
-def remembered(method: Balancer, steps: int) -> torch.Tensor:
+def remembered(method: Method, steps: int) -> torch.Tensor:
     """The mean after one stream of tokens, cut into so many steps; its load turns over half-way."""
     early = torch.linspace(1, 2, EXPERTS, dtype=torch.float64)
     early, late = early / early.sum(), early.flip(0) / early.sum()

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from missing import hide
-from moebalance.experiments.python_text import python_text
-from moebalance.experiments.tokens import ByteTokenizer, load_tokenizer, train_bpe
+from moebalance.lab.text.python_text import python_text
+from moebalance.lab.text.tokens import ByteTokenizer, load_tokenizer, train_bpe
 
 BPE = train_bpe(["the cat sat on the mat, the end. naïve café\n"] * 3, 300)
 

@@ -11,9 +11,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from moebalance.cli import app
+from moebalance.lab.cli import app
+from moebalance.lab.trackers import following, scalars, track
 from moebalance.runlog import RunLog, read_run
-from moebalance.trackers import following, scalars, track
 from synthetic_runs import write_run
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from cases import one_batch, tensors
-from moebalance.balancers import PhiBalancing
-from moebalance.balancing import Balancing
-from moebalance.layer import BalancedRouter, LayerBalance
-from moebalance.routing import Sigmoid, route
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance
+from moebalance.gates import Sigmoid
+from moebalance.methods import PhiBalancing
+from moebalance.router import BalancedRouter
+from moebalance.routing import route
 
 EXPERTS, WIDTH, TOP_K = 4, 6, 2
 PHI = PhiBalancing(strength=0.1, rate=0.5)
@@ -47,12 +49,12 @@ ROUTERS = {
 
 
 class TinyMoE(nn.Module):
-    def __init__(self, balancer=PHI, router="softmax-normalised", seed=0):
+    def __init__(self, method=PHI, router="softmax-normalised", seed=0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.gate = nn.Parameter(torch.randn(EXPERTS, WIDTH, generator=generator))
         self.experts = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator) / 3)
-        self.router = ROUTERS[router](balancer)
+        self.router = ROUTERS[router](method)
 
     def forward(self, x, mask=None):
         weights, experts = self.router(x @ self.gate.mT, mask)
@@ -67,7 +69,7 @@ def hidden(*shape, seed=0):
 
 
 def handle(model) -> Balancing:
-    return Balancing(model.router.balancer, {"router": model.router})
+    return Balancing(model.router.method, {"router": model.router})
 
 
 def gradients(model, loss):
@@ -98,8 +100,8 @@ def explicit(model, x, mask=None, *, share=1.0, scale=1.0, sequences=1):
         mask=None if mask is None else mask.reshape(-1),
         sequences=sequences,
     )
-    batch = one_batch(layer.balancer, layer.state, routing, share)
-    loss = model(x, mask).mean() + scale * layer.balancer.penalty(layer.state, batch)
+    batch = one_batch(layer.method, layer.state, routing, share)
+    loss = model(x, mask).mean() + scale * layer.method.penalty(layer.state, batch)
     found = gradients(model, loss)
     model.train()
     return found

@@ -57,7 +57,7 @@ def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class FixedPrice(mb.Balancer):
+class FixedPrice(mb.Method):
     """Charge the same price whatever happens: its gradient is additive over any split."""
 
     strength: float

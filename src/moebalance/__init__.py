@@ -9,30 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moebalance.attachment import attach as attach
-    from moebalance.balancers import Balancer as Balancer
-    from moebalance.balancers import EmaSwitchLoss as EmaSwitchLoss
-    from moebalance.balancers import EntropyDeficit as EntropyDeficit
-    from moebalance.balancers import Gini as Gini
-    from moebalance.balancers import GlobalBatchLoss as GlobalBatchLoss
-    from moebalance.balancers import Goal as Goal
-    from moebalance.balancers import LossFree as LossFree
-    from moebalance.balancers import MaxVio as MaxVio
-    from moebalance.balancers import NoBalancing as NoBalancing
-    from moebalance.balancers import PhiBalancing as PhiBalancing
-    from moebalance.balancers import PlugInLoss as PlugInLoss
-    from moebalance.balancers import QuantileBalancing as QuantileBalancing
-    from moebalance.balancers import RankVio as RankVio
-    from moebalance.balancers import Scheduled as Scheduled
-    from moebalance.balancers import SequenceLoss as SequenceLoss
-    from moebalance.balancers import Sinkhorn as Sinkhorn
-    from moebalance.balancers import SwitchLoss as SwitchLoss
-    from moebalance.balancers import Targeted as Targeted
-    from moebalance.balancers import Together as Together
-    from moebalance.balancers import ZLoss as ZLoss
-    from moebalance.balancers import charge as charge
-    from moebalance.balancing import Balancing as Balancing
+    from moebalance.core.handle import Balancing as Balancing
+    from moebalance.gates import Gate as Gate
+    from moebalance.gates import GroupLimit as GroupLimit
+    from moebalance.gates import Sigmoid as Sigmoid
+    from moebalance.gates import Softmax as Softmax
     from moebalance.integrations import huggingface as huggingface
-    from moebalance.layer import BalancedRouter as BalancedRouter
+    from moebalance.methods import EmaSwitchLoss as EmaSwitchLoss
+    from moebalance.methods import EntropyDeficit as EntropyDeficit
+    from moebalance.methods import Gini as Gini
+    from moebalance.methods import GlobalBatchLoss as GlobalBatchLoss
+    from moebalance.methods import Goal as Goal
+    from moebalance.methods import LossFree as LossFree
+    from moebalance.methods import MaxVio as MaxVio
+    from moebalance.methods import Method as Method
+    from moebalance.methods import NoBalancing as NoBalancing
+    from moebalance.methods import PhiBalancing as PhiBalancing
+    from moebalance.methods import PlugInLoss as PlugInLoss
+    from moebalance.methods import QuantileBalancing as QuantileBalancing
+    from moebalance.methods import RankVio as RankVio
+    from moebalance.methods import Scheduled as Scheduled
+    from moebalance.methods import SequenceLoss as SequenceLoss
+    from moebalance.methods import Sinkhorn as Sinkhorn
+    from moebalance.methods import SwitchLoss as SwitchLoss
+    from moebalance.methods import Targeted as Targeted
+    from moebalance.methods import Together as Together
+    from moebalance.methods import ZLoss as ZLoss
+    from moebalance.methods import charge as charge
     from moebalance.monitoring import Monitor as Monitor
     from moebalance.monitoring import monitor as monitor
     from moebalance.potentials import Combined as Combined
@@ -49,12 +52,9 @@ if TYPE_CHECKING:
     from moebalance.potentials import Softplus as Softplus
     from moebalance.potentials import Tsallis as Tsallis
     from moebalance.potentials import UnitSlope as UnitSlope
+    from moebalance.router import BalancedRouter as BalancedRouter
     from moebalance.routing import Batch as Batch
-    from moebalance.routing import Gate as Gate
-    from moebalance.routing import GroupLimit as GroupLimit
     from moebalance.routing import Routing as Routing
-    from moebalance.routing import Sigmoid as Sigmoid
-    from moebalance.routing import Softmax as Softmax
     from moebalance.routing import Sums as Sums
     from moebalance.routing import measure as measure
     from moebalance.routing import route as route
@@ -63,8 +63,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "moebalance.attachment": ["attach"],
-    "moebalance.balancers": [
-        "Balancer",
+    "moebalance.methods": [
+        "Method",
         "EmaSwitchLoss",
         "EntropyDeficit",
         "Gini",
@@ -86,8 +86,8 @@ _HOME = {
         "ZLoss",
         "charge",
     ],
-    "moebalance.balancing": ["Balancing"],
-    "moebalance.layer": ["BalancedRouter"],
+    "moebalance.core.handle": ["Balancing"],
+    "moebalance.router": ["BalancedRouter"],
     "moebalance.monitoring": ["Monitor", "monitor"],
     "moebalance.potentials": [
         "Combined",
@@ -105,17 +105,8 @@ _HOME = {
         "Tsallis",
         "UnitSlope",
     ],
-    "moebalance.routing": [
-        "Batch",
-        "Gate",
-        "GroupLimit",
-        "Routing",
-        "Sigmoid",
-        "Softmax",
-        "Sums",
-        "measure",
-        "route",
-    ],
+    "moebalance.gates": ["Gate", "GroupLimit", "Sigmoid", "Softmax"],
+    "moebalance.routing": ["Batch", "Routing", "Sums", "measure", "route"],
 }
 _ORIGIN = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,5 +1,5 @@
 """`python -m moebalance`: the command line."""
 
-from moebalance.cli import main
+from moebalance.lab.cli import main
 
 main()

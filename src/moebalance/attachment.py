@@ -1,19 +1,20 @@
-"""One call that attaches a balancer to any MoE model."""
+"""One call that attaches a method to any MoE model."""
 
 import sys
 
 from torch import nn
 
-from moebalance.balancers.base import Balancer
-from moebalance.balancing import Balancing
-from moebalance.distributed import Group
-from moebalance.layer import BalancedRouter, LayerBalance
-from moebalance.saved import bare_name
+from moebalance.core.distributed import Group
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance
+from moebalance.core.state import bare_name
+from moebalance.methods.base import Method
+from moebalance.router import BalancedRouter
 
 
 def attach(
     model: nn.Module,
-    balancer: Balancer | None = None,
+    method: Method | None = None,
     *,
     group: Group | None = None,
     keep_native_loss: bool = False,
@@ -26,7 +27,7 @@ def attach(
 
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
-        balancer: the method. Left out for a model of `BalancedRouter`s, which carry their own.
+        method: the method. Left out for a model of `BalancedRouter`s, which carry their own.
         group: the ranks that hold these layers and disjoint tokens; None for the default process
             group where there is one.
         keep_native_loss: leave a Transformers model's own balancing loss on, as one who only
@@ -39,26 +40,24 @@ def attach(
     Raises:
         ValueError: no router found, one of an unknown kind, one balanced already, a frozen one
             under a method that needs its gradient, or a lever that it does not have.
-        TypeError: `model` or `balancer` is something else.
+        TypeError: `model` or `method` is something else.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach needs a torch module; got {type(model).__name__}.")
-    if balancer is not None and not isinstance(balancer, Balancer):
-        raise TypeError(
-            f"balancer={balancer!r}: must be a Balancer such as PhiBalancing(strength=1e-3)."
-        )
+    if method is not None and not isinstance(method, Method):
+        raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
     routers = {n: m for n, m in model.named_modules() if isinstance(m, BalancedRouter)}
     if routers:
-        return _own(model, routers, balancer, group, fused=fused)
+        return _own(model, routers, method, group, fused=fused)
     # Asking for Transformers would import it; a model of its kind can only exist if it is there.
     if "transformers" in sys.modules:
         from moebalance.integrations import huggingface
 
         if huggingface.serves(model):
-            if balancer is None:
-                raise TypeError("attach(model, balancer): a Transformers model needs a balancer.")
+            if method is None:
+                raise TypeError("attach(model, method): a Transformers model needs a method.")
             return huggingface.attach(
-                model, balancer, group=group, keep_native_loss=keep_native_loss, fused=fused
+                model, method, group=group, keep_native_loss=keep_native_loss, fused=fused
             )
     raise ValueError(
         f"{type(model).__name__} is neither a Transformers model nor has it a "
@@ -71,16 +70,16 @@ def attach(
 def _own(
     model: nn.Module,
     routers: dict[str, BalancedRouter],
-    balancer: Balancer | None,
+    method: Method | None,
     group: Group | None,
     *,
     fused: bool,
 ) -> Balancing:
-    methods = {router.balancer for router in routers.values()}
-    if balancer is not None:
+    methods = {router.method for router in routers.values()}
+    if method is not None:
         raise ValueError(
             f"This model's BalancedRouters carry {methods} already: call attach(model) without a "
-            f"balancer, or build them with {balancer!r}."
+            f"method, or build them with {method!r}."
         )
     if len(methods) > 1:
         raise ValueError(f"One handle steps one method, but the routers carry {methods}.")

@@ -15,9 +15,9 @@ from torch import nn
 
 from moebalance import __version__
 from moebalance.attachment import attach
-from moebalance.balancers import NoBalancing
-from moebalance.balancing import Balancing, Loads
-from moebalance.layer import BalancedRouter
+from moebalance.core.handle import Balancing, Loads
+from moebalance.methods import NoBalancing
+from moebalance.router import BalancedRouter
 from moebalance.runlog import RunLog
 
 
@@ -161,7 +161,7 @@ def _header(model: nn.Module, balancing: Balancing, name: str | None) -> dict[st
     return {
         "name": name or type(model).__name__,
         "method": "monitor",
-        "balancer": repr(balancing.balancer),
+        "method_repr": repr(balancing.method),
         "seed": None,
         "versions": {"moebalance": __version__, "torch": torch.__version__},
         "model": {

@@ -54,9 +54,9 @@ class Run:
         return str(self.header["method"])
 
     @property
-    def balancer(self) -> str:
-        """The balancer with its hyper-parameters, as its ``repr``; empty if not recorded."""
-        return str(self.header.get("balancer") or "")
+    def method_repr(self) -> str:
+        """The method_repr with its hyper-parameters, as its ``repr``; empty if not recorded."""
+        return str(self.header.get("method_repr") or "")
 
     @property
     def seed(self) -> int | None:

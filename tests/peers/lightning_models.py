@@ -24,7 +24,7 @@ STEADY = mb.PhiBalancing(strength=0.1, rate=0.5, peek=False)
 
 
 @dataclass(frozen=True)
-class FixedPrice(mb.Balancer):
+class FixedPrice(mb.Method):
     """Charge the same price whatever happens: its gradient is additive over any split."""
 
     strength: float
@@ -36,9 +36,9 @@ class FixedPrice(mb.Balancer):
 class Plain(LightningModule):
     """Two micro-batches of rows, or as many as asked for, and the trainer's own optimization."""
 
-    def __init__(self, balancer: mb.Balancer = STEADY, *, rows: int = 4, batch: int = 2) -> None:
+    def __init__(self, method: mb.Method = STEADY, *, rows: int = 4, batch: int = 2) -> None:
         super().__init__()
-        self.model = TinyMoE(balancer)
+        self.model = TinyMoE(method)
         self.balancing = mb.attach(self.model)
         self.rows, self.batch = rows, batch
 

@@ -43,8 +43,8 @@ with warnings.catch_warnings():
 
     from moebalance.integrations.megatron import attach, balanced_spec
 
-from moebalance.balancers import Balancer
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
+from moebalance.methods import Method
 
 __all__ = [
     "Float16Module",
@@ -160,11 +160,11 @@ class Tower(MegatronModule):
         return hidden
 
 
-def make_tower(config: TransformerConfig, balancer: Balancer | None = None) -> Tower:
-    """The same weights on every layout; Megatron's own router where there is no balancer."""
+def make_tower(config: TransformerConfig, method: Method | None = None) -> Tower:
+    """The same weights on every layout; Megatron's own router where there is no method."""
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts).submodules.mlp
-    if balancer is not None:
-        spec = balanced_spec(spec, balancer)
+    if method is not None:
+        spec = balanced_spec(spec, method)
     tower = Tower(config, spec.submodules)
     for number, layer in enumerate(tower.layers):
         # Far from uniform, so that there is something to balance.
@@ -256,7 +256,7 @@ def run_schedule(
     return {name.removeprefix("module."): gradient.clone() for name, gradient in found.items()}
 
 
-def balanced(balancer: Balancer, **changes: Any) -> tuple[DistributedDataParallel, Balancing]:
+def balanced(method: Method, **changes: Any) -> tuple[DistributedDataParallel, Balancing]:
     """A wrapped tower and its handle."""
-    model = wrap(make_tower(make_config(**changes), balancer))
+    model = wrap(make_tower(make_config(**changes), method))
     return model, attach(model)

@@ -23,7 +23,7 @@ from megatron_models import (
 )
 from torch import Tensor, nn
 
-from moebalance.balancers import Balancer, LossFree, PhiBalancing
+from moebalance.methods import LossFree, Method, PhiBalancing
 
 LENGTH, SEQUENCES, MICRO_BATCHES, STEPS = 8, 4, 2, 3
 PHI = PhiBalancing(strength=0.1, rate=0.5, peek=False)
@@ -69,15 +69,15 @@ PAIRS = {
 
 
 def gradients(
-    layout: Layout, balancer: Balancer | None = PHI, *, padded: bool = False, **changes: Any
+    layout: Layout, method: Method | None = PHI, *, padded: bool = False, **changes: Any
 ) -> tuple[Gradients, dict[str, Tensor]]:
     """The routers' gradients in each step, by the term alone, and the state at the end."""
     with on_cpu(), parallel(**layout.sizes):
         settings = layout.settings | layout.sizes | changes
-        if balancer is None:
+        if method is None:
             model = wrap(make_tower(make_config(**settings)))
         else:
-            model, _ = balanced(balancer, **settings)
+            model, _ = balanced(method, **settings)
         found = [
             run_step(model, micro_batches(layout, step, padded=padded)) for step in range(STEPS)
         ]

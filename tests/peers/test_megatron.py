@@ -23,20 +23,20 @@ from megatron_models import (
 )
 from torch import Tensor
 
-from cases import BALANCERS, GATES
-from moebalance.balancers import (
-    Balancer,
+from cases import GATES, METHODS
+from moebalance.core.handle import Balancing
+from moebalance.methods import (
     GlobalBatchLoss,
     LossFree,
+    Method,
     PhiBalancing,
     SequenceLoss,
     Sinkhorn,
     SwitchLoss,
     ZLoss,
 )
-from moebalance.balancing import Balancing
-from moebalance.layer import BalancedRouter
 from moebalance.potentials import NegativeEntropy, Potential, Tsallis
+from moebalance.router import BalancedRouter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
 
@@ -72,11 +72,11 @@ def square(output: Tensor) -> Tensor:
 
 
 def gradients(
-    balancer: Balancer | None, *, task: Any = None, padded: bool = False, **settings: Any
+    method: Method | None, *, task: Any = None, padded: bool = False, **settings: Any
 ) -> dict[str, Tensor]:
     """Router gradients of one step of two micro-batches."""
     config = make_config(**settings)
-    model = wrap(make_tower(config)) if balancer is None else balanced(balancer, **settings)[0]
+    model = wrap(make_tower(config)) if method is None else balanced(method, **settings)[0]
     batches = micro_batches(padded=padded)
     return run_step(model, batches) if task is None else run_step(model, batches, task)
 
@@ -178,13 +178,13 @@ def test_sinkhorn_chooses_as_megatrons():
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_what_it_is_in_a_router_of_our_own(name, gate):
-    balancer = BALANCERS[name]
-    model, balancing = balanced(balancer, num_layers=1, moe_router_score_function=gate)
+    method = METHODS[name]
+    model, balancing = balanced(method, num_layers=1, moe_router_score_function=gate)
     weight = model.module.layers[0].router.weight.detach().clone().requires_grad_()
-    router = BalancedRouter(balancer, EXPERTS, TOP_K, gate=GATES[gate])
-    reference = Balancing(balancer, {"router": router})
+    router = BalancedRouter(method, EXPERTS, TOP_K, gate=GATES[gate])
+    reference = Balancing(method, {"router": router})
     reference.set_loss_scale(0.5)  # two micro-batches
     for step in range(3):
         batches = micro_batches(padded=True, seed=step)
@@ -195,7 +195,7 @@ def test_every_method_is_what_it_is_in_a_router_of_our_own(name, gate):
             (0 * weights.sum()).backward()
         torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-7)
         reference.step()
-    assert bool(weight.grad.any()) == balancer.charges
+    assert bool(weight.grad.any()) == method.charges
     (layer,) = balancing.layers.values()
     for key, tensor in router.state_dict().items():
         torch.testing.assert_close(layer.state_dict()[key], tensor, msg=key)

@@ -26,9 +26,10 @@ from megatron_models import (
 )
 from torch import Tensor, nn
 
-from moebalance.balancers import (
-    Balancer,
+from moebalance.integrations.megatron import BalancedTopKRouter
+from moebalance.methods import (
     LossFree,
+    Method,
     NoBalancing,
     PhiBalancing,
     Sinkhorn,
@@ -36,7 +37,6 @@ from moebalance.balancers import (
     Together,
     ZLoss,
 )
-from moebalance.integrations.megatron import BalancedTopKRouter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
 
@@ -277,7 +277,7 @@ def test_a_sick_batch_stops_training_and_names_the_layer():
 
 
 @pytest.mark.parametrize(
-    ("balancer", "settings", "message"),
+    ("method", "settings", "message"),
     [
         (PHI, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}, "second"),
         (
@@ -297,10 +297,10 @@ def test_a_sick_batch_stops_training_and_names_the_layer():
     ],
 )
 def test_settings_that_would_be_ignored_or_doubled_are_refused(
-    balancer: Balancer, settings: dict[str, Any], message: str
+    method: Method, settings: dict[str, Any], message: str
 ):
     with pytest.raises(ValueError, match=message):
-        make_tower(make_config(**settings), balancer)
+        make_tower(make_config(**settings), method)
 
 
 def test_the_fused_router_and_unknown_scores_are_refused():

@@ -31,8 +31,8 @@ from megatron_models import (
 )
 from torch import Tensor, nn
 
-from moebalance.balancers import LossFree, PhiBalancing, QuantileBalancing, SwitchLoss, Together
 from moebalance.integrations.megatron import BalancedTopKRouter
+from moebalance.methods import LossFree, PhiBalancing, QuantileBalancing, SwitchLoss, Together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning"),
@@ -62,9 +62,9 @@ def batch(seed: int = 0) -> MicroBatch:
     return MicroBatch(normal((8, 2, HIDDEN), seed))
 
 
-def gpt(balancer: Any, **settings: Any) -> nn.Module:
+def gpt(method: Any, **settings: Any) -> nn.Module:
     spec = get_gpt_layer_local_spec(num_experts=4)
-    spec = spec if balancer is None else balanced_spec(spec, balancer)
+    spec = spec if method is None else balanced_spec(spec, method)
     return GPTModel(make_config(**settings), spec, VOCABULARY, LENGTH)
 
 
@@ -83,15 +83,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if ".balance." in name}
 
 
-@pytest.mark.parametrize("balancer", [PHI, BOTH, QuantileBalancing(bins=64)], ids=repr)
-def test_a_distributed_checkpoint_goes_on_as_if_never_interrupted(balancer, tmp_path):
-    old = gpt(balancer)
+@pytest.mark.parametrize("method", [PHI, BOTH, QuantileBalancing(bins=64)], ids=repr)
+def test_a_distributed_checkpoint_goes_on_as_if_never_interrupted(method, tmp_path):
+    old = gpt(method)
     wrapped = wrap(old)
     attach(wrapped)
     for step in range(2):
         train_gpt(wrapped, step)
     dist_checkpointing.save(old.sharded_state_dict(), tmp_path)
-    new = gpt(balancer)
+    new = gpt(method)
     assert any(not torch.equal(v, state_of(new)[name]) for name, v in state_of(old).items())
     new.load_state_dict(dist_checkpointing.load(new.sharded_state_dict(), tmp_path))
     for name, value in state_of(old).items():
@@ -185,16 +185,16 @@ def test_the_snippet_of_the_page_trains_a_gpt_model():
 
 
 def test_a_term_changes_a_gpt_models_router_gradient_by_itself_alone():
-    plain, other = (wrap(_seeded(balancer)) for balancer in (SwitchLoss(0.0), SwitchLoss(0.1)))
+    plain, other = (wrap(_seeded(method)) for method in (SwitchLoss(0.0), SwitchLoss(0.1)))
     for model in (plain, other):
         attach(model)
     expected, found = train_gpt(plain), train_gpt(other)
     assert all(not torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-def _seeded(balancer: Any) -> nn.Module:
+def _seeded(method: Any) -> nn.Module:
     torch.manual_seed(0)
-    return gpt(balancer)
+    return gpt(method)
 
 
 @pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")

@@ -30,13 +30,14 @@ from torchtitan_models import (
     whole,
 )
 
-from cases import BALANCERS
-from moebalance.balancers import Balancer, LossFree, NoBalancing, PhiBalancing, Together
-from moebalance.balancers.base import charge
-from moebalance.balancing import Balancing
+from cases import METHODS
+from moebalance.core.handle import Balancing
+from moebalance.gates import Sigmoid
 from moebalance.integrations.torchtitan import balanced, drive
-from moebalance.layer import BalancedRouter
-from moebalance.routing import Sigmoid, route
+from moebalance.methods import LossFree, Method, NoBalancing, PhiBalancing, Together
+from moebalance.methods.base import charge
+from moebalance.router import BalancedRouter
+from moebalance.routing import route
 
 PHI = PhiBalancing(strength=1.0, rate=0.5, peek=False)
 STOCK = LossFree(rate=1e-3, recentre=True)
@@ -54,13 +55,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def make_moe(balancer: Balancer | None, *, score: str = "sigmoid", **router: Any) -> Any:
+def make_moe(method: Method | None, *, score: str = "sigmoid", **router: Any) -> Any:
     """A layer of torchtitan's own, balanced or stock, with the same weights every time."""
     config = tiny_config(layers=2)
     layer = config.model_spec.model.layers[1].moe
     layer.router = dataclasses.replace(layer.router, score_func=score, **router)
-    if balancer is not None:
-        balanced(config, balancer)
+    if method is not None:
+        balanced(config, method)
     with torch.device("meta"):
         moe = layer.build()
     moe.to_empty(device="cpu")
@@ -73,10 +74,10 @@ def make_moe(balancer: Balancer | None, *, score: str = "sigmoid", **router: Any
     return moe.train()
 
 
-def drive_one(moe: Any, balancer: Balancer) -> tuple[Any, Balancing]:
+def drive_one(moe: Any, method: Method) -> tuple[Any, Balancing]:
     """The optimizers of a model of one layer, and its handle."""
     optimizers = adam(1e-2).build(model_parts=[moe])
-    balancing = drive(optimizers, [moe], ParallelDims(1, 1, 1, 1, 1, 1, 1), balancer=balancer)
+    balancing = drive(optimizers, [moe], ParallelDims(1, 1, 1, 1, 1, 1, 1), method=method)
     assert balancing is not None
     return optimizers, balancing
 
@@ -120,12 +121,12 @@ def test_a_bias_that_no_method_moves_still_chooses() -> None:
     assert not torch.equal(ours(batch(0), bias)[1], ours(batch(0), None)[1])
 
 
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_steps_as_in_a_router_of_our_own(name: str) -> None:
-    balancer = BALANCERS[name]
-    moe = make_moe(balancer, score="softmax", route_norm=False)
-    _, balancing = drive_one(moe, balancer)
-    own = BalancedRouter(balancer, EXPERTS, TOP_K, normalize=False)
+    method = METHODS[name]
+    moe = make_moe(method, score="softmax", route_norm=False)
+    _, balancing = drive_one(moe, method)
+    own = BalancedRouter(method, EXPERTS, TOP_K, normalize=False)
     gate = moe.router.gate
     for number in range(2):
         moe.router(batch(number), moe.expert_bias_E)[0].square().sum().backward()
@@ -142,10 +143,10 @@ def test_every_method_steps_as_in_a_router_of_our_own(name: str) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_recentred_loss_free_trains_as_the_stock_sign_rule(accumulation: int) -> None:
-    def trained(balancer: Balancer | None) -> dict[str, Tensor]:
+    def trained(method: Method | None) -> dict[str, Tensor]:
         config = tiny_config(steps=8)
         config.training.global_batch_size = BATCH * accumulation
-        return state(train(config if balancer is None else balanced(config, balancer)))
+        return state(train(config if method is None else balanced(config, method)))
 
     stock, ours = trained(None), trained(STOCK)
     assert stock["layers.2.moe.expert_bias_E"].abs().max() > 4e-3
@@ -159,8 +160,8 @@ def test_recentred_loss_free_trains_as_the_stock_sign_rule(accumulation: int) ->
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_term_is_strength_times_the_mean_over_all_tokens_of_a_step(accumulation: int) -> None:
-    def make(balancer: Balancer) -> Any:
-        config = balanced(tiny_config(), balancer)
+    def make(method: Method) -> Any:
+        config = balanced(tiny_config(), method)
         config.training.global_batch_size = BATCH * accumulation
         return config
 
@@ -303,15 +304,15 @@ def test_in_bfloat16_state_and_price_stay_float32() -> None:
 def test_a_layer_without_bias_does_not_keep_the_others_from_balancing() -> None:
     """torchtitan #3686: the stock hook refuses, or passes over, models with mixed layers."""
 
-    def mixed(balancer: Balancer | None) -> Any:
+    def mixed(method: Method | None) -> Any:
         config = tiny_config()
         config.model_spec.model.layers[1].moe.load_balance_coeff = None
-        return config if balancer is None else balanced(config, balancer)
+        return config if method is None else balanced(config, method)
 
     with pytest.raises(ValueError, match="configured consistently"):
         train(mixed(None))
-    for balancer in (PHI, STOCK):
-        built = train(mixed(balancer))
+    for method in (PHI, STOCK):
+        built = train(mixed(method))
         assert built.optimizers.balancing.steps == 2
         assert built.optimizers.balancing.metrics()["tokens"] == BATCH * LENGTH
     assert state(built)["layers.1.moe.expert_bias_E"].any()

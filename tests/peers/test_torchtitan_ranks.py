@@ -22,9 +22,9 @@ from torchtitan_models import (
     trainer,
 )
 
-from moebalance.balancers import Balancer, LossFree, NoBalancing, PhiBalancing, Together
 from moebalance.integrations.torchtitan import balanced
 from moebalance.integrations.torchtitan.steps import disjoint_tokens
+from moebalance.methods import LossFree, Method, NoBalancing, PhiBalancing, Together
 from processes import run
 
 PHI = PhiBalancing(strength=1.0, rate=0.5, peek=False)
@@ -40,9 +40,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def laid_out(seed: Path, layout: dict[str, Any], balancer: Balancer) -> Any:
+def laid_out(seed: Path, layout: dict[str, Any], method: Method) -> Any:
     """Two steps of two batches each, from the weights in `seed`."""
-    config = balanced(tiny_config(lr=1e-6), balancer)
+    config = balanced(tiny_config(lr=1e-6), method)
     config.training.global_batch_size = 4
     config.checkpoint.enable = True
     config.checkpoint.load_only = True

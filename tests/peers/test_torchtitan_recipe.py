@@ -34,8 +34,8 @@ from torchtitan_models import (
     trainer,
 )
 
-from moebalance.balancers import Balancer, LossFree, PhiBalancing, Together
 from moebalance.integrations.torchtitan import BalancedTopKRouter, balanced, drive
+from moebalance.methods import LossFree, Method, PhiBalancing, Together
 
 BOTH = Together(PhiBalancing(strength=1.0), LossFree())
 ALONE = ParallelDims(1, 1, 1, 1, 1, 1, 1)
@@ -159,7 +159,7 @@ def test_resumes_to_the_bit(tmp_path: Path) -> None:
 def test_goes_on_from_a_bias_that_other_software_trained() -> None:
     model = make_model(balanced(tiny_config(), LossFree()))
     optimizers = adam(1e-2).build(model_parts=[model])
-    drive(optimizers, [model], ALONE, balancer=LossFree())
+    drive(optimizers, [model], ALONE, method=LossFree())
     theirs = torch.randn(EXPERTS)
     model.load_state_dict({"layers.2.moe.expert_bias_E": theirs}, strict=False)
     balance = model.get_submodule(LAST).balance
@@ -168,8 +168,8 @@ def test_goes_on_from_a_bias_that_other_software_trained() -> None:
 
 
 def test_exports_to_hugging_face_hold_the_price_and_no_state_of_ours() -> None:
-    def exported(balancer: Balancer | None) -> dict[str, Tensor]:
-        config = tiny_config() if balancer is None else balanced(tiny_config(), balancer)
+    def exported(method: Method | None) -> dict[str, Tensor]:
+        config = tiny_config() if method is None else balanced(tiny_config(), method)
         spec = config.model_spec
         model = make_model(config)
         for bias in biases(model.state_dict()).values():
@@ -183,10 +183,10 @@ def test_exports_to_hugging_face_hold_the_price_and_no_state_of_ours() -> None:
 
 
 def test_warns_where_an_export_would_lose_the_price(caplog: pytest.LogCaptureFixture) -> None:
-    def warnings_under(balancer: Balancer) -> list[str]:
+    def warnings_under(method: Method) -> list[str]:
         caplog.clear()
         config = balanced(
-            dataclasses.replace(tiny_config(), model_spec=qwen3("debugmodel_moe")), balancer
+            dataclasses.replace(tiny_config(), model_spec=qwen3("debugmodel_moe")), method
         )
         spec = config.model_spec
         with caplog.at_level(logging.WARNING, logger="moebalance"):
@@ -210,7 +210,7 @@ def test_refuses_to_balance_twice() -> None:
 
 
 def test_refuses_what_is_no_method() -> None:
-    with pytest.raises(TypeError, match="must be a Balancer"):
+    with pytest.raises(TypeError, match="must be a Method"):
         balanced(tiny_config(), "phi")  # type: ignore[arg-type]
 
 
@@ -235,11 +235,11 @@ def test_refuses_to_balance_a_choice_that_is_forced() -> None:
 
 
 def test_refuses_a_frozen_router_only_under_a_method_that_needs_its_gradient() -> None:
-    def driven(balancer: Balancer) -> Any:
-        model = make_model(balanced(tiny_config(), balancer))
+    def driven(method: Method) -> Any:
+        model = make_model(balanced(tiny_config(), method))
         optimizers = adam(1e-2).build(model_parts=[model])
         model.get_submodule(LAST).gate.requires_grad_(False)
-        return drive(optimizers, [model], ALONE, balancer=balancer)
+        return drive(optimizers, [model], ALONE, method=method)
 
     assert driven(LossFree()).layers.keys() == {"layers.1.moe.router", LAST}
     with pytest.raises(ValueError, match=r"layers\.2\.moe\.router is frozen"):

@@ -17,9 +17,9 @@ from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-foun
 from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import PreTrainedModel, TrainerCallback
 
-from moebalance.balancers.base import Balancer
-from moebalance.experiments.methods import build_method, without_options
 from moebalance.integrations.huggingface import BalanceCallback
+from moebalance.methods.base import Method
+from moebalance.words.methods import build_method, without_options
 
 _TRL = frozenset(["dpo", "gdpo", "grpo", "ipo", "kto"])
 """Values of `rl:` whose trainers are TRL's and switch the model's own balancing loss on."""
@@ -37,7 +37,7 @@ class Settings(BaseModel):
         self.build()
         return self
 
-    def build(self) -> Balancer:
+    def build(self) -> Method:
         """Make the method.
 
         Raises:
@@ -67,5 +67,5 @@ class MoebalancePlugin(BasePlugin):  # type: ignore[misc]
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: PreTrainedModel) -> list[TrainerCallback]:
         """Make the callback that attaches when the trainer is made."""
-        balancer = Settings(**cfg["moebalance"]).build()
-        return [BalanceCallback(balancer, resume_from=cfg.get("resume_from_checkpoint"))]
+        method = Settings(**cfg["moebalance"]).build()
+        return [BalanceCallback(method, resume_from=cfg.get("resume_from_checkpoint"))]

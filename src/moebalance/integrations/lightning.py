@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from moebalance.attachment import attach
-from moebalance.balancers.base import Balancer
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
+from moebalance.methods.base import Method
 
 try:
     from lightning.pytorch import Callback  # type: ignore[import-not-found]
@@ -45,17 +45,17 @@ class BalanceCallback(Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        balancing: Balancing | Balancer,
+        balancing: Balancing | Method,
         *,
         prefix: str = "moe/",
         optimizer: int | None = None,
     ) -> None:
-        if not isinstance(balancing, Balancing | Balancer):
+        if not isinstance(balancing, Balancing | Method):
             raise TypeError(
                 f"BalanceCallback({balancing!r}): give what moebalance.attach(model, …) returned, "
-                "or a Balancer such as PhiBalancing(strength=1e-3)."
+                "or a Method such as PhiBalancing(strength=1e-3)."
             )
-        self._balancer = balancing if isinstance(balancing, Balancer) else None
+        self._method = balancing if isinstance(balancing, Method) else None
         self._balancing = balancing if isinstance(balancing, Balancing) else None
         self._module: Any = None
         self._saved: Mapping[str, Any] | None = None
@@ -74,7 +74,7 @@ class BalanceCallback(Callback):  # type: ignore[misc]
         """
         if self._balancing is None:
             raise RuntimeError(
-                f"BalanceCallback({self._balancer!r}) has no model yet: it attaches to the module "
+                f"BalanceCallback({self._method!r}) has no model yet: it attaches to the module "
                 "of the trainer that it is given to as callbacks=[…], when that starts."
             )
         return self._balancing
@@ -119,7 +119,7 @@ class BalanceCallback(Callback):  # type: ignore[misc]
         # By name: one module class may come as lightning.pytorch's and as pytorch_lightning's.
         stock = type(pl_module).backward.__qualname__ == "LightningModule.backward"
         self._trainer_scales = pl_module.automatic_optimization and stock
-        if not self._trainer_scales and self.balancing.balancer.charges:
+        if not self._trainer_scales and self.balancing.method.charges:
             # Unless the loss is followed the term is NaN: seen before the optimizer takes it.
             self.balancing.set_loss_scale(float("nan"))
         self.balancing.discard()
@@ -153,7 +153,7 @@ class BalanceCallback(Callback):  # type: ignore[misc]
         # A step whose training_step returned None is the optimizer's alone.
         if optimizer is not self._steps_on or not self._backward_ran:
             return
-        if not self._trainer_scales and self.balancing.balancer.charges:
+        if not self._trainer_scales and self.balancing.method.charges:
             layer = next(iter(self.balancing.layers.values()))
             if bool(layer.loss_scale.isnan()):
                 raise RuntimeError(
@@ -214,13 +214,13 @@ class BalanceCallback(Callback):  # type: ignore[misc]
 
     def _take(self, pl_module: Any) -> None:
         """Attach to the trainer's module if that is left to this callback."""
-        if self._balancer is None:
+        if self._method is None:
             _unshare(self.balancing)
-        if self._balancer is None or pl_module is self._module:
+        if self._method is None or pl_module is self._module:
             return
         if self._balancing is not None:
             self._balancing.detach()
-        self._module, self._balancing = pl_module, attach(pl_module, self._balancer)
+        self._module, self._balancing = pl_module, attach(pl_module, self._method)
         self._restore()
 
     def _restore(self) -> None:

@@ -16,36 +16,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moebalance.balancers.base import Balancer
 from moebalance.integrations.huggingface import BalanceCallback
+from moebalance.methods.base import Method
 
 _TRAINING = ("pt", "sft", "rlhf")
 """Names of the scripts that train; others read the plugin file and make no trainer."""
 
 
-def register(balancer: Balancer, *, name: str = "moebalance", **options: Any) -> None:
-    """Let `--callbacks NAME` attach `balancer` to the trainer's model.
+def register(method: Method, *, name: str = "moebalance", **options: Any) -> None:
+    """Let `--callbacks NAME` attach `method` to the trainer's model.
 
     Calling it again with the same name replaces the method: data-loading workers read the plugin
     file again.
 
     Args:
-        balancer: the method.
+        method: the method.
         name: what `--callbacks` calls it.
         options: for `BalanceCallback`, such as `resume_from`.
 
     Raises:
-        TypeError: `balancer` is no method.
+        TypeError: `method` is no method.
         ValueError: the command line trains, and its `--callbacks` does not name it.
     """
-    BalanceCallback(balancer, **options)  # refuse bad arguments before a model is loaded
+    BalanceCallback(method, **options)  # refuse bad arguments before a model is loaded
     _refuse_unnamed(name, sys.argv)
     from swift.callbacks import callbacks_map  # type: ignore[import-not-found]
 
     def make(args: Any, trainer: Any) -> BalanceCallback:
         # Each start of ms-swift writes to a folder of its own: what it resumes from is elsewhere.
         folder = {"resume_from": getattr(args, "resume_from_checkpoint", None)}
-        return BalanceCallback(balancer, **{**folder, **options})
+        return BalanceCallback(method, **{**folder, **options})
 
     callbacks_map[name] = make
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moebalance.gates import Gate, Sigmoid
 from moebalance.kernels.launch import launch
 from moebalance.kernels.tiling import bytes_of, next_power, row_of, tile
-from moebalance.routing import Gate, Sigmoid
 
 _SLAB = 1024  # choices that a program counts at once
 

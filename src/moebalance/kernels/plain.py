@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.routing import Gate, GroupLimit, Sigmoid, at_least_float32, real_rows
+from moebalance.gates import Gate, GroupLimit, Sigmoid, at_least_float32
+from moebalance.routing import real_rows
 
 
 class Chosen(NamedTuple):

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.balancers.base import MeanPrice
 from moebalance.kernels.launch import launch
 from moebalance.kernels.tiling import next_power
+from moebalance.methods.base import MeanPrice
 from moebalance.potentials import Euclidean, NegativeEntropy
 
 

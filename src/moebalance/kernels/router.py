@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moebalance.gates import Gate, GroupLimit, Sigmoid
 from moebalance.kernels.launch import launch
 from moebalance.kernels.plain import Chosen
 from moebalance.kernels.tiling import bytes_of, next_power, row_of, tile
-from moebalance.routing import Gate, GroupLimit, Sigmoid
 
 
 def choose(

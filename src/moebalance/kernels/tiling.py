@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.routing import Gate, GroupLimit, Sigmoid, Softmax
+from moebalance.gates import Gate, GroupLimit, Sigmoid, Softmax
 
 MAX_EXPERTS = 2304
 MAX_TOP_K = 32

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.shares import Shares
+from moebalance.proportions import Shares
 
 if TYPE_CHECKING:
     from moebalance.potentials.composed import Combined, Grouped, Relative

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moebalance.potentials.base import Potential, require
-from moebalance.shares import Shares, check_shares, constant, fractions, settle_shares
+from moebalance.proportions import Shares, check_shares, constant, fractions, settle_shares
 
 
 @dataclass(frozen=True)

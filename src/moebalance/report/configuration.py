@@ -86,7 +86,7 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
                 "folder": parent.name if folder == "." else folder,
                 "method": display_name(run.method),
                 "key": run.method,
-                "balancer": run.balancer,
+                "method_repr": run.method_repr,
                 "batching": run.batching,
                 "seed": "—" if run.seed is None else str(run.seed),
                 "steps": f"{run.last_step} / {planned if planned is not None else '?'}",

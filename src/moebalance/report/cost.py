@@ -1,7 +1,7 @@
 """What each method's imbalance would cost under expert parallelism, from the loads in its runs.
 
 The loads are those of a run's last evaluation, over the whole of it. Single batches are less even,
-so every number here is a lower bound; see `moebalance.cost` for the formulas.
+so every number here is a lower bound; see `moebalance.metrics.expert_parallel` for the formulas.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moebalance.cost import Cost, Place, contiguous, greedy, imbalance_cost
+from moebalance.metrics.expert_parallel import Cost, Place, contiguous, greedy, imbalance_cost
 from moebalance.report.estimates import Estimate, MethodSummary, last_evaluation
 from moebalance.runlog import Run
 

@@ -58,7 +58,7 @@ class MethodSummary:
     """
 
     method: str
-    balancer: str
+    method_repr: str
     label: str
     runs: tuple[Run, ...]
     used: tuple[Run, ...]
@@ -84,7 +84,7 @@ def method_summaries(runs: Sequence[Run], metrics: Iterable[str]) -> list[Method
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.method, run.balancer), []).append(run)
+        groups.setdefault((run.method, run.method_repr), []).append(run)
     order = list(looks(method for method, _ in groups))
     keys = sorted(groups, key=lambda key: (order.index(key[0]), key[1]))
     labels = _labels(keys)
@@ -145,7 +145,7 @@ def _summary(
     values = _values(used, metrics, last_evaluation)
     return MethodSummary(
         method=key[0],
-        balancer=key[1],
+        method_repr=key[1],
         label=label,
         runs=tuple(runs),
         used=tuple(used),
@@ -204,24 +204,24 @@ def _seed(run: Run) -> int | str:
 def _labels(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """The method's name; where several settings of it were run, what tells them apart as well."""
     labels = {}
-    for method, balancer in keys:
+    for method, method_repr in keys:
         rivals = [other for m, other in keys if m == method]
         label = display_name(method)
         if len(rivals) > 1:
             arguments = [_arguments(other) for other in rivals]
-            mine = arguments[rivals.index(balancer)]
+            mine = arguments[rivals.index(method_repr)]
             own = [a for a in mine if not all(a in other for other in arguments)]
-            label += " · " + (", ".join(own) or f"setting {rivals.index(balancer) + 1}")
-        labels[method, balancer] = label
+            label += " · " + (", ".join(own) or f"setting {rivals.index(method_repr) + 1}")
+        labels[method, method_repr] = label
     return labels
 
 
-def _arguments(balancer: str) -> list[str]:
+def _arguments(method_repr: str) -> list[str]:
     """The settings in a ``repr``: ``A(b=C(1, 2), d=3)`` gives ``b=C(1, 2)``, ``d=3``.
 
     The parts of a composition, ``first=…`` and ``second=…``, give their own settings instead.
     """
-    inner = balancer.partition("(")[2].removesuffix(")")
+    inner = method_repr.partition("(")[2].removesuffix(")")
     found, depth = [""], 0
     for character in inner:
         depth += (character in "([{") - (character in ")]}")

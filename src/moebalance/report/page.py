@@ -87,7 +87,7 @@ def render_report(
         metrics=METRICS,
         scale=range(BINS),
         runs=run_rows(runs),
-        balancers=_balancers(sections),
+        method_reprs=_method_reprs(sections),
         settings=settings(runs),
     )
 
@@ -146,7 +146,7 @@ def _row(method: MethodSummary, section: Section, ink: Ink) -> dict[str, Any]:
     return {
         "method": method.method,
         "label": method.label,
-        "balancer": method.balancer,
+        "method_repr": method.method_repr,
         "colour": ink.methods[method.method],
         "marker": marker(method.method),
         "partial": method.partial,
@@ -230,6 +230,6 @@ def _cell(estimate: Estimate | None, metric: Metric) -> dict[str, str]:
     return {"sort": repr(estimate.mean), "mean": number(estimate.mean, digits), "below": below}
 
 
-def _balancers(sections: Sequence[Section]) -> list[tuple[str, str]]:
-    found = {(m.label, m.balancer): None for s in sections for m in s.methods if m.balancer}
+def _method_reprs(sections: Sequence[Section]) -> list[tuple[str, str]]:
+    found = {(m.label, m.method_repr): None for s in sections for m in s.methods if m.method_repr}
     return list(found)

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moebalance.routing import Gate, Sigmoid, Softmax
-from moebalance.sites import Rule
+from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.integrations.rule import Rule
 
 
 class Answer(NamedTuple):

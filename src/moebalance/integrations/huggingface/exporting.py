@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
 from moebalance.integrations.huggingface.routers import Site, find_sites, transformers_model
 from moebalance.integrations.huggingface.scan import open_weights
 
@@ -206,7 +206,7 @@ def _rounded(balancing: Balancing, sites: Sequence[Site]) -> str:
 
 def _without_slot(balancing: Balancing, names: Sequence[str]) -> str:
     return (
-        f"{balancing.balancer!r} trained a selection price, and {_first(names)} no selection bias "
+        f"{balancing.method!r} trained a selection price, and {_first(names)} no selection bias "
         "that could hold it. These weights alone send tokens to other experts than in training, "
         "wherever they are loaded."
     )
@@ -220,7 +220,7 @@ _WITHOUT_SLOT_REMEDY = (
 
 def _unsaved(balancing: Balancing, names: Sequence[str]) -> str:
     return (
-        f"{balancing.balancer!r} trained a selection price, and the selection bias that holds it "
+        f"{balancing.method!r} trained a selection price, and the selection bias that holds it "
         f"is not among what would be saved of {', '.join(names[:1])} (and {len(names) - 1} more). "
         "An adapter holds what it trains: merge it (merge_and_unload) and save the whole model, or "
         "name the router in modules_to_save."

@@ -13,9 +13,9 @@ from transformers import __version__ as version
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
-from moebalance.balancers.base import Balancer
-from moebalance.balancing import Balancing
-from moebalance.distributed import Group
+from moebalance.core.distributed import Group
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface.exporting import guard_saving
 from moebalance.integrations.huggingface.routers import (
     Site,
@@ -23,7 +23,7 @@ from moebalance.integrations.huggingface.routers import (
     find_sites,
     transformers_model,
 )
-from moebalance.layer import LayerBalance
+from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
 
@@ -35,7 +35,7 @@ def serves(model: nn.Module) -> bool:
 
 def attach(
     model: nn.Module,
-    balancer: Balancer,
+    method: Method,
     *,
     group: Group | None = None,
     keep_native_loss: bool = False,
@@ -56,15 +56,13 @@ def attach(
             f"Transformers 5.6 many families have no router of their own; {version} is installed."
         )
     for site in sites:
-        check_levers(site, balancer)
+        check_levers(site, method)
 
     layers = {}
     for site in sites:
-        layer = LayerBalance(
-            balancer, site.num_experts, gate=site.gate, fused=fused, name=site.name
-        )
+        layer = LayerBalance(method, site.num_experts, gate=site.gate, fused=fused, name=site.name)
         layers[site.name] = layer.to(next(site.router.parameters()).device)
-    balancing = Balancing(balancer, layers, group=group)
+    balancing = Balancing(method, layers, group=group)
     try:
         _tie(balancing, model, inner, sites, keep_native_loss=keep_native_loss)
     except BaseException:
@@ -82,15 +80,15 @@ def _tie(
     keep_native_loss: bool,
 ) -> None:
     """Register every hook, and how to take it away again."""
-    balancer, layers = balancing.balancer, balancing.layers
+    method, layers = balancing.method, balancing.layers
     if not keep_native_loss:
         balancing.on_detach(silence_native_loss(inner))
     forward, stacks = _Forward(), _stacks(inner)
     for site in sites:
         layer = layers[site.name]
-        native = site.bias is not None and balancer.prices_selection
+        native = site.bias is not None and method.prices_selection
         number = _holder(stacks, site.router)
-        reselect = balancer.selects and not native
+        reselect = method.selects and not native
         hook = RouterHook(layer, site, forward, stack=number, reselect=reselect)
         balancing.on_detach(site.router.register_forward_hook(hook.after_router).remove)
         if site.bias is not None and native:
@@ -98,7 +96,7 @@ def _tie(
             layer.adopt(-original.reshape(-1))
             balancing.on_step(partial(_publish_price, site, layer))
             balancing.on_detach(partial(_write_bias, site, original), restores_price=True)
-        elif balancer.prices_selection:
+        elif method.prices_selection:
             balancing.price_outside.add(site.name)
     balancing.on_detach(guard_saving(inner, balancing, sites))
     hooks = _ModelHooks(

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
 
 
 class Recorder(Protocol):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from moebalance.balancers import NoBalancing, ZLoss
-from moebalance.balancers.base import Balancer
+from moebalance.core.state import bare_name
+from moebalance.gates import Gate
 from moebalance.integrations.huggingface.conventions import (
     BY_CLASS,
     COMMON,
@@ -24,9 +24,9 @@ from moebalance.integrations.huggingface.conventions import (
     Answer,
     Convention,
 )
-from moebalance.routing import Gate
-from moebalance.saved import bare_name
-from moebalance.sites import Rule, recognise
+from moebalance.integrations.rule import Rule, recognise
+from moebalance.methods import NoBalancing, ZLoss
+from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
 
@@ -124,41 +124,41 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def check_levers(site: Site, balancer: Balancer) -> None:
+def check_levers(site: Site, method: Method) -> None:
     """Refuse a method that this router gives no lever to, or that knows too little of it.
 
     Raises:
         ValueError: the choice cannot be replaced and there is no bias; the router is frozen; or
             equal use of all its experts would be wrong, and that is what the method aims at.
     """
-    if site.convention.why_shares and not _knows_shares(balancer):
+    if site.convention.why_shares and not _knows_shares(method):
         raise ValueError(
-            f"{site.name} ({type(site.router).__name__}) cannot be balanced by {balancer!r}: "
+            f"{site.name} ({type(site.router).__name__}) cannot be balanced by {method!r}: "
             f"{site.convention.why_shares}. Say what part of the load each of its "
             f"{site.num_experts} columns shall have, those that compute nothing last: "
             "NegativeEntropy().relative_to(shares) in φ-balancing, shares=… in other methods."
         )
-    native = balancer.prices_selection and site.bias is not None
-    if balancer.selects and not native and site.why_fixed:
+    native = method.prices_selection and site.bias is not None
+    if method.selects and not native and site.why_fixed:
         raise ValueError(
-            f"{balancer!r} chooses experts, but {site.name} ({type(site.router).__name__}) "
+            f"{method!r} chooses experts, but {site.name} ({type(site.router).__name__}) "
             f"{site.why_fixed} and has no selection bias for it: use a loss-lever method such "
             "as PhiBalancing."
         )
-    if balancer.charges and not site.trainable:
+    if method.charges and not site.trainable:
         raise ValueError(
-            f"{balancer!r} works through the gradient of the router, but {site.name} is frozen. "
+            f"{method!r} works through the gradient of the router, but {site.name} is frozen. "
             "Train it (with PEFT: modules_to_save or target_parameters), or use a selection-lever "
             "method such as LossFree."
         )
 
 
-def _knows_shares(balancer: Balancer) -> bool:
+def _knows_shares(method: Method) -> bool:
     """Whether every part of a method that balances aims at given shares."""
-    parts = [value for value in vars(balancer).values() if isinstance(value, Balancer)]
+    parts = [value for value in vars(method).values() if isinstance(value, Method)]
     if parts:
         return all(_knows_shares(part) for part in parts)
-    return balancer.aim is not None or isinstance(balancer, NoBalancing | ZLoss)
+    return method.aim is not None or isinstance(method, NoBalancing | ZLoss)
 
 
 def _looks_like_router(module: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
 
 PARTS = "distributed"
 """Name of the folder in a checkpoint that holds what `torch.distributed.checkpoint` wrote."""

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
 
 STATE_FILE = "moebalance.safetensors"
 """Name of the balancing state beside a checkpoint's own files."""

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from moebalance.balancers.base import Balancer
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
+from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface.hooks import RouterHook, attach, silence_native_loss
 from moebalance.integrations.huggingface.routers import transformers_model
 from moebalance.integrations.huggingface.state_file import STATE_FILE, load, save
@@ -19,7 +19,7 @@ from moebalance.integrations.huggingface.trainer_loss import (
     scaler_factor,
     silence_trainer_loss,
 )
-from moebalance.layer import LayerBalance
+from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
 
@@ -46,18 +46,18 @@ class BalanceCallback(TrainerCallback):
 
     def __init__(
         self,
-        balancing: Balancing | Balancer,
+        balancing: Balancing | Method,
         *,
         prefix: str = "moe/",
         resume_from: str | Path | None = None,
         state_file: bool = True,
     ) -> None:
-        if not isinstance(balancing, Balancing | Balancer):
+        if not isinstance(balancing, Balancing | Method):
             raise TypeError(
                 f"BalanceCallback({balancing!r}): give what moebalance.attach(model, …) returned, "
-                "or a Balancer such as PhiBalancing(strength=1e-3)."
+                "or a Method such as PhiBalancing(strength=1e-3)."
             )
-        self._balancer = balancing if isinstance(balancing, Balancer) else None
+        self._method = balancing if isinstance(balancing, Method) else None
         self._balancing = balancing if isinstance(balancing, Balancing) else None
         self.prefix = prefix
         self.resume_from = None if resume_from is None else Path(resume_from)
@@ -76,7 +76,7 @@ class BalanceCallback(TrainerCallback):
         """
         if self._balancing is None:
             raise RuntimeError(
-                f"BalanceCallback({self._balancer!r}) has no model yet: it attaches to the model "
+                f"BalanceCallback({self._method!r}) has no model yet: it attaches to the model "
                 "of the trainer that it is given to as callbacks=[…]."
             )
         return self._balancing
@@ -162,11 +162,11 @@ class BalanceCallback(TrainerCallback):
 
     def _take(self, args: Any, model: nn.Module) -> None:
         """Attach to `model` if that is left to this callback, and follow what the trainer does."""
-        if self._balancer is not None and not any(_tied(self._balancing, model)):
+        if self._method is not None and not any(_tied(self._balancing, model)):
             if self._balancing is not None:
                 logger.info("moebalance: attaching to another model; balancing starts anew.")
                 self._balancing.detach()
-            self._balancing, self._followed = attach(model, self._balancer), None
+            self._balancing, self._followed = attach(model, self._method), None
         if self._followed is not model:
             self._unfollow()
             self._followed, self._unfollow = model, follow_outputs(args, model, self.balancing)
@@ -222,7 +222,7 @@ def _check_routers(balancing: Balancing, model: nn.Module) -> None:
             "trainer's model_init makes a new model: attach to what get_peft_model returned, or "
             "let the callback do it with BalanceCallback(PhiBalancing(…))."
         )
-    if not balancing.balancer.charges:
+    if not balancing.method.charges:
         return
     for name, _ in tied:
         adapted = model.get_submodule(name.removesuffix(".base_layer"))
@@ -230,7 +230,7 @@ def _check_routers(balancing: Balancing, model: nn.Module) -> None:
             continue  # a BalancedRouter, which is handed its logits and has no weight of its own
         if not any(parameter.requires_grad for parameter in adapted.parameters()):
             raise ValueError(
-                f"{balancing.balancer!r} works through the gradient of the router, but {name} was "
+                f"{balancing.method!r} works through the gradient of the router, but {name} was "
                 "frozen since it was attached to. Train it (with PEFT: modules_to_save or "
                 "target_parameters), or use a selection-lever method such as LossFree."
             )

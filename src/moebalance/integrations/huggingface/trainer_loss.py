@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 from transformers.utils.generic import ModelOutput
 
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
 from moebalance.integrations.huggingface.routers import transformers_model
 
 logger = logging.getLogger("moebalance")

@@ -7,9 +7,9 @@ from megatron.core.transformer.moe.router import TopKRouter  # type: ignore[impo
 from megatron.core.utils import get_model_config  # type: ignore[import-not-found]
 from torch import nn
 
-from moebalance.balancers import NoBalancing
-from moebalance.balancing import Balancing
+from moebalance.core.handle import Balancing
 from moebalance.integrations.megatron.router import BalancedTopKRouter
+from moebalance.methods import NoBalancing
 
 logger = logging.getLogger("moebalance")
 
@@ -40,22 +40,22 @@ def attach(model: nn.Module | list[nn.Module], *, step_by_hand: bool = False) ->
         if config.pipeline_model_parallel_size == 1:
             raise ValueError(
                 f"{type(chunks[0]).__name__} has no BalancedTopKRouter: build it from "
-                "balanced_spec(spec, balancer)."
+                "balanced_spec(spec, method)."
             )
         logger.info("moebalance: no MoE layer on this pipeline stage.")
         return Balancing(NoBalancing(), {})
-    balancer = _one_method(routers)
+    method = _one_method(routers)
     for name, router in routers.items():
         _check(name, router)
         router.balance.name = name
     first = next(iter(routers.values()))
     layers = {name: router.balance for name, router in routers.items()}
-    balancing = Balancing(balancer, layers, group=first.tp_dp_cp_group)
+    balancing = Balancing(method, layers, group=first.tp_dp_cp_group)
     boundary = _Boundary(balancing, config, first, by_hand=step_by_hand)
     for name, router in routers.items():
         router.check_stepped, router.on_reset = boundary.check, boundary.reset
         balancing.on_step(router.publish_price)
-        if balancer.prices_selection and router.expert_bias is None:
+        if method.prices_selection and router.expert_bias is None:
             balancing.price_outside.add(name)
     balancing.on_detach(boundary.remove)
     balancing.on_detach(lambda: _let_go(routers))
@@ -133,7 +133,7 @@ def _routers(chunks: list[nn.Module]) -> dict[str, BalancedTopKRouter]:
     if plain:
         raise ValueError(
             f"{plain[0]} ({len(plain)} of {len(found)} routers) is a plain TopKRouter: build the "
-            "model from balanced_spec(spec, balancer), for every MoE layer."
+            "model from balanced_spec(spec, method), for every MoE layer."
         )
     return found
 
@@ -146,7 +146,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _one_method(routers: dict[str, BalancedTopKRouter]) -> Any:
-    methods = {router.balance.balancer for router in routers.values()}
+    methods = {router.balance.method for router in routers.values()}
     if len(methods) > 1:
         raise ValueError(f"One handle steps one method, but the routers carry {methods}.")
     return methods.pop()
@@ -155,9 +155,9 @@ def _one_method(routers: dict[str, BalancedTopKRouter]) -> Any:
 def _check(name: str, router: BalancedTopKRouter) -> None:
     if router.check_stepped is not None:
         raise ValueError(f"{name} is attached already: detach() the first Balancing before.")
-    if router.balance.balancer.charges and not router.weight.requires_grad:
+    if router.balance.method.charges and not router.weight.requires_grad:
         raise ValueError(
-            f"{name} is frozen, and {router.balance.balancer!r} works through its gradient: "
+            f"{name} is frozen, and {router.balance.method!r} works through its gradient: "
             "unfreeze the router, or take a method that prices selection such as LossFree."
         )
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from moebalance.balancers.base import Balancer
-from moebalance.balancers.together import Together
-from moebalance.balancers.z_loss import ZLoss
-from moebalance.routing import Gate, Sigmoid, Softmax
+from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.methods.base import Method
+from moebalance.methods.together import Together
+from moebalance.methods.z_loss import ZLoss
 
 _GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
 _LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
@@ -23,7 +23,7 @@ def gate_of(config: Any) -> Gate:
     return _GATES[name]
 
 
-def check_config(config: Any, balancer: Balancer) -> None:
+def check_config(config: Any, method: Method) -> None:
     """Refuse what would be ignored in silence, or would balance a second time.
 
     Raises:
@@ -31,10 +31,10 @@ def check_config(config: Any, balancer: Balancer) -> None:
     """
     _check_own_balancing(config)
     if config.moe_router_enable_expert_bias:
-        _check_expert_bias(config, balancer)
-    if config.moe_z_loss_coeff and _has(balancer, ZLoss):
+        _check_expert_bias(config, method)
+    if config.moe_z_loss_coeff and _has(method, ZLoss):
         raise ValueError(
-            f"moe_z_loss_coeff={config.moe_z_loss_coeff} and {balancer!r} would both charge the "
+            f"moe_z_loss_coeff={config.moe_z_loss_coeff} and {method!r} would both charge the "
             "z-loss: keep one of the two."
         )
     if config.moe_router_fusion:
@@ -68,7 +68,7 @@ def _check_own_balancing(config: Any) -> None:
             )
 
 
-def _check_expert_bias(config: Any, balancer: Balancer) -> None:
+def _check_expert_bias(config: Any, method: Method) -> None:
     if config.moe_router_bias_update_rate:
         raise ValueError(
             "moe_router_enable_expert_bias with moe_router_bias_update_rate="
@@ -76,14 +76,14 @@ def _check_expert_bias(config: Any, balancer: Balancer) -> None:
             "balanced router. Set moe_router_bias_update_rate=0, and balance by LossFree(rate=…), "
             "alone or as Together(…, LossFree(rate=…)); without it the bias stays as loaded."
         )
-    if balancer.selects and not balancer.prices_selection:
+    if method.selects and not method.prices_selection:
         raise ValueError(
-            f"{balancer!r} chooses experts by itself and would ignore the expert bias: set "
+            f"{method!r} chooses experts by itself and would ignore the expert bias: set "
             "moe_router_enable_expert_bias=False."
         )
 
 
-def _has(balancer: Balancer, kind: type[Balancer]) -> bool:
-    if isinstance(balancer, Together):
-        return _has(balancer.first, kind) or _has(balancer.second, kind)
-    return isinstance(balancer, kind)
+def _has(method: Method, kind: type[Method]) -> bool:
+    if isinstance(method, Together):
+        return _has(method.first, kind) or _has(method.second, kind)
+    return isinstance(method, kind)

@@ -26,16 +26,16 @@ from megatron.core.transformer.moe.moe_utils import (  # type: ignore[import-not
 from megatron.core.transformer.moe.router import TopKRouter  # type: ignore[import-not-found]
 from torch import Tensor
 
-from moebalance.balancers.base import Balancer
-from moebalance.distributed import start_sum
+from moebalance.core.distributed import start_sum
+from moebalance.core.layer import LayerBalance
 from moebalance.integrations.megatron.refusals import check_config, gate_of
-from moebalance.layer import LayerBalance
+from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
 
 
 class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
-    """A TopKRouter whose experts are balanced by a `Balancer`; put it into a spec.
+    """A TopKRouter whose experts are balanced by a `Method`; put it into a spec.
 
     Its state lies in float32 buffers of its own under `balance`, which checkpoints hold. A method
     that prices selection writes −price to Megatron's `expert_bias` where
@@ -44,17 +44,17 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
     Args:
         config: the model's TransformerConfig.
         pg_collection: process groups, as for TopKRouter.
-        balancer: the method.
+        method: the method.
 
     Raises:
         ValueError: the configuration asks for a balancing of Megatron's own, or for something that
             this router cannot do.
     """
 
-    def __init__(self, config: Any, pg_collection: Any = None, *, balancer: Balancer) -> None:
-        check_config(config, balancer)
+    def __init__(self, config: Any, pg_collection: Any = None, *, method: Method) -> None:
+        check_config(config, method)
         super().__init__(config=config, pg_collection=pg_collection)
-        layer = LayerBalance(balancer, config.num_moe_experts, gate=gate_of(config))
+        layer = LayerBalance(method, config.num_moe_experts, gate=gate_of(config))
         self.balance = layer.to(torch.cuda.current_device())
         self.check_stepped: Callable[[], None] | None = None
         """Raises if nothing ends the steps of this router; set by `attach`."""

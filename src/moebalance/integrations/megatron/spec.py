@@ -9,29 +9,27 @@ from megatron.core.transformer.moe.moe_layer import (  # type: ignore[import-not
 )
 from megatron.core.transformer.moe.router import TopKRouter  # type: ignore[import-not-found]
 
-from moebalance.balancers.base import Balancer
 from moebalance.integrations.megatron.router import BalancedTopKRouter
+from moebalance.methods.base import Method
 
 Spec = TypeVar("Spec")
 
 
-def balanced_spec(spec: Spec, balancer: Balancer) -> Spec:
+def balanced_spec(spec: Spec, method: Method) -> Spec:
     """Copy a spec so that every MoE layer in it routes through a `BalancedTopKRouter`.
 
     Args:
         spec: of a layer, a block of layers, or one MoE layer.
-        balancer: the method.
+        method: the method.
 
     Raises:
-        TypeError: `balancer` is no method.
+        TypeError: `method` is no method.
         ValueError: no MoE layer in the spec, or one that has a router of its own kind.
     """
-    if not isinstance(balancer, Balancer):
-        raise TypeError(
-            f"balancer={balancer!r}: must be a Balancer such as PhiBalancing(strength=1e-3)."
-        )
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
     found: list[MoESubmodules] = []
-    copy: Spec = _replaced(spec, partial(BalancedTopKRouter, balancer=balancer), found)
+    copy: Spec = _replaced(spec, partial(BalancedTopKRouter, method=method), found)
     if not found:
         raise ValueError(
             f"{type(spec).__name__} holds no MoE layer (no MoESubmodules): make it with "

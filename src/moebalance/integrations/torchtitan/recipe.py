@@ -15,35 +15,33 @@ from torchtitan.models.common.moe import (  # type: ignore[import-not-found]
     TokenChoiceTopKRouter,
 )
 
-from moebalance.balancers.base import Balancer
+from moebalance.integrations.pipelining import ignore_trial_runs
 from moebalance.integrations.torchtitan.router import STATE, BalancedTopKRouter, RouterBalance
 from moebalance.integrations.torchtitan.steps import drive
-from moebalance.pipelining import ignore_trial_runs
+from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
 
 _HAS_BIAS = 1e-3
 
 
-def balanced(config: Any, balancer: Balancer) -> Any:
+def balanced(config: Any, method: Method) -> Any:
     """Put a method into every MoE layer of a `Trainer.Config`, in place of torchtitan's own rule.
 
     Args:
         config: a `Trainer.Config` with a `model_spec`, as functions of a `config_registry` return.
             It is changed.
-        balancer: the method.
+        method: the method.
 
     Returns:
         `config`.
 
     Raises:
-        TypeError: `balancer` is not a method, or a router is of a class of its own.
+        TypeError: `method` is not a method, or a router is of a class of its own.
         ValueError: no MoE layer, or a configuration that is balanced already.
     """
-    if not isinstance(balancer, Balancer):
-        raise TypeError(
-            f"balancer={balancer!r}: must be a Balancer such as PhiBalancing(strength=1e-3)."
-        )
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
     spec = config.model_spec
     layers = [] if spec is None else list(spec.traverse(MoE.Config))
     if not layers:
@@ -52,17 +50,17 @@ def balanced(config: Any, balancer: Balancer) -> Any:
             f"model_spec ({getattr(spec, 'name', None)}, {getattr(spec, 'flavor', None)})."
         )
     for name, layer, _, _ in layers:
-        layer.router = _derived(name, layer.router, balancer)
-        if balancer.prices_selection and layer.load_balance_coeff is None:
+        layer.router = _derived(name, layer.router, method)
+        if method.prices_selection and layer.load_balance_coeff is None:
             # The stock rule is switched off later; this only makes the layer have a bias.
             layer.load_balance_coeff = _HAS_BIAS
     spec.post_optimizer_build_fn = partial(
-        _after_optimizers, balancer=balancer, theirs=spec.post_optimizer_build_fn
+        _after_optimizers, method=method, theirs=spec.post_optimizer_build_fn
     )
     if spec.pipelining_fn is not None:
         spec.pipelining_fn = partial(_pipelining, theirs=spec.pipelining_fn)
     if spec.state_dict_adapter is not None:
-        spec.state_dict_adapter = _exporting(spec.state_dict_adapter, balancer)
+        spec.state_dict_adapter = _exporting(spec.state_dict_adapter, method)
     if type(config.metrics) is MetricsProcessor.Config:
         config.metrics = derive(config.metrics, BalanceMetrics.Config)
     return config
@@ -93,10 +91,10 @@ class BalanceMetrics(MetricsProcessor):  # type: ignore[misc]
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra)
 
 
-def _derived(name: str, router: Any, balancer: Balancer) -> Any:
+def _derived(name: str, router: Any, method: Method) -> Any:
     if isinstance(router, BalancedTopKRouter.Config):
         raise ValueError(
-            f"{name} is balanced by {router.balancer!r} already: call balanced() once, with "
+            f"{name} is balanced by {router.method!r} already: call balanced() once, with "
             "Together(…, …) for two methods."
         )
     if type(router) is not TokenChoiceTopKRouter.Config:
@@ -104,14 +102,14 @@ def _derived(name: str, router: Any, balancer: Balancer) -> Any:
             f"{name} has a router of its own, {type(router).__qualname__}: balanced() knows "
             "torchtitan's TokenChoiceTopKRouter. Route that layer with moebalance.BalancedRouter."
         )
-    return derive(router, BalancedTopKRouter.Config, balancer=balancer)
+    return derive(router, BalancedTopKRouter.Config, method=method)
 
 
 def _after_optimizers(
-    optimizers: Any, model_parts: Any, parallel_dims: Any, *, balancer: Balancer, theirs: Any
+    optimizers: Any, model_parts: Any, parallel_dims: Any, *, method: Method, theirs: Any
 ) -> None:
     """Drive the balancing, then do what the model's own hook did beside balancing."""
-    drive(optimizers, model_parts, parallel_dims, balancer=balancer)
+    drive(optimizers, model_parts, parallel_dims, method=method)
     if theirs is not None and theirs is not register_moe_load_balancing_hook:
         theirs(optimizers, model_parts, parallel_dims)
 
@@ -127,19 +125,19 @@ def _pipelining(*args: Any, theirs: Any, **kwargs: Any) -> Any:
     return schedule, parts, first, last
 
 
-def _exporting(adapter: Any, balancer: Balancer) -> Any:
+def _exporting(adapter: Any, method: Method) -> Any:
     """An adapter to and from Hugging Face's names that leaves the method's state out."""
 
     class BalancedAdapter(adapter):  # type: ignore[misc]
         def __init__(self, model_config: Any, hf_assets_path: str | None) -> None:
             super().__init__(model_config, hf_assets_path)
             names = [str(name) for name in getattr(self, "from_hf_map", {}).values()]
-            if balancer.prices_selection and names and not any("expert_bias" in n for n in names):
+            if method.prices_selection and names and not any("expert_bias" in n for n in names):
                 logger.warning(
                     "moebalance: %r trains a selection price, and %s has no name for it: exported "
                     "to Hugging Face, this model would route without it. Keep torchtitan's own "
                     "checkpoints, or train with a loss-lever method such as PhiBalancing.",
-                    balancer,
+                    method,
                     adapter.__name__,
                 )
 

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.common.moe import TokenChoiceTopKRouter  # type: ignore[import-not-found]
 from torchtitan.protocols.module import Module  # type: ignore[import-not-found]
 
-from moebalance.balancers.base import Balancer
-from moebalance.layer import LayerBalance
-from moebalance.routing import Gate, Sigmoid, Softmax
+from moebalance.core.layer import LayerBalance
+from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.methods.base import Method
 
 STATE = "balance"
 """Name of the child that holds a router's state, hence part of its checkpoint keys."""
@@ -59,12 +59,12 @@ class BalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
     class Config(TokenChoiceTopKRouter.Config):  # type: ignore[misc]
         """The stock router's configuration and the method."""
 
-        balancer: Balancer
+        method: Method
 
         def to_dict(self) -> dict[str, Any]:
             """What trackers are told: of the method its repr, which names classes too."""
             found: dict[str, Any] = TokenChoiceTopKRouter.Config.to_dict(self)
-            return {**found, "balancer": repr(self.balancer)}
+            return {**found, "method_repr": repr(self.method)}
 
     def __init__(self, config: "BalancedTopKRouter.Config") -> None:
         super().__init__(config)
@@ -76,10 +76,10 @@ class BalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
         if config._debug_force_load_balance:
             raise ValueError(
                 "debug.moe_force_load_balance sends tokens round-robin, whatever the router says: "
-                f"{config.balancer!r} has nothing to balance. Switch one of the two off."
+                f"{config.method!r} has nothing to balance. Switch one of the two off."
             )
         self.balance = RouterBalance(
-            config.balancer, config.num_experts, gate=_GATES[config.score_func]
+            config.method, config.num_experts, gate=_GATES[config.score_func]
         )
 
     def forward(

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebalance.balancers.base import Balancer
-from moebalance.balancing import Balancing
-from moebalance.distributed import Group
+from moebalance.core.distributed import Group
+from moebalance.core.handle import Balancing
+from moebalance.core.state import bare_name
 from moebalance.integrations.torchtitan.router import BalancedTopKRouter, RouterBalance, local
-from moebalance.saved import bare_name
+from moebalance.methods.base import Method
 
 
 def drive(
-    optimizers: Any, model_parts: Sequence[nn.Module], parallel_dims: Any, *, balancer: Balancer
+    optimizers: Any, model_parts: Sequence[nn.Module], parallel_dims: Any, *, method: Method
 ) -> Balancing | None:
     """Step the balancing with the optimizers; what a `post_optimizer_build_fn` does.
 
@@ -30,7 +30,7 @@ def drive(
         optimizers: torchtitan's `OptimizersContainer`.
         model_parts: the stages of the model that this rank holds.
         parallel_dims: torchtitan's `ParallelDims`.
-        balancer: the method that the routers were built with.
+        method: the method that the routers were built with.
 
     Returns:
         The handle; None on a pipeline stage without MoE layers, which has nothing to step.
@@ -50,13 +50,13 @@ def drive(
             "has replaced them after balanced(). Call balanced() last."
         )
     for name, owner in owners.items():
-        _check_trained(name, owner, balancer)
+        _check_trained(name, owner, method)
         owner.router.balance.name = name
         owner.load_balance_coeff = None
 
     layers = {name: owner.router.balance for name, owner in owners.items()}
-    balancing = Balancing(balancer, layers, group=group)
-    if balancer.prices_selection:
+    balancing = Balancing(method, layers, group=group)
+    if method.prices_selection:
         for owner in owners.values():
             owner.register_load_state_dict_post_hook(_adopt)
         balancing.on_step(partial(_publish, list(owners.values())))
@@ -95,10 +95,10 @@ def _owners(model_parts: Sequence[nn.Module]) -> dict[str, Any]:
     return found
 
 
-def _check_trained(name: str, owner: Any, balancer: Balancer) -> None:
-    if balancer.charges and not any(p.requires_grad for p in owner.router.gate.parameters()):
+def _check_trained(name: str, owner: Any, method: Method) -> None:
+    if method.charges and not any(p.requires_grad for p in owner.router.gate.parameters()):
         raise ValueError(
-            f"{name} is frozen, and {balancer!r} works through its gradient. Train the router's "
+            f"{name} is frozen, and {method!r} works through its gradient. Train the router's "
             "gate, or take a method that chooses experts, such as LossFree()."
         )
 

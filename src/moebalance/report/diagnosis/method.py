@@ -21,7 +21,7 @@ _CHARGING = {
     "EmaSwitchLoss",
 }
 _SELECTING = {"LossFree", "QuantileBalancing"}
-_INNER = {"first", "second", "balancer"}  # what Together, Targeted and Scheduled hold
+_INNER = {"first", "second", "method_repr"}  # what Together, Targeted and Scheduled hold
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Part:
         return self.number("rate") if memory is None else -math.expm1(-tokens / memory)
 
 
-def parts(balancer: str) -> tuple[Part, ...]:
-    """The parts of a balancer, outermost first; none where its `repr` cannot be read.
+def parts(method_repr: str) -> tuple[Part, ...]:
+    """The parts of a method, outermost first; none where its `repr` cannot be read.
 
     >>> [part.kind for part in parts("Together(first=PhiBalancing(rate=0.1), second=LossFree())")]
     ['Together', 'PhiBalancing', 'LossFree']
     """
     try:
-        body = ast.parse(balancer, mode="eval").body
+        body = ast.parse(method_repr, mode="eval").body
     except (SyntaxError, ValueError):
         return ()
     return tuple(_parts(body))

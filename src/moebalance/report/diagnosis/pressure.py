@@ -30,7 +30,7 @@ def never_acted(log: Reading) -> Iterator[Finding]:
             "never-acted",
             Severity.ERROR,
             f"{part.kind} has strength 0: it counts and charges nothing.",
-            log.run.balancer,
+            log.run.method_repr,
             "Give it a strength, or say none.",
         )
         return

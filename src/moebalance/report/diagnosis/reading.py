@@ -116,7 +116,7 @@ class Reading:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """What the method is made of."""
-        return parts(self.run.balancer)
+        return parts(self.run.method_repr)
 
     def part(self, *kinds: str) -> Part | None:
         """The first part of one of these classes."""

@@ -1,0 +1,272 @@
+"""One MoE layer's balancing state: the only stateful class, and the router made from it.
+
+State is float32 whatever the model's dtype, and persistent. The running sums of a step are plain
+tensors, not buffers: DistributedDataParallel broadcasts rank 0's buffers, which would overwrite
+what the other ranks have counted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moebalance.core.inject import inject
+from moebalance.core.tally import Tally, pack, packed_size, unpack
+from moebalance.gates import Gate, Softmax
+from moebalance.methods.base import Method, State
+from moebalance.methods.lineage import Lineage, inherit
+from moebalance.routing import Sums, measure, route
+
+_SOFTMAX = Softmax()
+
+
+class LayerBalance(nn.Module):
+    """State and running sums of one MoE layer under one method.
+
+    Args:
+        method: the method.
+        num_experts: E.
+        gate: how this layer's scores come from its logits.
+        fused: whether to run as one kernel each way where that can be (`kernels.supported`).
+        name: what errors and logs call this layer.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        num_experts: int,
+        *,
+        gate: Gate = _SOFTMAX,
+        fused: bool = True,
+        name: str = "router",
+    ) -> None:
+        super().__init__()
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3)."
+            )
+        if not isinstance(gate, Gate):
+            raise TypeError(f"gate={gate!r}: must be a Gate such as Softmax() or Sigmoid().")
+        if method.from_sums and method.extra_shapes(num_experts):
+            raise TypeError(
+                f"{method!r} is `from_sums`, which are scores, counts and tokens alone, and has "
+                "sums of its own (`extra_shapes`): leave one of the two."
+            )
+        if num_experts < 2:
+            raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
+        self.method, self.num_experts = method, num_experts
+        self.gate, self.fused, self.name = gate, fused, name
+        self.last_step: Tensor
+        self.last_total: Tensor | None
+        self.watched: Sums | None = None
+        self._reset()
+
+    @property
+    def state(self) -> State:
+        """The method's state, built over this module's buffers."""
+        buffers = self._buffers  # not by `get_buffer`: this is asked for at every batch
+        return _refill(self._template, iter([buffers[name] for name in self._state_names]))
+
+    @property
+    def last_sums(self) -> Sums | None:
+        """Sums of the last finished step; None before the first."""
+        if self.last_total is None:
+            return None
+        return unpack(self.last_total, self.method, self.num_experts)
+
+    @property
+    def price(self) -> Float[Tensor, "E"] | None:
+        """The selection price in force, or None."""
+        return self.method.price(self.state)
+
+    def preference(
+        self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
+    ) -> Float[Tensor, "T E"] | None:
+        """What top-k shall rank in place of the affinities; None to leave the choice alone."""
+        with torch.no_grad():
+            return self.method.preference(
+                self.state, self.gate, logits.detach(), mask=mask, training=training
+            )
+
+    def inject(
+        self,
+        carrier: Tensor,
+        logits: Float[Tensor, "T E"],
+        experts: Int[Tensor, "T K"],
+        *,
+        mask: Bool[Tensor, "T"] | None = None,
+        sequences: int = 1,
+        weight: Float[Tensor, ""] | None = None,
+    ) -> Tensor:
+        """Tie this batch's counting and charge to the backward pass of `carrier`; see `inject`."""
+        if not (carrier.requires_grad or logits.requires_grad):
+            # Nothing below is trained, so no backward will come by. A recomputation for activation
+            # checkpointing runs inside of a backward, and is not a second batch.
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+                with torch.no_grad():
+                    routing = route(logits, experts, self.gate, mask=mask, sequences=sequences)
+                    self.count(self.method.observe(self.state, routing))
+            return carrier
+        return inject(
+            carrier,
+            logits=logits,
+            experts=experts,
+            mask=mask,
+            sequences=sequences,
+            weight=weight,
+            method=self.method,
+            gate=self.gate,
+            state=self.state,
+            tally=Tally(self.running, self.last_step, self.loss_scale),
+            fused=self.fused,
+        )
+
+    def count(self, sums: Sums) -> None:
+        """Add a batch's sums to the running step by hand, for loops that inject nothing."""
+        self.running.add_(pack(sums))
+
+    @torch.no_grad()
+    def watch(
+        self,
+        logits: Float[Tensor, "T E"],
+        experts: Int[Tensor, "T K"],
+        *,
+        mask: Bool[Tensor, "T"] | None = None,
+    ) -> None:
+        """Count a batch that is not trained on, if anyone watches; the state never hears of it."""
+        if self.watched is not None:
+            new = measure(route(logits, experts, self.gate, mask=mask))
+            old = self.watched
+            self.watched = Sums(
+                old.scores + new.scores, old.counts + new.counts, old.tokens + new.tokens
+            )
+
+    def start_watching(self) -> None:
+        """Begin to count batches that are not trained on, from zero."""
+        zeros = torch.zeros(self.num_experts, device=self.running.device)
+        self.watched = Sums(zeros, zeros, zeros.new_zeros(()))
+
+    @torch.no_grad()
+    def commit(self, total: Float[Tensor, "sums"] | None = None) -> Sums:
+        """End the optimizer step: advance the state by the step's sums and clear the running ones.
+
+        Args:
+            total: packed sums of all ranks; None for this process's own.
+        """
+        total = self.running.clone() if total is None else total
+        commit_rows([self], total.unsqueeze(0))
+        assert self.last_sums is not None
+        return self.last_sums
+
+    @torch.no_grad()
+    def adopt(self, price: Float[Tensor, "E"]) -> None:
+        """Start from a selection price that the model was trained with."""
+        self._write(self.method.adopt(self.state, price.float()))
+
+    @torch.no_grad()
+    def inherit(self, saved: Mapping[str, Tensor], lineage: Lineage) -> None:
+        """Take up the state of a layer whose experts were others.
+
+        Args:
+            saved: that layer's `state_dict`.
+            lineage: the parents of this layer's experts among that one's.
+        """
+        old = _refill(self._template, iter([saved[name] for name in self._state_names]))
+        self._write(inherit(old, lineage, self.gate))
+        self.last_step.copy_(saved["last_step"])
+
+    def discard(self) -> None:
+        """Forget what was counted since the last commit."""
+        self.running.zero_()
+
+    def extra_repr(self) -> str:
+        """Show the method and the size."""
+        return f"{self.method}, num_experts={self.num_experts}, gate={self.gate}"
+
+    def _reset(self) -> None:
+        """Make the state before the first step, on the device in force."""
+        self._template = self.method.init(self.num_experts)
+        self._state_names = [f"state_{name}" for name, _ in _leaves(self._template)]
+        for name, (_, tensor) in zip(self._state_names, _leaves(self._template), strict=True):
+            self.register_buffer(name, tensor.clone())
+        self.register_buffer("last_step", torch.zeros(2, dtype=torch.float32))
+        size = packed_size(self.method, self.num_experts)
+        self.running = torch.zeros(size, dtype=torch.float32)
+        self.loss_scale = torch.ones((), dtype=torch.float32)
+        self.last_total = None
+
+    def _write(self, state: State) -> None:
+        for name, (_, tensor) in zip(self._state_names, _leaves(state), strict=True):
+            # In place: compiled graphs and CUDA graphs hold on to these very tensors.
+            self.get_buffer(name).copy_(tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerBalance":
+        """Follow the model to another device, but never to another dtype."""
+        device = fn(torch.empty(0, device=self.running.device)).device
+        if self.running.is_meta and device.type != "meta":
+            # Deferred initialisation: there are no values to move, so make the first ones.
+            with torch.device(device):
+                self._reset()
+            return self
+        for name, tensor in self._buffers.items():
+            assert tensor is not None
+            self._buffers[name] = tensor.to(device)
+        self.running = self.running.to(device)
+        self.loss_scale = self.loss_scale.to(device)
+        if self.watched is not None:
+            scores, counts, tokens, _ = self.watched
+            self.watched = Sums(scores.to(device), counts.to(device), tokens.to(device))
+        return self
+
+
+@torch.no_grad()
+def commit_rows(
+    layers: Sequence[LayerBalance],
+    totals: Float[Tensor, "L sums"],
+    *,
+    good: Bool[Tensor, ""] | None = None,
+) -> None:
+    """End the step of layers of one size under one method, in as many kernels as for one of them.
+
+    Args:
+        layers: on one device.
+        totals: their packed sums, a row each; kept by the layers.
+        good: whether to advance the states, where the host does not know it yet; None for yes.
+    """
+    first = layers[0]
+    method, experts = first.method, first.num_experts
+    held = [[layer.get_buffer(name) for layer in layers] for name in first._state_names]
+    if held:
+        old = [torch.stack(tensors) for tensors in held]
+        states = _refill(first._template, iter(old))
+        new = torch.vmap(method.update)(states, unpack(totals, method, experts))
+        for tensors, before, (_, after) in zip(held, old, _leaves(new), strict=True):
+            after = after if good is None else torch.where(good, after, before)
+            # In place: compiled graphs and CUDA graphs hold on to these very tensors.
+            torch._foreach_copy_(tensors, list(after.unbind()))
+    last_steps = totals[:, 2 * experts : 2 * experts + 2]
+    torch._foreach_copy_([layer.last_step for layer in layers], list(last_steps.unbind()))
+    torch._foreach_zero_([layer.running for layer in layers])
+    for layer, total in zip(layers, totals.unbind(), strict=True):
+        layer.last_total = total
+
+
+def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Name the tensors of a (nested) NamedTuple in order."""
+    for field in getattr(state, "_fields", ()):
+        value = getattr(state, field)
+        if isinstance(value, Tensor):
+            yield prefix + field, value
+        else:
+            yield from _leaves(value, f"{prefix}{field}_")
+
+
+def _refill(template: State, tensors: Iterator[Tensor | None]) -> State:
+    """Put tensors, in `_leaves` order, into the shape of `template`."""
+    if isinstance(template, Tensor):
+        return next(tensors)
+    fields = getattr(template, "_fields", ())
+    if not fields:
+        return ()
+    return type(template)(*[_refill(getattr(template, field), tensors) for field in fields])

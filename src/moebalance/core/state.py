@@ -1,0 +1,132 @@
+"""What a saved balancing state must be to go on from."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from moebalance.core.layer import LayerBalance
+from moebalance.methods.base import Method
+from moebalance.methods.lineage import Lineage
+
+logger = logging.getLogger("moebalance")
+
+FORMAT = 2
+"""Version of the layout of `Balancing.state_dict`; 2 keeps means divided by their weight."""
+
+_COUNTS = "last_step"
+"""The one tensor of a layer that has nothing to do with its experts."""
+
+_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""How torch's compiler, activation checkpointing and FSDP1 call what they wrap."""
+
+
+def check_fit(
+    state: Mapping[str, Any],
+    method: Method,
+    layers: Mapping[str, LayerBalance],
+    *,
+    parents: Sequence[int | Sequence[int]] | None = None,
+) -> dict[str, Lineage]:
+    """Refuse a saved state that does not belong to these layers under this method.
+
+    Other hyper-parameters of the same method are no reason, but worth a warning.
+
+    Returns:
+        Where `parents` are given, how each layer's experts descend from the saved ones.
+
+    Raises:
+        ValueError: another format, method, set of layers or number of experts.
+    """
+    for key in ("format", "method", "method_repr", "steps", "layers"):
+        if key not in state:
+            raise ValueError(
+                f"Not a balancing state: it has no {key!r} (keys: {sorted(state)}). "
+                "Give what Balancing.state_dict() returned."
+            )
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"This balancing state has format {state['format']}; this version reads {FORMAT}. "
+            "Use the version of moebalance that wrote it, or start without a state."
+        )
+    if state["method"] != method_name(method):
+        raise ValueError(
+            f"This balancing state belongs to {state['method']}, but the model is balanced by "
+            f"{method_name(method)}. Attach the same method, or start without a state."
+        )
+    mine, theirs = set(layers), set(state["layers"])
+    if mine != theirs:
+        raise ValueError(
+            "This balancing state belongs to another model: missing layers "
+            f"{sorted(mine - theirs)[:3]}, unknown layers {sorted(theirs - mine)[:3]}."
+        )
+    lineages = {}
+    for name, layer in layers.items():
+        own = {key: tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
+        saved = {key: tuple(tensor.shape) for key, tensor in state["layers"][name].items()}
+        if parents is not None:
+            lineages[name] = lineage = _lineage(parents, name, layer, saved)
+            own |= {key: _then(own[key], lineage) for key in own if key != _COUNTS}
+        if own != saved:
+            raise ValueError(
+                f"This balancing state does not fit {name}: saved {saved}, needed {own}. "
+                "If experts were copied, merged or taken out since, say of which each descends: "
+                "parents=[…]."
+            )
+    if state["method_repr"] != repr(method):
+        logger.warning(
+            "moebalance: state saved under %s continues under %r.", state["method_repr"], method
+        )
+    return lineages
+
+
+def _lineage(
+    parents: Sequence[int | Sequence[int]],
+    name: str,
+    layer: LayerBalance,
+    saved: Mapping[str, tuple[int, ...]],
+) -> Lineage:
+    """The descent of one layer's experts; of how many is read off what was saved of them."""
+    if len(parents) != layer.num_experts:
+        raise ValueError(
+            f"parents names those of {len(parents)} experts, but {name} has {layer.num_experts}: "
+            "give one entry for each."
+        )
+    lengths = {shape[0] for key, shape in saved.items() if shape and key != _COUNTS}
+    named = [p for each in parents for p in (each if isinstance(each, Sequence) else (each,))]
+    # Of a method without memory nothing says how many there were, and nothing depends on it.
+    return Lineage.of(parents, max(lengths) if lengths else 1 + max(named, default=0))
+
+
+def _then(shape: tuple[int, ...], lineage: Lineage) -> tuple[int, ...]:
+    """The shape that a layer's tensor had with the old experts."""
+    return tuple(lineage.num_parents if n == lineage.num_experts else n for n in shape)
+
+
+def bare_name(model: nn.Module, name: str) -> str:
+    """Name of a submodule in a model without the wrappers that are around it or its parts.
+
+    What DDP or `torch.compile` has wrapped is saved under the names of the bare model. A module of
+    the user's own that is called `module` keeps its name.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> bare_name(DataParallel(model), "module.0")
+    '0'
+    """
+    words = []
+    around: Any = model
+    for word in name.split("."):
+        parallel = isinstance(around, DataParallel | DistributedDataParallel)
+        if not (word in _WRAPPED or (parallel and word == "module")):
+            words.append(word)
+        around = getattr(around, word, None)
+    return ".".join(words)
+
+
+def method_name(method: Method) -> str:
+    """Class names of a method and its parts: `PhiBalancing`, `Together(PhiBalancing, LossFree)`."""
+    parts = [value for value in vars(method).values() if isinstance(value, Method)]
+    inner = ", ".join(method_name(part) for part in parts)
+    return f"{type(method).__name__}({inner})" if parts else type(method).__name__

@@ -1,0 +1,248 @@
+"""What ends a step: the layers' sums are added up over ranks, judged, and handed to the method.
+
+All layers of one size are rows of one matrix here, so that a step takes a handful of kernels, one
+message and at most one wait for the device, whatever the number of layers. On a CUDA device there
+is no wait either: the verdict is read when the next step ends, and until then a state that would
+advance by NaN is kept back on the device itself.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebalance.core import distributed
+from moebalance.core.distributed import Group, Reduction, sharing, start_sum
+from moebalance.core.layer import LayerBalance, commit_rows
+from moebalance.core.tally import shared_part
+from moebalance.methods.base import Method
+
+logger = logging.getLogger("moebalance")
+
+_BLIND = (
+    "moebalance: %s counted no token in step %d and keeps its state. If it should take part, see "
+    "that its layer trains."
+)
+
+
+class Bank(NamedTuple):
+    """Layers of one size on one device, and what they hold, a row a layer.
+
+    Attributes:
+        names: of the layers.
+        layers: themselves.
+        sums: (L, N), their packed sums when this was made.
+    """
+
+    names: list[str]
+    layers: list[LayerBalance]
+    sums: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens counted, (L,), a view."""
+        return self.sums[:, 2 * self.layers[0].num_experts]
+
+    @property
+    def batches(self) -> Tensor:
+        """Batches counted, (L,), a view."""
+        return self.sums[:, 2 * self.layers[0].num_experts + 1]
+
+
+class Verdict(NamedTuple):
+    """What is to be said of a step, on its way from the device.
+
+    Attributes:
+        step: which one.
+        names: of the layers, in the order of the columns.
+        flags: (5, L): this rank's sums finite, nothing counted late, all ranks' sums finite, a
+            token seen, no rank has loaded a state.
+        arrived: recorded behind the copy; None if the flags are here.
+    """
+
+    step: int
+    names: list[str]
+    flags: Tensor
+    arrived: Any
+
+
+class Ledger:
+    """The sums of a step over all layers and ranks.
+
+    Args:
+        method: the method.
+        layers: the layers by name.
+        group: ranks that hold these same layers and disjoint tokens; None for the default group.
+        everything: whether metrics over all ranks are wanted too.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        layers: Mapping[str, LayerBalance],
+        group: Group | None,
+        *,
+        everything: bool,
+    ) -> None:
+        self.method, self.layers = method, layers
+        self.group, self.everything = group, everything
+        self.agreed = self.loaded = False
+        self._reduction: Reduction | None = None
+        self._sent: list[Bank] = []
+        self._verdict: Verdict | None = None
+        self._known_blind: set[str] = set()
+
+    @torch.no_grad()
+    def reduce(self, step: int) -> None:
+        """Begin to add up what all ranks counted in step `step`."""
+        group = sharing(self.group)
+        if group is None or self._reduction is not None:
+            return
+        if not self.agreed:
+            self._agree(group, step - 1)
+        if not self.layers:
+            return
+        banks = self._banks()
+        parts = [bank.sums[:, part].reshape(-1) for bank in banks for part in self._shared(bank)]
+        # What stays here may be sick where the message is sound: 0 · NaN tells the others. A load
+        # on this rank, which need not be one on theirs, adds 1.
+        sick = sum((0 * bank.sums).sum().to(parts[0].device) for bank in banks)
+        notice = torch.as_tensor(sick).reshape(1) + float(self.loaded)
+        self._sent = banks
+        self._reduction = start_sum([*parts, notice], group)
+
+    @torch.no_grad()
+    def close(self, step: int) -> None:
+        """Advance every layer by the sums of step `step`.
+
+        Raises:
+            RuntimeError: no layer counted a token, on any rank; or one did after `reduce`.
+            FloatingPointError: a layer saw NaN or infinite logits, on any rank; nothing is changed.
+        """
+        self._read_verdict()
+        self.reduce(step)
+        if not self.layers:
+            return
+        banks, flags = self._totals()
+        finite = flags[2].all()
+        names = [name for bank in banks for name in bank.names]
+        self._verdict = _send(Verdict(step, names, flags, None))
+        good: Tensor | None = finite
+        if self._verdict.arrived is None:
+            self._read_verdict()
+            good = None  # or the line above had raised
+        for bank in banks:
+            commit_rows(bank.layers, bank.sums, good=good)
+
+    def discard(self) -> None:
+        """Forget what was counted since the last step."""
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._reduction = None
+        for layer in self.layers.values():
+            layer.discard()
+
+    def _banks(self) -> list[Bank]:
+        rows: dict[Any, list[str]] = {}
+        for name, layer in self.layers.items():
+            rows.setdefault((layer.running.device, layer.num_experts), []).append(name)
+        found = []
+        for names in rows.values():
+            layers = [self.layers[name] for name in names]
+            found.append(Bank(names, layers, torch.stack([layer.running for layer in layers])))
+        return found
+
+    def _shared(self, bank: Bank) -> tuple[slice, ...]:
+        """Where in a row that lies which ranks add up."""
+        return shared_part(self.method, bank.layers[0].num_experts, everything=self.everything)
+
+    def _totals(self) -> tuple[list[Bank], Tensor]:
+        """The sums over all ranks (what is not shared is this rank's own), and flags (5, L)."""
+        banks = now = self._banks()
+        own = [torch.isfinite(bank.sums).all(dim=1) for bank in now]
+        # Made where it is read: a copy from the host would wait for the device.
+        notice = torch.zeros(1, device=banks[0].sums.device)
+        if self._reduction is not None:
+            banks, self._sent = self._sent, []
+        timely = [a.batches == b.batches for a, b in zip(banks, now, strict=True)]
+        if self._reduction is not None:
+            (*parts, notice), self._reduction = self._reduction.wait(), None
+            self._fill(banks, iter(parts), notice)
+        columns = []
+        for bank, *mine in zip(banks, own, timely, strict=True):
+            settled = ~(notice.to(bank.sums.device) > 0).expand_as(mine[0])
+            finite, seen = torch.isfinite(bank.sums).all(dim=1), bank.tokens > 0
+            columns.append(torch.stack([*mine, finite, seen, settled]))
+        return banks, torch.cat([column.to(columns[0].device) for column in columns], dim=1)
+
+    def _fill(self, banks: Sequence[Bank], message: Iterator[Tensor], notice: Tensor) -> None:
+        """Put what came back from all ranks in the place of this rank's own."""
+        for bank in banks:
+            device = bank.sums.device
+            for part in self._shared(bank):
+                bank.sums[:, part] = next(message).view(len(bank.names), -1).to(device)
+            bank.sums.add_(0 * notice.to(device))
+            bank.batches.add_(2)  # with several ranks a step is never one batch
+
+    def _agree(self, group: Group, steps: int) -> None:
+        """Refuse to go on if another rank balances something else, or is in another step."""
+        sizes = [(name, layer.num_experts) for name, layer in self.layers.items()]
+        mine = {"method": repr(self.method), "layers": sizes, "steps": steps}
+        distributed.agree({**mine, "metrics": self.everything}, group)
+        self.agreed, self.loaded = True, False
+
+    def _read_verdict(self) -> None:
+        """Say what is to be said of the last step judged."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
+            return
+        if verdict.arrived is not None:
+            verdict.arrived.synchronize()
+        if bool(verdict.flags.all()):
+            return
+        own, timely, finite, seen, settled = (row.tolist() for row in verdict.flags)
+        group = sharing(self.group)
+        if not all(settled) and group is not None:
+            self._agree(group, verdict.step - 1)
+        if not all(timely):
+            self.discard()
+            raise RuntimeError(
+                f"Tokens were counted between reduce() and step() in step {verdict.step}, too "
+                "late for the message to the other ranks; the step's sums were dropped. Call "
+                "reduce() after the last backward of a step."
+            )
+        if not all(finite):
+            mine = [name for name, good in zip(verdict.names, own, strict=True) if not good]
+            where = distributed.by_rank(mine, group)
+            self.discard()
+            raise FloatingPointError(
+                f"NaN or infinite router logits in {where} during step {verdict.step}. "
+                "The balancing state was left as it was; this step's sums were dropped. Lower the "
+                "learning rate, clip gradients, or look for the layer's input."
+            )
+        blind = {name for name, saw in zip(verdict.names, seen, strict=True) if not saw}
+        if blind != set(verdict.names):
+            for name in sorted(blind - self._known_blind):
+                logger.warning(_BLIND, name, verdict.step)
+            self._known_blind |= blind
+            return
+        self.discard()
+        raise RuntimeError(
+            f"No token was counted in {', '.join(self.layers)} during step {verdict.step}. Tokens "
+            "are counted in the backward pass of a model in training mode: call step() once after "
+            "each optimizer step, attach before compiling, and give each step at least one real "
+            "token."
+        )
+
+
+def _send(verdict: Verdict) -> Verdict:
+    """Bring the flags to the host: at once, or from a CUDA device behind the work under way."""
+    if not verdict.flags.is_cuda:
+        return verdict._replace(flags=verdict.flags.cpu())
+    host = torch.empty(verdict.flags.shape, dtype=torch.bool, pin_memory=True)
+    host.copy_(verdict.flags, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+    return verdict._replace(flags=host, arrived=arrived)

@@ -1,0 +1,113 @@
+"""A whole training step of a Transformers MoE model, with a method attached and without.
+
+Variants are twins of one model that share its parameters, each attached once and for all; a step is
+forward, backward and `Balancing.step()`.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebalance.attachment import attach
+from moebalance.lab.bench.timing import BARE, NULL, interleaved, keep_freed_memory
+from moebalance.methods import Method
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A Qwen3-MoE of this size, with random weights, on random tokens.
+
+    Args:
+        tokens: tokens in a step, in sequences of at most `length`.
+        experts: E.
+        top_k: K.
+        layers: L.
+        hidden: width of the model.
+        length: tokens in a sequence.
+        dtype: of the model.
+    """
+
+    tokens: int = 4096
+    experts: int = 64
+    top_k: int = 8
+    layers: int = 4
+    hidden: int = 128
+    length: int = 256
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        """As in the tables."""
+        return (
+            f"{self.layers} layers of width {self.hidden}, T {self.tokens}, E {self.experts}, "
+            f"K {self.top_k}, {str(self.dtype).removeprefix('torch.')}"
+        )
+
+
+def measure_steps(
+    cases: Sequence[StepCase],
+    methods: Mapping[str, Method],
+    *,
+    device: str = "cpu",
+    rounds: int = 15,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Time whole steps; rows as of `measure_routers`, without the counts."""
+    keep_freed_memory()
+    rows = []
+    for case in cases:
+        tell(str(case))
+        with torch.device(device):  # random numbers of a large model take minutes on a processor
+            model = _build(case)
+        ids = torch.randint(0, 256, (case.tokens // case.length, case.length), device=device)
+        named: dict[str, Method | None] = {BARE: None, NULL: None, **methods}
+        calls = {name: _step(_twin(model), ids, method) for name, method in named.items()}
+        timed = interleaved(calls, rounds=rounds, device=device)
+        sizes = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
+        variants = {name: asdict(found) for name, found in timed.items()}
+        rows.append({"case": str(case), **sizes, "variants": variants})
+    return rows
+
+
+def _build(case: StepCase) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=256,
+        hidden_size=case.hidden,
+        intermediate_size=2 * case.hidden,
+        moe_intermediate_size=case.hidden // 2,
+        num_hidden_layers=case.layers,
+        num_attention_heads=max(4, case.hidden // 128),
+        num_key_value_heads=4,
+        num_experts=case.experts,
+        num_experts_per_tok=case.top_k,
+        max_position_embeddings=case.length,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=case.dtype)  # type: ignore[no-untyped-call]
+    model.set_experts_implementation("grouped_mm")
+    found: nn.Module = model.train()
+    return found
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A model with modules of its own, for hooks of its own, on the same parameters and buffers."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _step(model: nn.Module, ids: Tensor, method: Method | None) -> Callable[[], object]:
+    balancing = None if method is None else attach(model, method)
+
+    def step() -> None:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        if balancing is not None:
+            balancing.step()
+
+    return step

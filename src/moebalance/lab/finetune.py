@@ -1,0 +1,230 @@
+"""Fine-tuning: a model from a checkpoint's folder, all of it or LoRA, and the folder it leaves.
+
+A run is that of `train`; this is where its model comes from. Every weight starts as the checkpoint
+has it; the seed fixes the data order, and LoRA's first factors.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from moebalance.attachment import attach
+from moebalance.core.handle import Balancing
+from moebalance.integrations.huggingface import STATE_FILE, check_export, find_sites, load, save
+from moebalance.lab.checkpoints import checkpoint_folder
+from moebalance.lab.inputs import check_keys
+from moebalance.lab.recipe import FINAL, LoraSpec, Recipe
+from moebalance.lab.text.tokens import Tokenizer
+from moebalance.methods import Method
+from moebalance.words.methods import method_classes
+
+logger = logging.getLogger(__name__)
+
+
+def start(
+    recipe: Recipe, method: Method, vocab_size: int, resumed: Path | None = None
+) -> tuple[PreTrainedModel, Balancing]:
+    """Load the model of a fine-tuning recipe, adapt it if the recipe says so, and balance it.
+
+    A balancing state of the same method beside the checkpoint is taken up, so that a price or an
+    average that belongs to these weights goes on.
+
+    Args:
+        recipe: with `[model] checkpoint`.
+        method: the method.
+        vocab_size: ids of the tokeniser; the model needs as many embeddings.
+        resumed: a checkpoint of this very run to take the weights from.
+
+    Raises:
+        ValueError: no such key, no causal language model, weights that do not fit, no MoE router,
+            or a lever that is not there.
+    """
+    folder = checkpoint_folder(str(recipe.checkpoint))
+    # An adapter's checkpoint has no weights of the model; the Trainer reads the adapter itself.
+    weights = folder if resumed is None or recipe.lora is not None else resumed
+    model = _load(recipe, folder, weights)
+    _check_texts(recipe, model, vocab_size)
+    state = _earlier_state(model, method, folder) if resumed is None else None
+    if recipe.lora is not None:
+        model = _adapt(model, recipe.lora)
+    balancing = attach(model, method)
+    if state is not None:
+        # An adapted router has a longer name; the order is the same.
+        layers = dict(zip(balancing.layers, state["layers"].values(), strict=True))
+        balancing.load_state_dict({**state, "layers": layers, "steps": 0})
+    return model, balancing
+
+
+def save_final(
+    model: PreTrainedModel,
+    balancing: Balancing,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    writes: bool = True,
+) -> Path:
+    """Detach and save what a run ends with, whole or not at all.
+
+    The folder holds the model (or the adapter), the tokeniser and the balancing state; a selection
+    price that the model can hold is in its weights.
+
+    Args:
+        model: the model; a sharded one is gathered, so that all ranks must call this.
+        balancing: the handle on its layers.
+        tokenizer: saved beside it.
+        folder: of the run.
+        writes: False on a rank that only hands over its part.
+
+    Returns:
+        The folder `final` in `folder`.
+    """
+    final, partial = folder / FINAL, folder / f"{FINAL}.partial"
+    if not writes:
+        balancing.detach(keep_price=not balancing.price_outside)
+        with TemporaryDirectory() as aside:
+            model.save_pretrained(aside, is_main_process=False)
+        return final
+    shutil.rmtree(partial, ignore_errors=True)
+    save(balancing, partial)
+    try:
+        check_export(model, balancing)
+    except ValueError as error:  # said, not refused: with the state beside it the folder is whole
+        logger.warning("%s: %s", final, error)
+    balancing.detach(keep_price=not balancing.price_outside)
+    model.save_pretrained(partial)
+    tokenizer.save_beside(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    return partial.rename(final)
+
+
+def _load(recipe: Recipe, folder: Path, weights: Path) -> PreTrainedModel:
+    keys = {key: value for key, value in recipe.model.items() if key != "checkpoint"}
+    experts = keys.pop("experts_implementation", None)
+    # Updates of 2e-5 vanish in a bfloat16 weight: train in float32 whatever the file holds.
+    dtype = keys.pop("dtype", "float32")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind = config.model_type
+    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"{folder} holds a {kind} model, which is no causal language model of the installed "
+            "Transformers: give the text model, or fine-tune it in a loop of your own with "
+            "moebalance.attach."
+        )
+    check_keys(list(keys), config, kind)
+    for key, value in keys.items():
+        setattr(config, key, value)
+    model, found = cast(
+        tuple[PreTrainedModel, dict[str, Any]],
+        AutoModelForCausalLM.from_pretrained(
+            weights, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        ),
+    )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if found.get(problem):
+            names = sorted(map(str, found[problem]))
+            raise ValueError(
+                f"{weights} does not fit a {kind} model: {problem.replace('_', ' ')} "
+                f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}. They would start from "
+                "random numbers; give a whole checkpoint of this architecture."
+            )
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    return model
+
+
+def _check_texts(recipe: Recipe, model: PreTrainedModel, vocab_size: int) -> None:
+    known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if vocab_size > known:
+        raise ValueError(
+            f"The tokeniser has {vocab_size} ids and the checkpoint {known} embeddings: they do "
+            'not belong together. Use the checkpoint\'s own, [data] tokenizer = "checkpoint".'
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and recipe.data.seq_len > longest:
+        raise ValueError(
+            f"[data] seq_len={recipe.data.seq_len}: the checkpoint was made for at most {longest} "
+            "tokens (max_position_embeddings). Give a shorter one."
+        )
+
+
+def _earlier_state(model: PreTrainedModel, method: Method, folder: Path) -> dict[str, Any] | None:
+    """The balancing state that a run of this method left beside the weights; None for none."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    with attach(model, method) as balancing:
+        try:
+            load(balancing, folder)
+        except ValueError as error:
+            level = logging.WARNING if _priced_selection(path) else logging.INFO
+            logger.log(level, "%s is left aside; this run starts anew. %s", path, error)
+            return None
+        return balancing.state_dict()
+
+
+def _priced_selection(path: Path) -> bool:
+    """Whether the saved method chose experts under a price, which the weights are used to."""
+    with safe_open(path, framework="pt") as file:
+        method = json.loads(file.metadata()["moebalance"])["method"]
+    kinds = method_classes().values()
+    return any(kind().prices_selection for kind in kinds if kind.__name__ in method)
+
+
+def _adapt(model: PreTrainedModel, spec: LoraSpec) -> PreTrainedModel:
+    """Put LoRA on a model.
+
+    Routers are trained whole, through `modules_to_save`: a low-rank update of a router
+    (`target_parameters`) hides the router's own selection bias from the block that reads it, in
+    every family that has one, and leaves a trained bias out of the adapter's file.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ValueError("[lora] needs PEFT: pip install peft") from error
+    targets = spec.target_modules
+    names = _attention_layers(model) if isinstance(targets, str) else list(targets)
+    routers = [site.name for site in find_sites(model)]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.r,
+        lora_alpha=cast(int, spec.alpha),
+        lora_dropout=spec.dropout,
+        target_modules=names,
+        modules_to_save=routers if spec.train_router else None,
+    )
+    try:
+        return cast(PreTrainedModel, get_peft_model(model, config))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"[lora] target_modules={targets!r} does not fit this model: {error} Name linear "
+            "layers; the routers are not among them, train_router trains them whole."
+        ) from error
+
+
+def _attention_layers(model: PreTrainedModel) -> list[str]:
+    """The linear layers of attention, but for a gate on its output.
+
+    PEFT takes `gate_proj`, wherever it stands, for a part of the experts. Subclasses of Linear,
+    such as one that multiplies group by group, are not what LoRA computes.
+    """
+    found = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and "gate" not in name.rpartition(".")[2]
+        and any("attn" in part or "attention" in part for part in name.split("."))
+    ]
+    if not found:
+        raise ValueError(
+            f'[lora] target_modules="attention": {type(model).__name__} has no linear layers in '
+            'modules named …attn or …attention. Name them, for example ["q_proj", "v_proj"].'
+        )
+    return found

@@ -1,0 +1,93 @@
+"""What a run is given: its texts, and a model with fresh weights."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from moebalance.lab.checkpoints import checkpoint_folder
+from moebalance.lab.recipe import Recipe
+from moebalance.lab.text.checkpoint_tokenizer import has_other_tokenizer, load_checkpoint_tokenizer
+from moebalance.lab.text.data import TextData, load_data
+from moebalance.words.suggest import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+
+class Texts(NamedTuple):
+    """The text to train on, and in fine-tuning the text that the model knew already, if given."""
+
+    data: TextData
+    old: TextData | None
+
+
+def load_texts(recipe: Recipe, *, cache_dir: Path | None = None) -> Texts:
+    """Read a recipe's texts, both with one tokeniser.
+
+    Raises:
+        FileNotFoundError, ValueError: a text, or the checkpoint's tokeniser, cannot be read.
+    """
+    folder = None if recipe.checkpoint is None else checkpoint_folder(recipe.checkpoint)
+    own = None
+    if folder is not None and recipe.data.tokenizer == "checkpoint":
+        own = load_checkpoint_tokenizer(folder)
+    data = load_data(recipe.data, tokenizer=own, cache_dir=cache_dir)
+    if folder is not None and own is None and has_other_tokenizer(folder, data.tokenizer):
+        logger.warning(
+            "[data] tokenizer=%r is used in place of the checkpoint's own in %s.",
+            recipe.data.tokenizer,
+            folder,
+        )
+    old = None
+    if recipe.old_data is not None:
+        old = load_data(recipe.old_data, tokenizer=data.tokenizer, cache_dir=cache_dir)
+    return Texts(data, old)
+
+
+def build_model(recipe: Recipe, vocab_size: int, checkpoint: Path | None = None) -> PreTrainedModel:
+    """Make the recipe's model, with fresh weights or those of a checkpoint of this run.
+
+    The weights are loaded here because a Trainer that resumes leaves out experts which Transformers
+    saves under other names than it holds them: it logs "missing keys" and goes on without them.
+
+    Raises:
+        ValueError: unknown architecture or configuration key, with the nearest valid name.
+    """
+    keys = dict(recipe.model)
+    architecture = keys.pop("architecture")
+    experts = keys.pop("experts_implementation", None)
+    possible = sorted(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if architecture not in possible:
+        raise ValueError(
+            f"[model] architecture={architecture!r}.{did_you_mean(architecture, possible)} It must "
+            "be a causal language model of the installed Transformers, such as qwen3_moe."
+        )
+    default = AutoConfig.for_model(architecture)
+    check_keys(list(keys), default, architecture)
+    config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **keys)
+    model: PreTrainedModel
+    if checkpoint is None:
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config)
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    return model
+
+
+def check_keys(keys: list[str], config: transformers.PreTrainedConfig, architecture: str) -> None:
+    """Refuse keys that an architecture's configuration does not have.
+
+    Raises:
+        ValueError: with the nearest valid name.
+    """
+    fields = getattr(type(config), "__dataclass_fields__", {})
+    known = sorted({*config.to_dict(), *config.attribute_map, *fields})
+    for key in keys:
+        if key not in known:
+            raise ValueError(
+                f"[model] {architecture} has no configuration key {key!r}."
+                f"{did_you_mean(key, known)}"
+            )

@@ -1,0 +1,1 @@
+"""Text for experiments: corpora, tokenisers, and which sequence is read when."""

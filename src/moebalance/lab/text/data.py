@@ -1,0 +1,388 @@
+"""Text for an experiment: read, split by document, tokenised, packed, hashed.
+
+    documents ──split──▶ training, validation ──tokenise──▶ ids ──pack──▶ (N, S) with a domain each
+
+Each stage is a pure function of its input and the recipe; the tokeniser learns from the training
+documents only. `TextData.sha256` covers the ids themselves, so two runs with the same hash have
+read the same tokens, whatever the versions of the libraries between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int32
+from torch import Tensor
+
+from moebalance.lab.text.batches import TokenDataset
+from moebalance.lab.text.corpus import Corpus, Document, load_corpus
+from moebalance.lab.text.tokens import (
+    TOKENIZERS,
+    ByteTokenizer,
+    Tokenizer,
+    tokenizer_from_json,
+    train_bpe,
+)
+from moebalance.words.suggest import did_you_mean
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The data part of a recipe.
+
+    Args:
+        source: `"python"`, or a path; see `corpus`.
+        tokenizer: `"bytes"`, `"bpe"`, or `"checkpoint"` for that of the model to fine-tune.
+        vocab_size: Ids of the `bpe` tokeniser in all; bytes always have 257.
+        seq_len: S, tokens in a sequence.
+        validation: Share of each domain's bytes to hold out, in (0, 0.5].
+        split_seed: Which documents those are.
+        domains: Domains to use, in this order; None uses all.
+        column: Column of a data set with text, or with conversations for a checkpoint's tokeniser.
+        domain_column: Column with each row's domain; None makes one domain of the data set.
+        extensions: File endings to read in a folder; None reads every text file.
+        max_bytes_per_domain: Cap on each domain; None reads all.
+
+    Raises:
+        TypeError, ValueError: A value of the wrong type, or one that cannot work.
+
+    >>> DataSpec(tokenizer="bpe", vocab_size=512, seq_len=64).validation
+    0.1
+    """
+
+    source: str = "python"
+    tokenizer: str = "bytes"
+    vocab_size: int = 512
+    seq_len: int = 128
+    validation: float = 0.1
+    split_seed: int = 0
+    domains: tuple[str, ...] | None = None
+    column: str = "text"
+    domain_column: str | None = None
+    extensions: tuple[str, ...] | None = None
+    max_bytes_per_domain: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("source", "tokenizer", "column"):
+            _check_type(name, getattr(self, name), str)
+        _check_type("validation", self.validation, float, int)
+        for name in ("vocab_size", "seq_len", "split_seed", "max_bytes_per_domain"):
+            if name != "max_bytes_per_domain" or self.max_bytes_per_domain is not None:
+                _check_type(name, getattr(self, name), int)
+        for name in ("domains", "extensions"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, str) or not all(isinstance(part, str) for part in value):
+                raise TypeError(f"{name} is {value!r}; give a list of names, even for one.")
+            if not value or len(set(value)) < len(value):
+                raise ValueError(f"{name} is {value!r}; give each name once, or leave it out.")
+            object.__setattr__(self, name, tuple(value))  # TOML gives lists
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(
+                f"tokenizer {self.tokenizer!r} is unknown; choose one of {list(TOKENIZERS)}."
+                + did_you_mean(self.tokenizer, TOKENIZERS)
+            )
+        if self.seq_len < 2:
+            raise ValueError(
+                f"seq_len is {self.seq_len}; a sequence needs 2 tokens, one to predict the other."
+            )
+        if not 0 < self.validation <= 0.5:
+            raise ValueError(
+                f"validation is {self.validation}; give a share above 0 and up to 0.5, e.g. 0.1."
+            )
+        if self.max_bytes_per_domain is not None and self.max_bytes_per_domain < 1:
+            raise ValueError(
+                f"max_bytes_per_domain is {self.max_bytes_per_domain}; give at least 1, or leave "
+                "it out to read everything."
+            )
+
+
+class TextData(NamedTuple):
+    """Packed text, ready for training.
+
+    Attributes:
+        train: Training sequences; read them through `TokenDataset.in_order`.
+        validation: Held-out sequences, by domain.
+        domains: Names of the domains.
+        tokenizer: The tokeniser of both.
+        sha256: Hex digest of text, tokeniser, split and sequence length.
+        train_tokens: Tokens in training sequences, by domain.
+        val_tokens: The same for validation.
+        bytes_per_token: Bytes of validation text a token stands for, the end of a document counted
+            as one byte: exactly 1 for bytes. Bits per byte = nats per token / (ln 2 · this).
+        bytes_per_token_by_domain: The same for each domain.
+    """
+
+    train: TokenDataset
+    validation: TokenDataset
+    domains: tuple[str, ...]
+    tokenizer: Tokenizer
+    sha256: str
+    train_tokens: dict[str, int]
+    val_tokens: dict[str, int]
+    bytes_per_token: float
+    bytes_per_token_by_domain: dict[str, float]
+
+    def header(self) -> dict[str, Any]:
+        """What a run header records of the data; plain JSON values."""
+        return {
+            "sha256": self.sha256,
+            "tokenizer": self.tokenizer.description,
+            "vocab_size": self.tokenizer.vocab_size,
+            "seq_len": self.train.tokens.shape[1],
+            "domains": list(self.domains),
+            "train_tokens": self.train_tokens,
+            "val_tokens": self.val_tokens,
+            "bytes_per_token": self.bytes_per_token,
+        }
+
+
+def load_data(
+    spec: DataSpec, *, tokenizer: Tokenizer | None = None, cache_dir: Path | None = None
+) -> TextData:
+    """Read, split, tokenise and pack the text of a recipe.
+
+    Args:
+        spec: What to read and how.
+        tokenizer: Instead of making the one that `spec` names; `"checkpoint"` needs it.
+        cache_dir: Where to keep token ids between runs, under a name made of the text's hash;
+            None keeps nothing.
+
+    Returns:
+        Training and validation sequences.
+
+    Raises:
+        ValueError: The source cannot be read, a domain is too small to be split or to fill a
+            sequence, or the checkpoint's tokeniser was not given.
+
+    >>> data = load_data(DataSpec(domains=("names",), max_bytes_per_domain=20_000))
+    >>> data.train[0]["input_ids"].shape, data.tokenizer.vocab_size, data.bytes_per_token
+    (torch.Size([128]), 257, 1.0)
+    """
+    if spec.tokenizer == "checkpoint" and tokenizer is None:
+        raise ValueError('tokenizer="checkpoint" needs the tokeniser of a model to fine-tune.')
+    corpus = load_corpus(
+        spec.source,
+        domains=spec.domains,
+        column=spec.column,
+        domain_column=spec.domain_column,
+        extensions=spec.extensions,
+        max_bytes_per_domain=spec.max_bytes_per_domain,
+        cache_dir=cache_dir,
+        render=None if tokenizer is None else tokenizer.render,
+    )
+    parts = split_documents(corpus, validation=spec.validation, seed=spec.split_seed)
+    tokenizer, train_streams, val_streams = _tokenise(spec, corpus, parts, tokenizer, cache_dir)
+    train, train_tokens = _pack_domains(train_streams, corpus.domains, spec.seq_len, "training")
+    val, val_tokens = _pack_domains(val_streams, corpus.domains, spec.seq_len, "validation")
+
+    digest = hashlib.sha256()
+    for part in (corpus.sha256, tokenizer.to_json(), str(spec.seq_len)):
+        digest.update(part.encode())
+    for stream in train_streams + val_streams:
+        digest.update(stream.numel().to_bytes(8, "little"))
+        digest.update(stream.numpy().tobytes())
+
+    sizes = {
+        name: sum(len(doc.text.encode()) + 1 for doc in parts[1] if doc.domain == name) - 1
+        for name in corpus.domains
+    }
+    counts = dict(zip(corpus.domains, map(len, val_streams), strict=True))
+    return TextData(
+        train=train,
+        validation=val,
+        domains=corpus.domains,
+        tokenizer=tokenizer,
+        sha256=digest.hexdigest(),
+        train_tokens=train_tokens,
+        val_tokens=val_tokens,
+        bytes_per_token=sum(sizes.values()) / sum(counts.values()),
+        bytes_per_token_by_domain={name: sizes[name] / counts[name] for name in corpus.domains},
+    )
+
+
+def split_documents(
+    corpus: Corpus, *, validation: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Divide the documents of each domain into training and validation.
+
+    Documents are taken for validation in an order drawn by hash of seed and name, each if it
+    brings the held-out bytes nearer to their share; if none does, the first that is not longer than
+    the average.
+
+    Args:
+        corpus: At least two documents a domain.
+        validation: Share of a domain's bytes to hold out, in (0, 0.5]; then never all are taken.
+        seed: Changes the order.
+
+    Returns:
+        Training documents and validation documents, each in the corpus's order and neither empty
+        in any domain.
+
+    Raises:
+        ValueError: A domain has a single document.
+    """
+    held_out: set[Document] = set()
+    for domain in corpus.domains:
+        mine = [doc for doc in corpus.documents if doc.domain == domain]
+        if len(mine) < 2:
+            raise ValueError(
+                f"domain {domain!r} has one document, {mine[0].name!r}, and documents are never "
+                "divided between training and validation. Give it a second one (cut the file in "
+                "two), leave the domain out, or give a lone text file itself as source."
+            )
+        size = {doc: len(doc.text.encode()) for doc in mine}
+        target, taken = validation * sum(size.values()), 0.0
+        order = sorted(mine, key=lambda doc: _rank(seed, doc))
+        for doc in order:
+            if taken + size[doc] / 2 <= target:
+                held_out.add(doc)
+                taken += size[doc]
+        if not taken:
+            held_out.add(next(doc for doc in order if size[doc] * len(mine) <= sum(size.values())))
+    return (
+        [doc for doc in corpus.documents if doc not in held_out],
+        [doc for doc in corpus.documents if doc in held_out],
+    )
+
+
+def pack(
+    texts: Sequence[Int32[Tensor, " n"]], *, seq_len: int, end_of_document: int
+) -> tuple[Int32[Tensor, "N S"], int]:
+    """Join texts with an end of document between, and cut into sequences.
+
+    Args:
+        texts: Ids of each document.
+        seq_len: S.
+        end_of_document: The id that goes between.
+
+    Returns:
+        (N, S) sequences and how many tokens at the end were too few for another: fewer than S.
+
+    >>> pack([torch.tensor([1, 2]), torch.tensor([3, 4])], seq_len=2, end_of_document=9)
+    (tensor([[1, 2],
+            [9, 3]]), 1)
+    """
+    return _cut(_join(texts, end_of_document), seq_len)
+
+
+def _join(texts: Sequence[Tensor], end_of_document: int) -> Tensor:
+    between = torch.tensor([end_of_document], dtype=texts[0].dtype)
+    return torch.cat([part for text in texts for part in (between, text)][1:])
+
+
+def _cut(stream: Tensor, seq_len: int) -> tuple[Tensor, int]:
+    count, rest = divmod(len(stream), seq_len)
+    return stream[: count * seq_len].view(count, seq_len), rest
+
+
+def _tokenise(
+    spec: DataSpec,
+    corpus: Corpus,
+    parts: tuple[list[Document], list[Document]],
+    tokenizer: Tokenizer | None,
+    cache_dir: Path | None,
+) -> tuple[Tokenizer, list[Tensor], list[Tensor]]:
+    """The tokeniser and one joined stream of ids a domain, for training and for validation."""
+    train_docs, val_docs = parts
+    settings = (
+        corpus.sha256,
+        spec.tokenizer,
+        spec.vocab_size if spec.tokenizer == "bpe" else None,
+        _version("tokenizers") if spec.tokenizer == "bpe" else None,
+        [(doc.domain, doc.name) for doc in val_docs],
+        *(() if tokenizer is None else (tokenizer.to_json(),)),
+    )
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()
+    path = cache_dir / f"tokens-{key[:32]}.pt" if cache_dir else None
+    stored = _read_cache(path) if path else None
+    if stored is not None:
+        made = tokenizer or tokenizer_from_json(stored["tokenizer"])
+        return made, stored["train"], stored["validation"]
+
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(spec, train_docs)
+    streams: list[list[Tensor]] = []
+    for docs in parts:
+        by_domain = ([doc.text for doc in docs if doc.domain == name] for name in corpus.domains)
+        streams.append(
+            [_join(tokenizer.encode_all(texts), tokenizer.end_of_document) for texts in by_domain]
+        )
+    train, val = streams
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")  # renamed whole: runs may share a cache
+        content = {"tokenizer": tokenizer.to_json(), "train": train, "validation": val}
+        torch.save(content, unfinished)
+        unfinished.replace(path)
+    return tokenizer, train, val
+
+
+def _make_tokenizer(spec: DataSpec, train_docs: Sequence[Document]) -> Tokenizer:
+    if spec.tokenizer == "bytes":
+        return ByteTokenizer()
+    tokenizer = train_bpe([doc.text for doc in train_docs], spec.vocab_size)
+    if tokenizer.vocab_size < spec.vocab_size:
+        _log.warning(
+            "the training text has pairs for %d ids only, of the %d asked for",
+            tokenizer.vocab_size,
+            spec.vocab_size,
+        )
+    return tokenizer
+
+
+def _read_cache(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        _log.warning("%s is damaged (%s); tokenising again", path, error)
+        return None
+    return content
+
+
+def _pack_domains(
+    streams: Sequence[Tensor], names: tuple[str, ...], seq_len: int, part: str
+) -> tuple[TokenDataset, dict[str, int]]:
+    packed = [_cut(stream, seq_len)[0] for stream in streams]
+    for name, stream, sequences in zip(names, streams, packed, strict=True):
+        if not len(sequences):
+            raise ValueError(
+                f"domain {name!r} has {len(stream)} tokens of {part} text, fewer than one sequence "
+                f"of {seq_len}. Give it more text, a shorter seq_len"
+                + (", a larger validation share" if part == "validation" else "")
+                + ", or leave it out."
+            )
+    counts = torch.tensor([len(sequences) for sequences in packed])
+    labels = torch.arange(len(names)).repeat_interleave(counts)
+    tokens = {name: part.numel() for name, part in zip(names, packed, strict=True)}
+    return TokenDataset(torch.cat(packed), labels, names), tokens
+
+
+def _rank(seed: int, doc: Document) -> bytes:
+    return hashlib.sha256(f"{seed}/{doc.domain}/{doc.name}".encode()).digest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _check_type(name: str, value: object, *kinds: type) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; give a value of type {kinds[0].__name__}.")

@@ -1,0 +1,42 @@
+"""The methods, one file each, behind the one interface of `base.py`."""
+
+from moebalance.methods.base import Method, charge
+from moebalance.methods.ema_switch import EmaSwitchLoss
+from moebalance.methods.global_batch import GlobalBatchLoss
+from moebalance.methods.goals import EntropyDeficit, Gini, Goal, MaxVio, RankVio
+from moebalance.methods.loss_free import LossFree
+from moebalance.methods.none import NoBalancing
+from moebalance.methods.phi import PhiBalancing
+from moebalance.methods.plug_in import PlugInLoss
+from moebalance.methods.quantile import QuantileBalancing
+from moebalance.methods.scheduled import Scheduled
+from moebalance.methods.sequence import SequenceLoss
+from moebalance.methods.sinkhorn import Sinkhorn
+from moebalance.methods.switch import SwitchLoss
+from moebalance.methods.targeted import Targeted
+from moebalance.methods.together import Together
+from moebalance.methods.z_loss import ZLoss
+
+__all__ = [
+    "EmaSwitchLoss",
+    "EntropyDeficit",
+    "Gini",
+    "GlobalBatchLoss",
+    "Goal",
+    "LossFree",
+    "MaxVio",
+    "Method",
+    "NoBalancing",
+    "PhiBalancing",
+    "PlugInLoss",
+    "QuantileBalancing",
+    "RankVio",
+    "Scheduled",
+    "SequenceLoss",
+    "Sinkhorn",
+    "SwitchLoss",
+    "Targeted",
+    "Together",
+    "ZLoss",
+    "charge",
+]

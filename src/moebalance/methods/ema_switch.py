@@ -1,0 +1,75 @@
+"""EMA-Switch: the Switch loss with the hard load averaged over steps.
+
+    m ← (1 − η) m + η f,        loss = task + α · E · ⟨m, P⟩.
+
+φ-balancing's closest rival explanation: the same memory, with the hard load as statistic and no
+potential (equivalently the Euclidean one). A comparison that leaves it out cannot tell whether the
+potential or the memory does the work.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.methods.base import Method, check_positive
+from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_rate
+from moebalance.proportions import Shares, check_shares, per_share, settle_shares
+from moebalance.routing import Batch, Sums
+
+
+@dataclass(frozen=True, repr=False)
+class EmaSwitchLoss(Method):
+    """Switch loss on a moving average of the hard load.
+
+    Args:
+        strength: α ≥ 0.
+        rate: η in (0, 1], weight of the newest step; at 1, where a step is one batch, this
+            is the Switch loss. "auto" measures it (`adaptive.py`). 0.3 if `memory_tokens` is not
+            given either.
+        memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M).
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+    """
+
+    strength: float = 1e-2
+    rate: Rate | None = None
+    memory_tokens: float | None = None
+    shares: Shares | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+        settle_rate(self, default=0.3)
+        settle_shares(self)
+
+    @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The hard load."""
+        return frozenset({"counts"})
+
+    @property
+    def coupling(self) -> Literal["batch"]:
+        """Each batch's load is part of its own price."""
+        return "batch"
+
+    def readings(self, state: Memory) -> dict[str, Float[Tensor, ""]]:
+        """The rate, where it adapts."""
+        return readings(state)
+
+    def init(self, num_experts: int) -> Memory:
+        """Start with an empty average."""
+        check_shares(self.shares, num_experts)
+        return begin(self, num_experts)
+
+    def update(self, state: Memory, sums: Sums) -> Memory:
+        """m ← (1 − η) m + η f, once per optimizer step."""
+        return remember(self, state, sums.hard_load, sums.tokens)
+
+    def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
+        """α m, per share, with m as of this batch."""
+        return self.strength * per_share(peek(self, state, batch.hard_load, batch), self.shares)

@@ -1,0 +1,50 @@
+"""Global-batch auxiliary loss: the Switch loss with the load taken over the whole step.
+
+    loss = task + α · E · Σ_e f_e^step P_e,
+
+f^step summed over the micro-batches of the step seen so far. Source: Qiu et al.,
+2025, arXiv 2501.11873, whose buffer over accumulation steps this follows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.methods.base import Method, State, check_positive
+from moebalance.proportions import Shares, per_share, settle_shares
+from moebalance.routing import Batch
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalBatchLoss(Method):
+    """Switch loss on the load of the step instead of the micro-batch.
+
+    The first micro-batch of a step sees only itself; the last one sees the whole step.
+
+    Args:
+        strength: α ≥ 0; 1e-3 in the paper's models.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+    """
+
+    strength: float = 1e-3
+    shares: Shares | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+        settle_shares(self)
+
+    @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def coupling(self) -> Literal["step"]:
+        """A batch sees the step so far, within its process."""
+        return "step"
+
+    def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+        """α f, the hard load of the step so far, per share."""
+        return self.strength * per_share(batch.step.hard_load, self.shares)

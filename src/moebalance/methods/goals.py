@@ -1,0 +1,155 @@
+"""How even a load shall be: what `Targeted` steers a method's strength by.
+
+A goal measures a load as its metric does, and relative to what is allowed: 1 at the goal, more for
+a load that is less even, 0 for a perfectly even one. With shares ρ "even" means in their
+proportion: f_e / ρ_e is then the same for all experts.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance import metrics
+from moebalance.methods.base import check_positive, described
+from moebalance.proportions import Shares, fractions, settle_shares
+from moebalance.routing import Sums
+
+
+@dataclass(frozen=True, repr=False)
+class Goal(ABC):
+    """An upper bound on one measure of unevenness.
+
+    Args:
+        at_most: the bound, greater than 0, in the metric's own unit.
+        load: "hard" for the assignments that top-k delivers, "soft" for the mean scores.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+
+    Raises:
+        ValueError: the bound is not a positive number, or there is no such load.
+    """
+
+    at_most: float
+    load: Literal["hard", "soft"] = "hard"
+    shares: Shares | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_positive("at_most", self.at_most, zero=False)
+        if self.load not in ("hard", "soft"):
+            raise ValueError(f"load={self.load!r}: must be 'hard' or 'soft'.")
+        settle_shares(self)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    @abstractmethod
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+        """Unevenness of a load that sums to 1: 0 for an even one.
+
+        Raises:
+            ValueError: the goal is for another number of experts.
+        """
+
+    def ratio(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+        """measure / at_most."""
+        return self.measure(load) / self.at_most
+
+    def of(self, sums: Sums) -> Float[Tensor, "E"]:
+        """The load that the goal is about."""
+        return sums.soft_load if self.load == "soft" else sums.hard_load
+
+    def _shares(self, load: Float[Tensor, "E"]) -> Float[Tensor, "E"] | None:
+        return None if self.shares is None else fractions(self.shares, load)
+
+    @property
+    def reads(self) -> str:
+        """Which of the sums that is."""
+        return "scores" if self.load == "soft" else "counts"
+
+
+@dataclass(frozen=True, repr=False)
+class MaxVio(Goal):
+    """The busiest expert at most so far above its share: max_e f_e / ρ_e − 1, ρ_e = 1/E if even.
+
+    >>> import torch
+    >>> MaxVio(0.5).ratio(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
+    2.0
+    """
+
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+        """`metrics.max_violation`."""
+        return metrics.max_violation(load, self._shares(load))
+
+
+@dataclass(frozen=True, repr=False)
+class Gini(Goal):
+    """Inequality at most so large.
+
+    >>> import torch
+    >>> round(Gini(0.25).ratio(torch.tensor([0.5, 0.5, 0.0, 0.0])).item(), 6)
+    2.0
+    """
+
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+        """`metrics.gini`."""
+        return metrics.gini(load, self._shares(load))
+
+
+@dataclass(frozen=True, repr=False)
+class EntropyDeficit(Goal):
+    """Entropy at most so far below its largest value: 1 − H(f) / log E.
+
+    With shares, the divergence from them in the same unit: Σ_e f_e log(f_e / ρ_e) / log E.
+
+    >>> import torch
+    >>> round(EntropyDeficit(0.25).ratio(torch.tensor([0.5, 0.5, 0.0, 0.0])).item(), 6)
+    2.0
+    """
+
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+        """1 − `metrics.normalized_entropy`, or the divergence."""
+        shares = self._shares(load)
+        if shares is None:
+            return 1 - metrics.normalized_entropy(load)
+        divergence = (torch.xlogy(load, load) - torch.xlogy(load, shares)).sum(dim=-1)
+        return divergence / math.log(load.shape[-1])
+
+
+@dataclass(frozen=True, repr=False)
+class RankVio(Goal):
+    """The busiest of R expert-parallel ranks at most so far above its share.
+
+    Args:
+        ranks: R; rank r holds the r-th block of E / R experts.
+
+    >>> import torch
+    >>> RankVio(0.5, ranks=2).ratio(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
+    1.0
+    """
+
+    ranks: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks < 2:
+            raise ValueError(f"ranks={self.ranks}: give at least 2; one rank holds all experts.")
+
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+        """`metrics.max_violation` of the ranks' loads.
+
+        Raises:
+            ValueError: the experts cannot be shared out equally.
+        """
+        num_experts = load.shape[-1]
+        if num_experts % self.ranks:
+            raise ValueError(f"{num_experts} experts cannot be shared out to {self.ranks} ranks.")
+        shares = self._shares(load)
+        of_ranks = None if shares is None else shares.view(self.ranks, -1).sum(dim=-1)
+        return metrics.max_violation(load.view(self.ranks, -1).sum(dim=-1), of_ranks)
+
+
+GOALS: tuple[type[Goal], ...] = (MaxVio, Gini, EntropyDeficit, RankVio)

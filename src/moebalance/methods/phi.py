@@ -1,0 +1,137 @@
+"""φ-balancing: charge the gradient of a potential of the *expected* routing distribution.
+
+Source: Chen et al., "φ-Balancing for Mixture-of-Experts Training", ICML 2026, arXiv 2605.15403,
+Eq. 10 and Algorithm 1. Minimising φ(E[p]) over the router is, by convex duality, a min-max problem
+whose online mirror-ascent solution keeps one vector per layer:
+
+    m ← (1 − η) m + η p̄          (p̄: mean pre-top-k score of the step)
+    q  = ∇φ(m)                   (no gradient; m already holds this step)
+    loss = task + α · E · ⟨q, p̄⟩
+
+The dual step size of the mirror ascent is the averaging rate η. At a given price the term is
+linear in p̄, hence additive over micro-batches, which the bilinear Switch loss is not; with
+`peek=False` the price itself is the same for all of them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.methods.base import MeanPrice, Method, check_positive
+from moebalance.methods.ema import Ema
+from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_rate
+from moebalance.potentials import NegativeEntropy, Potential
+from moebalance.proportions import Shares
+from moebalance.routing import Batch, Sums
+
+
+@dataclass(frozen=True, repr=False)
+class PhiBalancing(Method):
+    """φ-balancing with any of the nine potentials, or what is composed of them.
+
+    Args:
+        potential: convex φ; its gradient is the price. `potential.relative_to(shares)` aims at
+            other than equal loads, `potential.grouped(groups)` at equal loads of groups.
+        strength: α ≥ 0, the weight of the term. At equal α negative entropy pushes E times harder
+            than Euclidean; `potential.unit_slope()` removes that difference. The default was chosen
+            at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
+        rate: η in (0, 1], weight of the newest step in the average. The default was chosen at 1024
+            tokens a step; for steps of 2 million, 0.6 to 0.7 is reported. "auto" measures what the
+            noise of the loads asks for (`adaptive.py`). 0.1 if `memory_tokens` is not given either.
+        statistic: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
+            load f while the gradient still goes through the scores (straight-through).
+        peek: whether the price already contains the batch it is charged on, as in Algorithm 1. With
+            a batch that is only a share s of its step, the price is ∇φ(m + η·s·(p̄ − m)). Without
+            peeking the price comes from finished steps alone and is the same for every batch.
+        memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M), and a
+            batch of n tokens peeks with the same.
+
+    Departs from the paper: the price is centred, q − ⟨m, q⟩, which changes no gradient while
+    scores sum to one; the average is bias-corrected (`ema.py`), in the peek as well.
+
+    Raises:
+        ValueError: strength, rate, memory or statistic out of range, or both rate and memory.
+
+    >>> PhiBalancing(peek=False).rate, PhiBalancing(memory_tokens=10_000).rate
+    (0.1, None)
+    """
+
+    potential: Potential = field(default_factory=NegativeEntropy)
+    strength: float = 1e-2
+    rate: Rate | None = None
+    statistic: Literal["soft", "hard"] = "soft"
+    peek: bool = True
+    memory_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+        settle_rate(self, default=0.1)
+        if self.statistic not in ("soft", "hard"):
+            raise ValueError(f"statistic={self.statistic!r}: must be 'soft' or 'hard'.")
+        if not isinstance(self.potential, Potential):
+            raise TypeError(
+                f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
+            )
+
+    @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def aim(self) -> Shares | None:
+        """The potential's."""
+        return self.potential.aim
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The sums of its statistic."""
+        return frozenset({"scores" if self.statistic == "soft" else "counts"})
+
+    @property
+    def coupling(self) -> Literal["token", "batch"]:
+        """With the peek, each batch is part of its own price."""
+        return "batch" if self.peek else "token"
+
+    def mean_price(self, state: Memory) -> MeanPrice | None:
+        """All of it, if the rate is not measured and no subclass charges otherwise."""
+        if isinstance(self.rate, str) or not isinstance(state, Ema):
+            return None
+        if type(self).charged is not PhiBalancing.charged:
+            return None
+        return MeanPrice(
+            self.potential,
+            state.mean,
+            state.weight,
+            hard=self.statistic == "hard",
+            peek=self.peek,
+            strength=self.strength,
+            rate=self.rate,
+            memory_tokens=self.memory_tokens,
+        )
+
+    def readings(self, state: Memory) -> dict[str, Float[Tensor, ""]]:
+        """The rate, where it adapts."""
+        return readings(state)
+
+    def init(self, num_experts: int) -> Memory:
+        """Start with an empty average."""
+        self.potential.check(num_experts)
+        return begin(self, num_experts)
+
+    def update(self, state: Memory, sums: Sums) -> Memory:
+        """m ← (1 − η) m + η p̄, once per optimizer step."""
+        return remember(self, state, self._load(sums), sums.tokens)
+
+    def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
+        """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
+        mean = state.mean
+        if self.peek:
+            mean = peek(self, state, self._load(batch), batch)
+        price = self.potential.grad(mean)
+        return self.strength * (price - price @ mean)
+
+    def _load(self, seen: Sums | Batch) -> Float[Tensor, "E"]:
+        return seen.soft_load if self.statistic == "soft" else seen.hard_load

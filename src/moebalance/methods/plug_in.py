@@ -1,0 +1,92 @@
+"""Plug-in loss: the potential of a load that is counted in the batch itself, without a memory.
+
+    loss = task + α · E · ⟨∇φ(l), p̄⟩,        l: the load of the batch, or of the step so far.
+
+This is what φ-balancing improves on: φ of an estimate is no estimate of φ, since by Jensen
+E[φ(l)] ≥ φ(E[l]), so a batch that is a biased sample is pushed to look like none
+(arXiv 2605.15403, §3). With the Euclidean potential and the hard load it is the Switch loss, and
+over the step so far the global-batch loss; together with φ-balancing and EMA-Switch it spans
+{hard, soft} × {batch, step, moving average} × {linear, log}, so that a comparison can tell which
+ingredient helps.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.methods.base import Method, State, check_positive
+from moebalance.potentials import NegativeEntropy, Potential
+from moebalance.proportions import Shares
+from moebalance.routing import Batch, Sums
+
+
+@dataclass(frozen=True)
+class PlugInLoss(Method):
+    """Charge ∇φ of the load of the batch, or of the step so far.
+
+    Args:
+        potential: convex φ, of the paper's nine or composed; its gradient is the price.
+        strength: α ≥ 0.
+        statistic: "soft" takes the mean scores p̄, "hard" the realised load f while the gradient
+            still goes through the scores.
+        window: "batch" for the micro-batch alone, "step" for the step so far, within a process.
+        pseudo_count: assignments added to every expert's count before the hard load is taken: a
+            price with a pole at an empty expert (negative entropy) needs one in a small batch.
+
+    Raises:
+        ValueError: strength, pseudo-count, statistic or window out of range.
+
+    >>> PlugInLoss(window="step").coupling
+    'step'
+    """
+
+    potential: Potential = field(default_factory=NegativeEntropy)
+    strength: float = 1e-2
+    statistic: Literal["soft", "hard"] = "soft"
+    window: Literal["batch", "step"] = "batch"
+    pseudo_count: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+        check_positive("pseudo_count", self.pseudo_count)
+        if self.statistic not in ("soft", "hard"):
+            raise ValueError(f"statistic={self.statistic!r}: must be 'soft' or 'hard'.")
+        if self.window not in ("batch", "step"):
+            raise ValueError(f"window={self.window!r}: must be 'batch' or 'step'.")
+        if not isinstance(self.potential, Potential):
+            raise TypeError(
+                f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
+            )
+
+    @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def aim(self) -> Shares | None:
+        """The potential's."""
+        return self.potential.aim
+
+    @property
+    def coupling(self) -> Literal["batch", "step"]:
+        """The load is that of the window."""
+        return self.window
+
+    def init(self, num_experts: int) -> State:
+        """Nothing to remember."""
+        self.potential.check(num_experts)
+        return ()
+
+    def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+        """α (∇φ(l) − ⟨l, ∇φ(l)⟩), centred as the price of φ-balancing is."""
+        load = self._load(batch.step if self.window == "step" else batch.sums)
+        price = self.potential.grad(load)
+        return self.strength * (price - price @ load)
+
+    def _load(self, sums: Sums) -> Float[Tensor, "E"]:
+        if self.statistic == "soft":
+            return sums.soft_load
+        return sums._replace(counts=sums.counts + self.pseudo_count).hard_load

@@ -1,0 +1,112 @@
+"""Quantile balancing: set each expert's price where it admits exactly its share of tokens.
+
+With affinities a and the price b in force, α_t is the (K+1)-th largest of a_t − b: what a token
+must beat to win a place (limits on groups of experts are not seen). Expert e admits its fair share
+if its price is
+
+    price_e = the upper K/E quantile over tokens of (a_te − α_t),
+
+centred, and used in the next step; with shares ρ, K ρ_e takes the place of K/E. The quantile is
+read from a histogram, which adds exactly over micro-batches and ranks.
+
+Bins are spaced as a signed cube on [−2, 2], which contains every a − α of affinities in [0, 1]:
+fine near 0, where the quantiles lie, and coarse where nothing is decided.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.methods.base import Method, where_seen
+from moebalance.methods.loss_free import SelectionPrice
+from moebalance.proportions import Shares, check_shares, fractions, settle_shares
+from moebalance.routing import Routing, Sums
+
+_REACH = 2.0
+
+
+@dataclass(frozen=True, repr=False)
+class QuantileBalancing(Method):
+    """Selection prices from quantiles of the last step, without a rate to tune.
+
+    Args:
+        bins: number of histogram bins per expert; the sums grow by E · bins numbers.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+    """
+
+    bins: int = 1000
+    shares: Shares | None = None
+
+    def __post_init__(self) -> None:
+        settle_shares(self)
+        if self.bins < 2:
+            raise ValueError(f"bins={self.bins!r}: must be at least 2.")
+
+    def init(self, num_experts: int) -> SelectionPrice:
+        """Start with price 0 for all."""
+        check_shares(self.shares, num_experts)
+        return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
+
+    def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
+        """One histogram (E, bins)."""
+        return ((num_experts, self.bins),)
+
+    def extra(self, state: SelectionPrice, routing: Routing) -> tuple[Tensor, ...]:
+        """Histogram over tokens of a − α, one row an expert."""
+        affinities = routing.gate.affinities(routing.logits)
+        experts, top_k = routing.num_experts, routing.top_k
+        ranked = (affinities - state.price).topk(min(top_k + 1, experts), dim=-1).values
+        margin = affinities - ranked[:, -1:]
+        position = _compress(margin) * self.bins
+        bins = position.long().clamp(0, self.bins - 1)
+        cells = bins + self.bins * torch.arange(experts, device=bins.device)
+        weights = routing.token_weights
+        ones = affinities.new_ones(()) if weights is None else weights.unsqueeze(-1)
+        empty = affinities.new_zeros(experts * self.bins)
+        filled = empty.scatter_add(0, cells.reshape(-1), ones.expand_as(cells).reshape(-1))
+        return (filled.view(experts, self.bins),)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The number of assignments."""
+        return frozenset({"counts"})
+
+    def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
+        """Read the quantiles, interpolating within a bin, and centre them."""
+        histogram = sums.extra[0].flip(-1)  # from the largest margin down
+        above = histogram.cumsum(dim=-1)
+        total = sums.counts.sum(dim=-1)  # tokens · K
+        if self.shares is None:
+            share = total / sums.counts.shape[-1]
+        else:
+            share = (total * fractions(self.shares, sums.counts)).unsqueeze(-1)
+        index = (above < share).sum(dim=-1, keepdim=True).clamp(max=self.bins - 1)
+        inside = histogram.gather(-1, index)
+        before = above.gather(-1, index) - inside
+        # clamp: an empty step has empty bins; its result is discarded below.
+        fraction = ((share - before) / inside.clamp(min=1)).clamp(0, 1)
+        position = 1 - (index + fraction) / self.bins
+        price = _expand(position).squeeze(-1)
+        price = price - price.mean(dim=-1, keepdim=True)
+        return SelectionPrice(where_seen(sums.tokens, price, state.price))
+
+    def price(self, state: SelectionPrice) -> Float[Tensor, "E"]:
+        """The price as it stands."""
+        return state.price
+
+    def adopt(self, state: SelectionPrice, price: Float[Tensor, "E"]) -> SelectionPrice:
+        """Go on from the model's own price."""
+        return SelectionPrice(price)
+
+
+def _compress(margin: Tensor) -> Tensor:
+    """[−2, 2] → [0, 1] by the signed cube root."""
+    root = torch.sign(margin) * (margin.abs() / _REACH).pow(1 / 3)
+    return (root + 1) / 2
+
+
+def _expand(position: Tensor) -> Tensor:
+    """[0, 1] → [−2, 2], the inverse of `_compress`."""
+    return _REACH * (2 * position - 1).pow(3)

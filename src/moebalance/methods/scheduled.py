@@ -1,0 +1,106 @@
+"""A strength that rises at the start of training and is relaxed late in it, in tokens.
+
+    α(n) = α · min(1, n / W) · (1 − (1 − φ) · clip((n − R) / D, 0, 1)),
+
+n the tokens that the layer has seen in finished steps, W the warm-up, R where the relaxation
+begins, D how long it takes and φ the part that is left. Large trainings do the like by hand:
+DeepSeek-V3 (arXiv 2412.19437, §4.2) balances its last 500 of 14 800 billion tokens with a bias
+speed of 0.
+
+Counted in tokens, it means the same at another batch size, accumulation or number of ranks. All
+micro-batches of a step are charged at one strength, that of the tokens before the step, so that it
+couples nothing that the method does not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.methods.base import check_positive
+from moebalance.methods.scaled import Scaled
+from moebalance.routing import Sums
+
+
+class Progress(NamedTuple):
+    """State of the method, and the tokens seen (), float32.
+
+    A count of S equal steps is off by at most a part of S / 2²⁵, and stops where adding a step
+    changes nothing: after some 10⁷ of them.
+    """
+
+    inner: Any
+    tokens: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Scheduled(Scaled):
+    """A loss-lever method whose strength follows a schedule.
+
+    Args:
+        method: any method that charges in the loss; its own strength is the full one.
+        warmup_tokens: W ≥ 0, over which the strength rises from 0; 0 for a start at full strength.
+        relax_after: R ≥ W, the tokens after which it falls; None for never.
+        relax_tokens: D ≥ 0, over which it falls; 0 for at once.
+        floor: φ in [0, 1], the part of the strength that is left in the end.
+
+    Raises:
+        TypeError, ValueError: not a method that charges, or a number out of range.
+
+    >>> from moebalance.methods.phi import PhiBalancing
+    >>> method = Scheduled(PhiBalancing(), warmup_tokens=1000, relax_after=4000, relax_tokens=1000)
+    >>> [method.share(torch.tensor(n)).item() for n in (0.0, 500.0, 3000.0, 4500.0, 9000.0)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+
+    warmup_tokens: float = 0.0
+    relax_after: float | None = None
+    relax_tokens: float = 0.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("warmup_tokens", self.warmup_tokens)
+        check_positive("relax_tokens", self.relax_tokens)
+        check_positive("floor", self.floor)
+        if self.floor > 1:
+            raise ValueError(f"floor={self.floor!r}: a part of the strength, from 0 to 1.")
+        if self.relax_after is None:
+            if self.relax_tokens or self.floor:
+                raise ValueError(
+                    f"relax_tokens={self.relax_tokens!r} and floor={self.floor!r} say how the "
+                    "strength falls: give relax_after, the tokens after which it does."
+                )
+        else:
+            check_positive("relax_after", self.relax_after)
+            if self.relax_after < self.warmup_tokens:
+                raise ValueError(
+                    f"relax_after={self.relax_after!r} lies within "
+                    f"warmup_tokens={self.warmup_tokens!r}: relax after the warm-up."
+                )
+
+    def init(self, num_experts: int) -> Progress:
+        """Nothing seen."""
+        return Progress(self.method.init(num_experts), torch.zeros((), dtype=torch.float32))
+
+    def update(self, state: Progress, sums: Sums) -> Progress:
+        """Advance the method, and count."""
+        tokens = state.tokens + sums.tokens.to(state.tokens.dtype)
+        return Progress(self.method.update(state.inner, sums), tokens)
+
+    def multiplier(self, state: Progress) -> Float[Tensor, ""]:
+        """The part of the strength in force."""
+        return self.share(state.tokens)
+
+    def share(self, tokens: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The part of the strength in force after so many tokens."""
+        share = torch.ones_like(tokens)
+        if self.warmup_tokens:
+            share = (tokens / self.warmup_tokens).clamp(max=1.0)
+        if self.relax_after is not None:
+            # At once is over less than a token.
+            fallen = (tokens - self.relax_after) / max(self.relax_tokens, 0.5)
+            share = share * (1 - (1 - self.floor) * fallen.clamp(0.0, 1.0))
+        return share

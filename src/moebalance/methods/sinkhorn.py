@@ -1,0 +1,87 @@
+"""Sinkhorn routing: choose by a plan in which tokens and experts both have equal mass.
+
+The plan π = diag(e^u) exp(a(z)/τ) diag(e^v) has unit rows and equal columns; alternating
+
+    u_t ← −logsumexp_e(a_te/τ + v_e),        v_e ← log(T/E) − logsumexp_t(a_te/τ + u_t)
+
+converges to it; with shares ρ a column's mass is T ρ_e instead of T/E. Top-k of a row of π does
+not depend on u_t, so the choice ranks a(z)/τ + v: again a price, −v, but one made afresh from each
+batch. Weights stay the router's own. Source: Cuturi, 2013, arXiv 1306.0895 (iteration); Clark et
+al., 2022, "S-BASE", arXiv 2202.01169 (routing).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from moebalance.gates import Gate
+from moebalance.methods.base import Method, State, check_positive
+from moebalance.proportions import Shares, fractions, settle_shares
+
+
+@dataclass(frozen=True, repr=False)
+class Sinkhorn(Method):
+    """Balance the choice within each training batch; evaluation routes by plain top-k.
+
+    Looks at a whole batch before any token is routed, so a token's route depends on its neighbours
+    (and, in a causal model, on later ones).
+
+    Args:
+        iterations: number of column updates.
+        temperature: τ > 0; lower follows the router more closely and balances more slowly.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+    """
+
+    iterations: int = 8
+    temperature: float = 1.0
+    shares: Shares | None = None
+
+    def __post_init__(self) -> None:
+        settle_shares(self)
+        check_positive("temperature", self.temperature, zero=False)
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations!r}: must be at least 1.")
+
+    @property
+    def coupling(self) -> Literal["batch"]:
+        """The plan is made for one batch."""
+        return "batch"
+
+    def preference(
+        self,
+        state: State,
+        gate: Gate,
+        logits: Float[Tensor, "T E"],
+        *,
+        mask: Bool[Tensor, "T"] | None,
+        training: bool,
+    ) -> Float[Tensor, "T E"] | None:
+        """Log of the plan, up to a constant per token; None in evaluation."""
+        if not training:
+            return None
+        kernel = gate.log_affinity(logits.detach()) / self.temperature
+        return kernel + self._column_potential(kernel, mask)
+
+    def _column_potential(
+        self, kernel: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None
+    ) -> Float[Tensor, "E"]:
+        """v after the last iteration, from the real tokens of the batch."""
+        if mask is not None:
+            # A padded row of −inf in the column sums carries no mass.
+            kernel_columns = kernel.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+        else:
+            kernel_columns = kernel
+        v = kernel.new_zeros(kernel.shape[-1])
+        mass: float | Tensor = -math.log(kernel.shape[-1])
+        if self.shares is not None:
+            mass = fractions(self.shares, kernel).log()
+        for _ in range(self.iterations):
+            u = -(kernel + v).logsumexp(dim=-1, keepdim=True)
+            v = mass - (kernel_columns + u).logsumexp(dim=0)
+        # Equal for all experts, hence harmless to the choice: log T is left out of the column mass.
+        # A batch of padding only has no finite potential; it also has no choice that counts.
+        return torch.nan_to_num(v, posinf=0.0, neginf=0.0)

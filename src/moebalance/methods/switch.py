@@ -1,0 +1,53 @@
+"""Switch / GShard / ST-MoE auxiliary loss: hard load of the batch times mean score.
+
+    loss = task + α · E · Σ_e f_e P_e,
+
+f_e the fraction of this batch's assignments that went to expert e (no gradient), P_e the mean
+score; with shares ρ, f_e / (E ρ_e) in place of f_e, least where f = P = ρ. Source: Fedus et al.,
+2021, arXiv 2101.03961, Eq. 4–6; Zoph et al., 2022, arXiv 2202.08906.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.methods.base import Method, State, check_positive
+from moebalance.proportions import Shares, per_share, settle_shares
+from moebalance.routing import Batch
+
+
+@dataclass(frozen=True, repr=False)
+class SwitchLoss(Method):
+    """The auxiliary loss most models are trained with.
+
+    Bilinear in one batch's statistics: its effect changes when a step is split into micro-batches
+    or ranks, and batches from one domain are pushed to use all experts.
+
+    Args:
+        strength: α ≥ 0; 1e-2 in Switch, 1e-3 in Qwen. f sums to one here; Transformers' function
+            counts each of the K assignments as a whole, so its loss is K times this one.
+        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+    """
+
+    strength: float = 1e-2
+    shares: Shares | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("strength", self.strength)
+        settle_shares(self)
+
+    @property
+    def from_sums(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def coupling(self) -> Literal["batch"]:
+        """Load and mean score of one batch are multiplied."""
+        return "batch"
+
+    def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+        """α f, the hard load of this batch, per share."""
+        return self.strength * per_share(batch.sums.hard_load, self.shares)

@@ -1,0 +1,138 @@
+"""Set the balance you want instead of a coefficient: a controller on a method's strength.
+
+Minimise the task loss subject to v(load) ≤ v*, v a measure of unevenness. The strength is the
+multiplier λ of that constraint, braked where the load is more even than it must be; it moves once
+a step and for every layer by itself:
+
+    l ← (1 − η) l + η f                             the load, averaged
+    r = clip(v(l) / v*, 1/e, e)                     how many times what is allowed
+    log λ ← clip(log λ + κ h log r)                 exponentiated dual ascent, from λ = 1
+    strength ← min(r, 1) λ · that of the method
+
+In the logarithm, because the right strength differs by orders of magnitude between layers, models
+and stages of training; clipped, so that one bad step does little, and at `ceiling`, so that a goal
+out of reach cannot wind λ up; at its lower end λ is 0, and a layer that is balanced anyway is left
+alone. λ alone would oscillate: it is an integral, and the router that it steers is nearly one as
+well. r brakes, and does not push: a young router misses every goal, and a strength that answers
+it at once costs loss (docs/targets.md).
+
+A router moves only so fast, however hard it is pushed (Adam divides by the size of the gradient),
+and takes hundreds of steps. λ would wind up all that time. So h in [0, 1] holds it while the load
+is already on its way: 1 while log v stays where it was of late, 0 once it moves toward the goal by
+a tenth or more.
+"""
+
+from dataclasses import dataclass, replace
+from math import log
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moebalance.methods.base import check_positive, check_rate, where_seen
+from moebalance.methods.ema import Ema
+from moebalance.methods.goals import Goal
+from moebalance.methods.scaled import Scaled
+from moebalance.routing import Sums
+
+_FLOOR = 1e-2  # of the method's own strength: as good as nothing
+_LEAST = 0.1  # of what is allowed: far below it all loads are alike
+_LATELY = 0.01  # what the last 100 steps or so were like
+_MOVING = 0.1  # of log v: a load that moves toward its goal by a tenth is on its way
+
+
+class Steered(NamedTuple):
+    """State of the method, the averaged load, log v of late (), log λ () and min(r, 1) λ ().
+
+    Both are relative to the method's own strength.
+    """
+
+    inner: Any
+    load: Ema
+    lately: Float[Tensor, ""]
+    log_dual: Float[Tensor, ""]
+    multiplier: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Targeted(Scaled):
+    """A loss-lever method whose strength is steered to a goal, layer by layer.
+
+    Args:
+        method: any method that charges in the loss. λ starts at 1, its own strength.
+        goal: what is allowed, for example `MaxVio(0.3)`. A goal without shares takes over those
+            that the method aims at.
+        gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
+        rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
+            `metrics.sampling_floor` at (2 − η) / η steps' tokens.
+        ceiling: the largest λ, at least 1; the least is a hundredth, and counts as 0.
+
+    Raises:
+        TypeError, ValueError: not a method that charges, not a goal, or a number out of range.
+
+    >>> from moebalance.methods.goals import MaxVio
+    >>> from moebalance.methods.phi import PhiBalancing
+    >>> Targeted(PhiBalancing(statistic="hard"), MaxVio(0.3)).coupling
+    'batch'
+    """
+
+    goal: Goal
+    gain: float = 0.01
+    rate: float = 0.05
+    ceiling: float = 30.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.goal, Goal):
+            raise TypeError(
+                f"Targeted({self.method!r}, {self.goal!r}): give a method and a goal, such as "
+                "Targeted(PhiBalancing(), MaxVio(0.3))."
+            )
+        if self.goal.shares is None and self.method.aim is not None:
+            object.__setattr__(self, "goal", replace(self.goal, shares=self.method.aim))
+        check_positive("gain", self.gain, zero=False)
+        check_positive("ceiling", self.ceiling, zero=False)
+        if self.ceiling < 1:
+            raise ValueError(
+                f"ceiling={self.ceiling!r}: must be at least 1, where λ starts; give the method a "
+                "smaller strength."
+            )
+        check_rate("rate", self.rate)
+
+    def init(self, num_experts: int) -> Steered:
+        """λ starts at 1: the method's own strength."""
+        load = Ema.empty(num_experts)
+        self.goal.measure(load.mean)  # raises where the goal is for other layers
+        zero, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
+        return Steered(self.method.init(num_experts), load, zero, zero, one)
+
+    def update(self, state: Steered, sums: Sums) -> Steered:
+        """Advance the method and the load, then λ and its brake by what the load misses."""
+        seen = (sums.tokens > 0).to(state.multiplier.dtype)
+        first = state.load.weight < self.rate / 2  # it is the rate itself after one step
+        load = state.load.toward(self.goal.of(sums), self.rate * seen)
+        now = self.goal.ratio(load.mean).clamp(min=_LEAST).log()
+        lately = torch.where(first, now, state.lately + _LATELY * (now - state.lately))
+        miss = now.clamp(-1.0, 1.0)
+        held = (1 - (lately - now) * miss.sign() / _MOVING).clamp(0.0, 1.0)
+        dual = state.log_dual + self.gain * held * miss
+        dual = dual.clamp(log(_FLOOR), log(self.ceiling))
+        braked = (dual + miss.clamp(max=0.0)).exp()
+        multiplier = torch.where(dual > log(_FLOOR), braked, 0.0)
+        return Steered(
+            self.method.update(state.inner, sums),
+            load,
+            where_seen(sums.tokens, lately, state.lately),
+            where_seen(sums.tokens, dual, state.log_dual),
+            where_seen(sums.tokens, multiplier, state.multiplier),
+        )
+
+    def multiplier(self, state: Steered) -> Float[Tensor, ""]:
+        """min(r, 1) λ, as a multiple of the method's strength; 0 at the lower end of λ."""
+        return state.multiplier
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the method reads, and the goal's load."""
+        return self.method.reads | {self.goal.reads}

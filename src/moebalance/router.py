@@ -1,0 +1,139 @@
+"""Top-k routing for a hand-written MoE layer, balanced by any method."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moebalance.core.choose import Pass, best, choose, shares
+from moebalance.core.layer import LayerBalance
+from moebalance.core.tally import Tally
+from moebalance.gates import Gate, GroupLimit, Softmax
+from moebalance.methods.base import Method
+
+_SOFTMAX = Softmax()
+
+
+class BalancedRouter(LayerBalance):
+    """Top-k routing for a hand-written MoE layer, balanced by any method.
+
+    Args:
+        method: the method.
+        num_experts: E.
+        top_k: K, experts per token.
+        gate: `Softmax()` or `Sigmoid()`.
+        normalize: whether the K weights of a token are divided by their sum.
+        limit: the groups of experts that a token may choose from; None for all experts. Quantile
+            balancing does not know of it, and balances less well under one.
+        fused: whether to run as one kernel each way where that can be (`kernels.supported`).
+        name: what errors and logs call this layer.
+
+    Raises:
+        ValueError: top_k out of 1..E, a limit that does not fit, or shapes that do not.
+
+    >>> from moebalance import PhiBalancing
+    >>> router = BalancedRouter(PhiBalancing(), num_experts=8, top_k=2)
+    >>> weights, experts = router(torch.randn(5, 8))
+    >>> weights.shape, experts.shape
+    (torch.Size([5, 2]), torch.Size([5, 2]))
+    """
+
+    limit: GroupLimit | None = None  # also of a router that was pickled before there were limits
+
+    def __init__(
+        self,
+        method: Method,
+        num_experts: int,
+        top_k: int,
+        *,
+        gate: Gate = _SOFTMAX,
+        normalize: bool = True,
+        limit: GroupLimit | None = None,
+        fused: bool = True,
+        name: str = "router",
+    ) -> None:
+        super().__init__(method, num_experts, gate=gate, fused=fused, name=name)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
+            )
+        if limit is not None:
+            if not isinstance(limit, GroupLimit):
+                raise TypeError(f"limit={limit!r}: must be a GroupLimit such as GroupLimit(8, 4).")
+            limit.check(num_experts, top_k)
+        self.top_k, self.normalize, self.limit = top_k, normalize, limit
+
+    def forward(
+        self, logits: Float[Tensor, "*tokens E"], mask: Bool[Tensor, "*tokens"] | None = None
+    ) -> tuple[Float[Tensor, "*tokens K"], Int[Tensor, "*tokens K"]]:
+        """Choose experts and weigh them.
+
+        Args:
+            logits: (T, E) or (B, S, E), from the router's linear map.
+            mask: (T,) or (B, S), True or nonzero for real tokens; None if all are real.
+
+        Returns:
+            Weights (…, K) in the logits' dtype and experts (…, K), int64; a token's experts in any
+            order.
+        """
+        if logits.shape[-1] != self.num_experts:
+            raise ValueError(
+                f"{self.name}: logits of shape {tuple(logits.shape)} for {self.num_experts} "
+                "experts: the last axis must be the experts."
+            )
+        if mask is not None and mask.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{self.name}: mask of shape {tuple(mask.shape)} for logits of shape "
+                f"{tuple(logits.shape)}: it must have the logits' shape without the last axis."
+            )
+        rows = logits.dim() == 2  # then views would only cost time
+        flat = logits if rows else logits.reshape(-1, self.num_experts)
+        flat_mask = None if mask is None else mask.reshape(-1).bool()
+        training = self.training and torch.is_grad_enabled()
+        sequences = logits.shape[0] if logits.dim() == 3 else 1
+        weights, experts = self._choose(flat, flat_mask, sequences, training=training)
+        if not self.training:
+            self.watch(flat, experts, mask=flat_mask)
+        weights = weights.to(logits.dtype)
+        if rows:
+            return weights, experts
+        shape = (*logits.shape[:-1], self.top_k)
+        return weights.view(shape), experts.view(shape)
+
+    def extra_repr(self) -> str:
+        """Show the choice as well."""
+        limit = "" if self.limit is None else f", limit={self.limit}"
+        return f"{super().extra_repr()}, top_k={self.top_k}, normalize={self.normalize}{limit}"
+
+    def _choose(
+        self,
+        logits: Float[Tensor, "T E"],
+        mask: Bool[Tensor, "T"] | None,
+        sequences: int,
+        *,
+        training: bool,
+    ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+        """Weights of the chosen experts, tied to counting and charging, and the choice."""
+        method, preference = self.method, None
+        if method.selects and not method.prices_selection:
+            preference = self.preference(logits, mask, training=self.training)
+        if training and logits.requires_grad and method.from_sums:
+            return choose(logits, self._pass(), preference=preference, mask=mask)
+        affinities = self.gate.affinities(logits)
+        weights, experts = best(affinities, preference, self.price, self.top_k, self.limit)
+        if self.normalize:
+            weights, _ = shares(weights)
+        if training:
+            weights = self.inject(weights, logits, experts, mask=mask, sequences=sequences)
+        return weights, experts
+
+    def _pass(self) -> Pass:
+        return Pass(
+            method=self.method,
+            gate=self.gate,
+            top_k=self.top_k,
+            normalize=self.normalize,
+            state=self.state,
+            tally=Tally(self.running, self.last_step, self.loss_scale),
+            fused=self.fused,
+            limit=self.limit,
+        )

@@ -1,0 +1,1 @@
+"""Words people type, such as "phi+loss-free", and the methods and potentials they mean."""
