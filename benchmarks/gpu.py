@@ -65,7 +65,9 @@ def correct() -> dict[str, Any]:
             for dtype in (torch.float32, torch.bfloat16):
                 rows.append(_compare(experts, top_k, gate, dtype))
     for dtype in (torch.float32, torch.bfloat16):  # as DeepSeek-V3 chooses
-        rows.append(_compare(64 if SMALL else 256, 8, Sigmoid(), dtype, mb.GroupLimit(8, kept=4)))
+        rows.append(
+            _compare(64 if SMALL else 256, 8, Sigmoid(), dtype, mb.GroupLimit(8, top_groups=4))
+        )
     return {"commit": _commit(), "rows": rows}
 
 

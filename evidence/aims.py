@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from moebalance.metrics.expert_parallel import contiguous, rank_violation
-from moebalance.proportions import Shares
+from moebalance.proportions import Proportions
 
 Loads = Sequence[Sequence[float]]
 """(L, E) hard load of every layer."""
@@ -24,11 +24,11 @@ class Aim:
     """What loads are judged by, beside evenness.
 
     Attributes:
-        shares: (E,) of the load that experts shall have.
+        proportions: (E,) of the load that experts shall have.
         groups: number of blocks of neighbours that shall have equal loads.
     """
 
-    shares: Shares | None = None
+    proportions: Proportions | None = None
     groups: int | None = None
 
     def judge(self, loads: Loads) -> dict[str, float]:
@@ -39,9 +39,9 @@ class Aim:
             `aim_gap`, the total variation distance from them; with groups `group_maxvio`.
         """
         found = {}
-        if self.shares is not None:
-            total = math.fsum(self.shares)
-            rho = [share / total for share in self.shares]
+        if self.proportions is not None:
+            total = math.fsum(self.proportions)
+            rho = [share / total for share in self.proportions]
             pairs = [list(zip(load, rho, strict=True)) for load in loads]
             found["aim_maxvio"] = statistics.fmean(max(f / r for f, r in p) - 1 for p in pairs)
             found["aim_gap"] = statistics.fmean(sum(abs(f - r) for f, r in p) / 2 for p in pairs)
@@ -55,14 +55,14 @@ def aim_of(settings: Iterable[str]) -> Aim:
     """What the settings of a study aim at, as far as they agree.
 
     >>> groups = "phi(potential={'name': 'Euclidean', 'groups': 2})"
-    >>> aim_of(["none", "switch(shares=[3, 1])", groups])
-    Aim(shares=(3, 1), groups=2)
+    >>> aim_of(["none", "switch(proportions=[3, 1])", groups])
+    Aim(proportions=(3, 1), groups=2)
     """
     from moebalance.potentials import Grouped
     from moebalance.words.methods import build_method
 
     methods = [build_method(setting) for setting in settings]
-    shares = {method.aim for method in methods if method.aim is not None}
+    proportions = {method.aim for method in methods if method.aim is not None}
     groups = {
         part.groups
         for method in methods
@@ -70,7 +70,8 @@ def aim_of(settings: Iterable[str]) -> Aim:
         if isinstance(part, Grouped) and isinstance(part.groups, int)
     }
     return Aim(
-        shares.pop() if len(shares) == 1 else None, groups.pop() if len(groups) == 1 else None
+        proportions.pop() if len(proportions) == 1 else None,
+        groups.pop() if len(groups) == 1 else None,
     )
 
 

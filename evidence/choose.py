@@ -25,12 +25,12 @@ TOLERANCE = 0.01
 class Cell:
     """A cell of the grid that the loss-lever methods fill."""
 
-    statistic: Literal["hard", "soft"]
+    load: Literal["hard", "soft"]
     memory: Literal["batch", "step", "EMA"]
     potential: Literal["linear", "log"]
 
     def __str__(self) -> str:
-        return f"{self.statistic} · {self.memory} · {self.potential}"
+        return f"{self.load} · {self.memory} · {self.potential}"
 
 
 NAMES = {
@@ -47,7 +47,7 @@ def cell(setting: str) -> Cell | None:
     """The grid cell of a method; None for one that is no part of the grid.
 
     >>> cell("phi(strength=0.003)"), cell("loss-free")
-    (Cell(statistic='soft', memory='EMA', potential='log'), None)
+    (Cell(load='soft', memory='EMA', potential='log'), None)
     """
     method = build_method(setting)
     match method:
@@ -58,17 +58,17 @@ def cell(setting: str) -> Cell | None:
         case EmaSwitchLoss():
             return Cell("hard", "EMA", "linear")
         case PhiBalancing():
-            return Cell(method.statistic, "EMA", _kind(method))
+            return Cell(method.load, "EMA", _kind(method))
         case PlugInLoss():
-            return Cell(method.statistic, method.window, _kind(method))
+            return Cell(method.load, method.window, _kind(method))
     return None
 
 
 def family(setting: str) -> str:
     """A method without the number that says how strongly it acts.
 
-    >>> family("phi(statistic='hard', strength=0.01)"), family("loss-free(rate=0.001)")
-    ("phi(statistic='hard')", 'loss-free')
+    >>> family("phi(load='hard', strength=0.01)"), family("loss-free(speed=0.001)")
+    ("phi(load='hard')", 'loss-free')
     >>> family("phi(strength=0.001)+loss-free"), family("ema-switch(strength=0.1, rate=0.1)")
     ('phi+loss-free', 'ema-switch(rate=0.1)')
     """

@@ -59,15 +59,15 @@ POTENTIALS: dict[str, Potential] = {
 METHODS: dict[str, Method] = {
     **{f"phi-{name}": PhiBalancing(p, strength=0.05) for name, p in POTENTIALS.items()},
     "phi-unit-slope": PhiBalancing(NegativeEntropy().unit_slope(), strength=0.2, rate=0.7),
-    "phi-hard": PhiBalancing(strength=0.05, rate=0.5, statistic="hard"),
+    "phi-hard": PhiBalancing(strength=0.05, rate=0.5, load="hard"),
     "phi-no-peek": PhiBalancing(Tsallis(), strength=0.05, rate=0.6, peek=False),
-    "phi-hard-no-peek": PhiBalancing(Euclidean(), strength=0.3, statistic="hard", peek=False),
+    "phi-hard-no-peek": PhiBalancing(Euclidean(), strength=0.3, load="hard", peek=False),
     "phi-token-memory": PhiBalancing(strength=0.05, memory_tokens=100.0),
     "phi-token-memory-no-peek": PhiBalancing(strength=0.05, memory_tokens=100.0, peek=False),
     "phi-adaptive-memory": PhiBalancing(strength=0.05, rate="auto"),
     "phi-no-memory": PhiBalancing(strength=0.05, rate=1.0),
     "plug-in": PlugInLoss(strength=0.03),
-    "plug-in-hard-step": PlugInLoss(strength=0.03, statistic="hard", window="step"),
+    "plug-in-hard-step": PlugInLoss(strength=0.03, load="hard", window="step"),
     "switch": SwitchLoss(strength=0.03),
     "global-batch": GlobalBatchLoss(strength=0.02),
     "sequence": SequenceLoss(strength=0.04),
@@ -75,52 +75,59 @@ METHODS: dict[str, Method] = {
     "ema-switch-token-memory": EmaSwitchLoss(strength=0.03, memory_tokens=100.0),
     "ema-switch-adaptive-memory": EmaSwitchLoss(strength=0.03, rate="auto"),
     "loss-free": LossFree(),
-    "loss-free-fast": LossFree(rate=0.05),
-    "loss-free-proportional": LossFree(rate=0.02, rule="proportional"),
-    "loss-free-recentred": LossFree(rate=0.02, recentre=True),
+    "loss-free-fast": LossFree(speed=0.05),
+    "loss-free-proportional": LossFree(speed=0.02, rule="proportional"),
+    "loss-free-recentred": LossFree(speed=0.02, recentre=True),
     "quantile": QuantileBalancing(),
     "quantile-coarse": QuantileBalancing(bins=64),
     "sinkhorn": Sinkhorn(),
     "sinkhorn-sharp": Sinkhorn(iterations=3, temperature=0.5),
     "z-loss": ZLoss(strength=0.02),
-    "phi-targeted": Targeted(PhiBalancing(strength=0.05, statistic="hard"), MaxVio(0.3), gain=0.5),
+    "phi-targeted": Targeted(PhiBalancing(strength=0.05, load="hard"), MaxVio(0.3), gain=0.5),
     "sequence-targeted": Targeted(SequenceLoss(strength=0.04), MaxVio(0.2, load="soft"), gain=0.5),
     "phi-warmed-up": Scheduled(PhiBalancing(strength=0.05), warmup_tokens=400.0),
     "switch-relaxed": Scheduled(
         SwitchLoss(strength=0.03), relax_after=100.0, relax_tokens=400.0, floor=0.1
     ),
     "none": NoBalancing(),
-    "phi-and-loss-free": Together(PhiBalancing(strength=0.05), LossFree(rate=0.01)),
+    "phi-and-loss-free": Together(PhiBalancing(strength=0.05), LossFree(speed=0.01)),
     "switch-z-and-quantile": Together(
         Together(SwitchLoss(strength=0.03), ZLoss(strength=0.02)), QuantileBalancing(bins=128)
     ),
 }
 
-SHARES = (4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
+PROPORTIONS = (4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
 
 OF_EIGHT: dict[str, Method] = {
-    "phi-shares": PhiBalancing(NegativeEntropy().relative_to(SHARES), strength=0.05),
-    "phi-euclidean-shares": PhiBalancing(Euclidean().relative_to(SHARES), strength=0.3, peek=False),
+    "phi-shares": PhiBalancing(NegativeEntropy().relative_to(PROPORTIONS), strength=0.05),
+    "phi-euclidean-shares": PhiBalancing(
+        Euclidean().relative_to(PROPORTIONS), strength=0.3, peek=False
+    ),
     "phi-groups": PhiBalancing(NegativeEntropy().grouped(4), strength=0.05),
     "phi-groups-by-name": PhiBalancing(Tsallis().grouped((0, 1, 2, 0, 1, 1, 2, 0)), strength=0.05),
     "phi-levels": PhiBalancing(
-        NegativeEntropy().grouped(2) + 0.1 * NegativeEntropy().relative_to(SHARES), strength=0.05
+        NegativeEntropy().grouped(2) + 0.1 * NegativeEntropy().relative_to(PROPORTIONS),
+        strength=0.05,
     ),
-    "plug-in-shares": PlugInLoss(NegativeEntropy().relative_to(SHARES), strength=0.03),
-    "switch-shares": SwitchLoss(strength=0.03, shares=SHARES),
-    "global-batch-shares": GlobalBatchLoss(strength=0.02, shares=SHARES),
-    "sequence-shares": SequenceLoss(strength=0.04, shares=SHARES),
-    "ema-switch-shares": EmaSwitchLoss(strength=0.03, rate=0.4, shares=SHARES),
-    "loss-free-shares": LossFree(shares=SHARES),
-    "loss-free-proportional-shares": LossFree(rate=0.02, rule="proportional", shares=SHARES),
-    "quantile-shares": QuantileBalancing(bins=64, shares=SHARES),
-    "sinkhorn-shares": Sinkhorn(shares=SHARES),
+    "plug-in-shares": PlugInLoss(NegativeEntropy().relative_to(PROPORTIONS), strength=0.03),
+    "switch-shares": SwitchLoss(strength=0.03, proportions=PROPORTIONS),
+    "global-batch-shares": GlobalBatchLoss(strength=0.02, proportions=PROPORTIONS),
+    "sequence-shares": SequenceLoss(strength=0.04, proportions=PROPORTIONS),
+    "ema-switch-shares": EmaSwitchLoss(strength=0.03, rate=0.4, proportions=PROPORTIONS),
+    "loss-free-shares": LossFree(proportions=PROPORTIONS),
+    "loss-free-proportional-shares": LossFree(
+        speed=0.02, rule="proportional", proportions=PROPORTIONS
+    ),
+    "quantile-shares": QuantileBalancing(bins=64, proportions=PROPORTIONS),
+    "sinkhorn-shares": Sinkhorn(proportions=PROPORTIONS),
     "targeted-shares": Targeted(
-        PhiBalancing(NegativeEntropy().relative_to(SHARES), strength=0.05, statistic="hard"),
-        MaxVio(0.3, shares=SHARES),
+        PhiBalancing(NegativeEntropy().relative_to(PROPORTIONS), strength=0.05, load="hard"),
+        MaxVio(0.3, proportions=PROPORTIONS),
         gain=0.5,
     ),
-    "shares-together": Together(SwitchLoss(strength=0.03, shares=SHARES), LossFree(shares=SHARES)),
+    "shares-together": Together(
+        SwitchLoss(strength=0.03, proportions=PROPORTIONS), LossFree(proportions=PROPORTIONS)
+    ),
 }
 
 GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}

@@ -101,9 +101,9 @@ def check_gradient(family: str, sites: list[Site]) -> None:
     task = gradients(model, names)
     model.zero_grad()
     for answer, site in seen.values():
-        routing = mb.route(answer.logits, answer.experts, site.gate)
-        sums = mb.measure(routing)
-        step = mb.Batch(routing, sums, sums)
+        routing = mb.routing.route(answer.logits, answer.experts, site.gate)
+        sums = mb.routing.measure(routing)
+        step = mb.routing.Batch(routing, sums, sums)
         value = value + method.penalty(method.init(site.num_experts), step)
     value.backward()
     explicit = gradients(model, names)
@@ -144,7 +144,7 @@ def check_statistics(family: str) -> None:
 def check_selection(family: str) -> str:
     """A price moves the choice and leaves the weights of who stays to the affinities alone."""
     model, ids = tiny(family).eval(), tokens()
-    method = mb.LossFree(rate=10.0, shares=EXPECTED[family].shares)
+    method = mb.LossFree(speed=10.0, proportions=EXPECTED[family].shares)
     site = find_sites(model)[0]
     if site.bias is None and site.why_fixed:
         with pytest.raises(ValueError, match=site.why_fixed):
@@ -156,7 +156,7 @@ def check_selection(family: str) -> str:
     before, site = seen[site.name]
     busiest = int(torch.bincount(before.experts.reshape(-1), minlength=site.num_experts).argmax())
     with mb.attach(model, method) as balancing:
-        sums = mb.Sums(
+        sums = mb.routing.Sums(
             torch.ones(site.num_experts), torch.ones(site.num_experts), torch.tensor(1.0)
         )
         sums.counts[busiest] = 9.0

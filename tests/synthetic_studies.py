@@ -21,13 +21,13 @@ GRID = (
     "plug-in(potential='Euclidean', strength=0.1)",
     "plug-in(potential='Euclidean', window='step', strength=0.1)",
     "phi(potential='Euclidean', strength=0.1)",
-    "plug-in(statistic='hard', strength=0.003)",
-    "plug-in(statistic='hard', window='step', strength=0.003)",
-    "phi(statistic='hard', strength=0.003)",
+    "plug-in(load='hard', strength=0.003)",
+    "plug-in(load='hard', window='step', strength=0.003)",
+    "phi(load='hard', strength=0.003)",
     "plug-in(strength=0.003)",
     "plug-in(window='step', strength=0.003)",
     "phi(strength=0.003)",
-    "loss-free(rate=0.001)",
+    "loss-free(speed=0.001)",
     "phi(strength=0.001)+loss-free",
 )
 _FINAL = {

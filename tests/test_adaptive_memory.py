@@ -49,7 +49,7 @@ def kalman_gain(ratio: float) -> float:
 
 def follow(streams: list[np.ndarray]) -> tuple[torch.Tensor, Adaptive]:
     """The means (S, T, E) and the last states, a row each, of streams (T, E) of loads."""
-    method = mb.PhiBalancing(statistic="hard", rate="auto")
+    method = mb.PhiBalancing(load="hard", rate="auto")
 
     def along(loads: torch.Tensor) -> tuple[torch.Tensor, Adaptive]:
         state, means = method.init(EXPERTS), []
@@ -160,7 +160,7 @@ def test_a_batch_peeks_with_its_share_of_the_adapted_rate():
     _, states = follow([local_level(0.1, 50, seed=0)] * 2)
     state = Adaptive(*(Ema(*(tensor[0] for tensor in ema)) for ema in states))
     method = mb.PhiBalancing(rate="auto")
-    batch = mb.Batch(None, None, None, 0.25)
+    batch = mb.routing.Batch(None, None, None, 0.25)
     assert batch_rate(method, state, batch) == pytest.approx(0.25 * state.rate.item())
 
 

@@ -76,8 +76,8 @@ METHODS = [
     PhiBalancing(strength=0.5),
     PhiBalancing(strength=0.5, peek=False),
     SwitchLoss(strength=0.5),
-    LossFree(rate=0.05),
-    Together(PhiBalancing(strength=0.5), LossFree(rate=0.05)),
+    LossFree(speed=0.05),
+    Together(PhiBalancing(strength=0.5), LossFree(speed=0.05)),
 ]
 
 

@@ -36,14 +36,16 @@ def compiled(model):
     [
         PhiBalancing(strength=0.1),
         PhiBalancing(strength=0.1, peek=False),
-        LossFree(rate=0.1),
+        LossFree(speed=0.1),
         SequenceLoss(strength=0.1),
-        Together(SwitchLoss(strength=0.1, shares=(2, 1, 1, 1)), LossFree(shares=(2, 1, 1, 1))),
+        Together(
+            SwitchLoss(strength=0.1, proportions=(2, 1, 1, 1)), LossFree(proportions=(2, 1, 1, 1))
+        ),
         PhiBalancing(
             NegativeEntropy().grouped((0, 1, 1, 0)) + NegativeEntropy().relative_to((3, 1, 2, 1)),
             strength=0.1,
         ),
-        Together(PhiBalancing(strength=0.1), LossFree(rate=0.1)),
+        Together(PhiBalancing(strength=0.1), LossFree(speed=0.1)),
     ],
     ids=method_name,
 )

@@ -96,7 +96,7 @@ def test_each_batch_is_counted_and_charged_exactly_once(mode, method):
 
 @pytest.mark.parametrize(
     "method",
-    [LossFree(rate=0.1), QuantileBalancing(bins=32), Together(PHI, LossFree(rate=0.1))],
+    [LossFree(speed=0.1), QuantileBalancing(bins=32), Together(PHI, LossFree(speed=0.1))],
     ids=method_name,
 )
 def test_compiled_training_follows_eager_training_from_step_to_step(method):
@@ -184,7 +184,7 @@ def test_differentiating_twice_leaves_no_graph_behind_in_the_sums():
 
 
 def test_counting_by_hand_adds_to_the_running_step():
-    layer = LayerBalance(LossFree(rate=0.1), EXPERTS)
+    layer = LayerBalance(LossFree(speed=0.1), EXPERTS)
     routing = plain_top_k(hidden(8)[:, :EXPERTS], TOP_K)
     layer.count(layer.method.observe(layer.state, routing))
     layer.count(layer.method.observe(layer.state, routing))

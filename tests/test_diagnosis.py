@@ -17,9 +17,9 @@ from moebalance.report.diagnosis.method import parts
 from moebalance.runlog import Run
 from synthetic_runs import made, planted, write_run
 
-PHI = "PhiBalancing(potential=NegativeEntropy(), strength=0.03, rate=0.05, statistic='soft')"
+PHI = "PhiBalancing(potential=NegativeEntropy(), strength=0.03, rate=0.05, load='soft')"
 HARD = PHI.replace("soft", "hard")
-FREE = "LossFree(rate=0.001, rule='sign', recentre=False)"
+FREE = "LossFree(speed=0.001, rule='sign', recentre=False)"
 NONE = "NoBalancing()"
 STEPS, LAYERS, EXPERTS = 300, 2, 16
 
@@ -183,7 +183,7 @@ def test_without_a_method_it_is_told_to_attach_one_and_with_loss_free_to_raise_t
 
 def test_soft_even_and_hard_not_is_a_gap_and_not_a_weak_strength():
     found = findings(planted(PHI, skewed(3), soft=even()))
-    assert "statistic='hard'" in found["soft-hard-gap"].do
+    assert "load='hard'" in found["soft-hard-gap"].do
     assert "uneven" not in found
 
 

@@ -182,7 +182,7 @@ def documented(target: str) -> str:
 
 def test_the_documentation_shows_what_is_printed(tmp_path: Path) -> None:
     assert documented("minimax_m2") == render(diagnose("minimax_m2"))
-    both = mb.Together(mb.PhiBalancing(), mb.LossFree(rate=0.02))
+    both = mb.Together(mb.PhiBalancing(), mb.LossFree(speed=0.02))
     folder = checkpoint(tmp_path, "deepseek_v3", both)
     edit(folder, drop_biases)
     assert documented("runs/checkpoint-2") == render(diagnose(folder))

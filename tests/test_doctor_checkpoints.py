@@ -115,10 +115,10 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_trainers_checkpoint_is_held_against_its_balancing_state(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, "deepseek_v3", mb.LossFree(rate=0.02))
+    folder = checkpoint(tmp_path, "deepseek_v3", mb.LossFree(speed=0.02))
     found = diagnose(folder)
     assert not found.failed
-    about = "Balanced by LossFree(rate=0.02, rule='sign', recentre=False) for 2 steps"
+    about = "Balanced by LossFree(speed=0.02, rule='sign', recentre=False) for 2 steps"
     assert f"{about}; the state is of these routers." in texts(found, Severity.OK)
 
     def forget(tensors: dict[str, Tensor]) -> None:
@@ -143,7 +143,7 @@ def test_weights_that_a_resuming_trainer_passes_over_are_a_warning(
 
 
 def test_a_price_without_a_place_in_the_weights_is_a_warning(tmp_path: Path) -> None:
-    method = mb.Together(mb.PhiBalancing(), mb.LossFree(rate=0.02))
+    method = mb.Together(mb.PhiBalancing(), mb.LossFree(speed=0.02))
     found = diagnose(checkpoint(tmp_path, "gpt_oss", method))
     assert "is in the balancing state only" in texts(found, Severity.WARNING)[0]
     found = diagnose(checkpoint(tmp_path / "phi", "gpt_oss", mb.PhiBalancing()))
@@ -191,7 +191,7 @@ def test_an_adapter_that_lost_a_trained_price_is_an_error(tmp_path: Path) -> Non
             tiny("deepseek_v3"), LoraConfig(target_modules=["q_b_proj"], **settings)
         )
         model.peft_config["default"].base_model_name_or_path = str(base)
-        balancing = mb.attach(model, mb.LossFree(rate=0.02))
+        balancing = mb.attach(model, mb.LossFree(speed=0.02))
         model(input_ids=tokens(), labels=tokens()).loss.backward()
         balancing.step()
         model.save_pretrained(tmp_path / name)

@@ -120,7 +120,7 @@ def test_a_study_is_kept_and_read_back(tmp_path):
 
 
 def test_of_a_study_about_shares_and_groups_every_run_is_judged_by_them(tmp_path):
-    settings = ["none", "switch(shares='8x4, 24x1')"]
+    settings = ["none", "switch(proportions='8x4, 24x1')"]
     grouped = "phi(potential={'name': 'Euclidean', 'groups': 4})"
     aim = aim_of([*settings, grouped])
     assert aim == Aim((4.0,) * 8 + (1.0,) * 24, 4)
@@ -189,7 +189,7 @@ def test_the_grid_has_all_twelve_cells():
 
 def test_a_family_is_a_method_without_its_strength():
     assert len({family(s) for s in GRID}) == len(GRID)
-    assert family("loss-free(rate=0.003)") == "loss-free"
+    assert family("loss-free(speed=0.003)") == "loss-free"
 
 
 # --- verdicts -----------------------------------------------------------------------------------
@@ -246,16 +246,14 @@ def test_the_effect_of_an_ingredient_is_the_difference_of_its_twins():
     def plant(setting: str, seed: int, batching: str):
         where = cell(setting)
         gain = (
-            0.0
-            if where is None
-            else 0.5 * (where.statistic == "soft") + 0.25 * (where.memory == "EMA")
+            0.0 if where is None else 0.5 * (where.load == "soft") + 0.25 * (where.memory == "EMA")
         )
         return {"loss": 2.0 - gain + jitter(seed)}
 
     grid = study("grid", GRID, plant)
     cells = {found: s for s in grid.settings() if (found := cell(s))}
     for part, to, of, expected in (
-        ("statistic", "soft", "hard", -0.5),
+        ("load", "soft", "hard", -0.5),
         ("memory", "EMA", "step", -0.25),
         ("memory", "step", "batch", 0.0),
         ("potential", "log", "linear", 0.0),

@@ -131,8 +131,8 @@ def test_the_page_about_targets_shows_the_runs_that_the_law_was_chosen_on():
 def test_gap_recommends_what_balances_at_no_loss():
     def plant(setting: str, seed: int, batching: str):
         noise = 0.001 * ((seed + len(setting)) % 3 - 1)
-        hard = {"phi": 1.0, "phi+loss-free": 0.2, "phi(statistic='hard')": 0.1}
-        costs = 0.1 if family(setting) == "phi(statistic='hard')" else 0.0
+        hard = {"phi": 1.0, "phi+loss-free": 0.2, "phi(load='hard')": 0.1}
+        costs = 0.1 if family(setting) == "phi(load='hard')" else 0.0
         return {"maxvio": hard.get(family(setting), 0.5) + noise, "loss": 2.0 + costs + noise}
 
     found = gap.chapter({name: study(name, GRID, plant) for name in rivals.TEXTS})
@@ -154,7 +154,7 @@ def test_shares_and_groups(gap, mi, verdict):
         noise = 0.001 * ((seed + len(setting)) % 3 - 1)
         return {
             "loss": 2.0 + noise,
-            "aim_gap": 0.3 + noise + gap * ("shares=" in setting),
+            "aim_gap": 0.3 + noise + gap * ("proportions=" in setting),
             "aim_maxvio": 0.5,
             "group_maxvio": 0.2 + noise,
             "mi": 0.3 + noise + mi * ("groups" in setting),

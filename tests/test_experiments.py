@@ -136,7 +136,7 @@ def test_interrupted_and_resumed_training_equals_uninterrupted(
 def test_evaluation_agrees_with_a_count_by_hand(recipe: Recipe) -> None:
     torch.manual_seed(0)
     model = build_model(recipe, 257)
-    balancing = mb.attach(model, mb.LossFree(rate=0.1))
+    balancing = mb.attach(model, mb.LossFree(speed=0.1))
     ids = torch.randint(0, 257, (6, 32))
     domains = torch.tensor([0, 0, 1, 1, 1, 0])
     found = evaluate(model, balancing, TokenDataset(ids, domains, ("a", "b")), batch_size=2)

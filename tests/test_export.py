@@ -20,9 +20,9 @@ from training import Rows, arguments, light_collections
 
 NATIVE = ("deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2")
 PRICED = (
-    mb.LossFree(rate=0.02),
+    mb.LossFree(speed=0.02),
     mb.QuantileBalancing(bins=100),
-    mb.Together(mb.PhiBalancing(), mb.LossFree(rate=0.02)),
+    mb.Together(mb.PhiBalancing(), mb.LossFree(speed=0.02)),
 )
 UNPRICED = (mb.PhiBalancing(), mb.Sinkhorn(), mb.NoBalancing())
 
@@ -189,7 +189,7 @@ def test_saving_weights_that_lack_their_price_is_warned_about_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny("olmoe")
-    balancing = mb.attach(model, mb.LossFree(rate=0.02))
+    balancing = mb.attach(model, mb.LossFree(speed=0.02))
     with caplog.at_level(logging.WARNING, "moebalance"):
         model.save_pretrained(tmp_path)
         assert warnings_of(caplog) == []  # nothing trained yet
@@ -220,7 +220,7 @@ def test_a_trainer_saves_the_price_or_its_log_says_that_it_cannot(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, told: int
 ) -> None:
     model = tiny(family)
-    callback = mb.huggingface.BalanceCallback(mb.LossFree(rate=0.02))
+    callback = mb.huggingface.BalanceCallback(mb.LossFree(speed=0.02))
     with light_collections(), caplog.at_level(logging.WARNING, "moebalance"):
         trainer = Trainer(
             model, arguments(tmp_path, max_steps=2), train_dataset=Rows(8), callbacks=[callback]
@@ -247,7 +247,7 @@ def test_rounding_is_that_of_the_dtype() -> None:
 def test_a_bias_in_low_precision_is_warned_about_in_numbers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, balancing = trained("minimax_m2", mb.LossFree(rate=0.3), steps=1, dtype=torch.bfloat16)
+    model, balancing = trained("minimax_m2", mb.LossFree(speed=0.3), steps=1, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING, "moebalance"):
         model.state_dict()
         export(model, balancing, tmp_path)
@@ -263,7 +263,7 @@ def test_one_tensor_in_float32_exports_exactly_from_a_bfloat16_model(
     model = tiny("minimax_m2").bfloat16()
     for site in find_sites(model):
         site.bias.data = site.bias.data.float()
-    balancing = mb.attach(model, mb.LossFree(rate=0.3))
+    balancing = mb.attach(model, mb.LossFree(speed=0.3))
     step(model, balancing, 1)
     prices = [layer.price for layer in balancing.layers.values()]
     with caplog.at_level(logging.WARNING, "moebalance"):
@@ -284,7 +284,7 @@ PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarn
 
 def adapted(**settings: object) -> tuple[PeftModel, mb.Balancing]:
     model = get_peft_model(tiny("deepseek_v3"), LoraConfig(target_modules=["q_b_proj"], **settings))
-    balancing = mb.attach(model, mb.LossFree(rate=0.02))
+    balancing = mb.attach(model, mb.LossFree(speed=0.02))
     step(model, balancing, 3)
     return model, balancing
 

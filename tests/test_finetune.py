@@ -215,10 +215,10 @@ def test_the_balancing_state_beside_the_checkpoint_goes_on(
     table, pretrained, tmp_path, caplog, lora
 ):
     """Loss-free balancing's price belongs to the weights that were trained under it."""
-    origin = pretrained("loss-free(rate=0.1)")
+    origin = pretrained("loss-free(speed=0.1)")
     changes = {"model": {"checkpoint": str(origin.path.parent / FINAL)}}
     recipe = parse(table, **changes, **({"lora": lora} if lora else {}))
-    log = read_run(run(recipe, tmp_path / "same", method="loss-free(rate=0.1)"))
+    log = read_run(run(recipe, tmp_path / "same", method="loss-free(speed=0.1)"))
     assert log.evals[0]["old_loss"] == pytest.approx(origin.evals[-1]["loss"], rel=1e-6)
     assert not [record for record in caplog.records if "left aside" in record.message]
     if lora:
@@ -232,9 +232,9 @@ def test_the_balancing_state_beside_the_checkpoint_goes_on(
 
 
 def test_a_price_that_the_weights_cannot_hold_is_said_at_the_end(table, tmp_path, caplog):
-    run(parse(table), tmp_path, method="loss-free(rate=0.1)", save_model=True)
+    run(parse(table), tmp_path, method="loss-free(speed=0.1)", save_model=True)
     (said,) = [r.getMessage() for r in caplog.records if r.name.endswith("finetune")]
-    assert said.startswith(f"{tmp_path / FINAL}: LossFree(rate=0.1")
+    assert said.startswith(f"{tmp_path / FINAL}: LossFree(speed=0.1")
     assert "no selection bias that could hold it" in said
 
 

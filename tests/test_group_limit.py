@@ -34,8 +34,8 @@ def router(method: Method, gate: Gate, limit: GroupLimit | None, *, fused: bool 
 
 def groups_of(experts: torch.Tensor, limit: GroupLimit) -> torch.Tensor:
     """How many groups each token's experts lie in."""
-    groups = experts // (EXPERTS // limit.count)
-    return torch.zeros(len(experts), limit.count).scatter(-1, groups, 1.0).sum(dim=-1)
+    groups = experts // (EXPERTS // limit.groups)
+    return torch.zeros(len(experts), limit.groups).scatter(-1, groups, 1.0).sum(dim=-1)
 
 
 @every_limit
@@ -48,9 +48,9 @@ def test_the_choice_is_the_best_of_the_best_groups(method, gate, limit, training
     _, experts = made(logits)
     expected = ranking(logits.detach(), gate, made.price, limit)[:, :TOP_K]
     assert torch.equal(experts.sort(dim=-1).values, expected.sort(dim=-1).values)
-    assert groups_of(experts, limit).max() <= limit.kept
+    assert groups_of(experts, limit).max() <= limit.top_groups
     _, free = router(method, gate, None)(logits)
-    assert groups_of(free, limit).max() > limit.kept
+    assert groups_of(free, limit).max() > limit.top_groups
 
 
 @every_limit
@@ -58,7 +58,7 @@ def test_a_method_with_a_ranking_of_its_own_is_limited_too(limit):
     made = BalancedRouter(Sinkhorn(), EXPERTS, TOP_K, limit=limit)
     logits = random_logits(TOKENS, EXPERTS, seed=1)
     _, experts = made(logits.requires_grad_())
-    assert groups_of(experts, limit).max() <= limit.kept
+    assert groups_of(experts, limit).max() <= limit.top_groups
     ranks = made.preference(logits, None, training=True)
     assert ranks is not None
     assert torch.equal(experts, limit.within(ranks).topk(TOP_K, sorted=False).indices)
@@ -139,11 +139,11 @@ def test_a_batch_without_a_token_and_padding_are_routed_as_without_a_limit():
 
 def test_experts_ranked_at_minus_infinity_are_taken_before_those_out_of_reach():
     """Sinkhorn ranks so what the logits exclude."""
-    made = BalancedRouter(Sinkhorn(), EXPERTS, TOP_K, limit=GroupLimit(3, kept=1))
+    made = BalancedRouter(Sinkhorn(), EXPERTS, TOP_K, limit=GroupLimit(3, top_groups=1))
     logits = random_logits(TOKENS, EXPERTS, seed=6)
     logits[:, ::2] = -torch.inf
     _, experts = made(logits.requires_grad_())
-    assert groups_of(experts, GroupLimit(3, kept=1)).max() == 1
+    assert groups_of(experts, GroupLimit(3, top_groups=1)).max() == 1
 
 
 @pytest.mark.parametrize("limit", [4, (8, 4), GroupLimit(6.0, 3)], ids=str)

@@ -72,9 +72,9 @@ def test_injected_gradient_equals_the_explicit_term(family: str) -> None:
     task = router_gradients(model, names)
     model.zero_grad()
     for name, (logits, _, experts, *_) in seen.items():
-        routing = mb.route(logits, experts, gates[name])
-        sums = mb.measure(routing)
-        loss = loss + method.penalty(method.init(8), mb.Batch(routing, sums, sums))
+        routing = mb.routing.route(logits, experts, gates[name])
+        sums = mb.routing.measure(routing)
+        loss = loss + method.penalty(method.init(8), mb.routing.Batch(routing, sums, sums))
     loss.backward()
     explicit = router_gradients(model, names)
     model.zero_grad()
@@ -125,8 +125,8 @@ def test_selection_price_moves_the_choice_but_not_the_weight_of_who_stays(family
     stop()
     before = seen[name][2]
     busiest = torch.bincount(before.reshape(-1), minlength=8).argmax().item()
-    with mb.attach(model, mb.LossFree(rate=10.0)) as balancing:
-        sums = mb.Sums(torch.ones(8), torch.ones(8), torch.tensor(1.0))
+    with mb.attach(model, mb.LossFree(speed=10.0)) as balancing:
+        sums = mb.routing.Sums(torch.ones(8), torch.ones(8), torch.tensor(1.0))
         sums.counts[busiest] = 9.0
         for layer in balancing.layers.values():
             layer.count(sums)
@@ -146,7 +146,7 @@ def test_detach_restores_outputs_bit_for_bit_and_keys_never_change(family: str) 
     model, ids = tiny(family), tokens()
     keys = list(model.state_dict())
     before = model(input_ids=ids).logits
-    both = mb.Together(mb.PhiBalancing(strength=0.1), mb.LossFree(rate=0.05))
+    both = mb.Together(mb.PhiBalancing(strength=0.1), mb.LossFree(speed=0.05))
     balancing = mb.attach(model, both)
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -165,7 +165,7 @@ def test_a_native_selection_bias_carries_the_price_and_is_saved_with_the_model(
     family: str, tmp_path: Any
 ) -> None:
     model, ids = tiny(family), tokens()
-    balancing = mb.attach(model, mb.LossFree(rate=0.05))
+    balancing = mb.attach(model, mb.LossFree(speed=0.05))
     model(input_ids=ids, labels=ids).loss.backward()
     balancing.step()
     sites = find_sites(model)
@@ -196,7 +196,7 @@ COMPILING = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_counted_once_and_charged_alike_in_every_mode(checkpointing: str, compiling: str) -> None:
     ids = tokens()
-    both = mb.Together(mb.PhiBalancing(strength=0.5), mb.LossFree(rate=0.01))
+    both = mb.Together(mb.PhiBalancing(strength=0.5), mb.LossFree(speed=0.01))
 
     def run(checkpointing: str, compiling: str) -> tuple[list[Tensor], Tensor]:
         torch._dynamo.reset()
@@ -240,7 +240,7 @@ def test_a_trained_selection_bias_is_where_the_price_starts() -> None:
     bias = find_sites(model)[0].bias
     bias.copy_(torch.linspace(-0.3, 0.3, 8))
     trained = bias.clone()
-    balancing = mb.attach(model, mb.LossFree(rate=0.01))
+    balancing = mb.attach(model, mb.LossFree(speed=0.01))
     assert torch.equal(bias, trained)
     model(input_ids=ids, labels=ids).loss.backward()
     balancing.step()
@@ -275,7 +275,7 @@ def test_generating_between_training_steps_is_not_counted_and_does_no_harm() -> 
 
 def test_a_native_bias_follows_a_model_that_changes_dtype_after_attaching() -> None:
     model, ids = tiny("deepseek_v3"), tokens()
-    balancing = mb.attach(model, mb.LossFree(rate=0.125))
+    balancing = mb.attach(model, mb.LossFree(speed=0.125))
     model.to(torch.bfloat16)
     model(input_ids=ids, labels=ids).loss.backward()
     balancing.step()

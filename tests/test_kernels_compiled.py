@@ -66,7 +66,7 @@ def spills(experts, top_k, limit, dtype):
     flags |= {"top_k": top_k, "slots": next_power(top_k), "slab": 1024}
     flags |= {"bins": next_power(experts + 1)}
     flags |= {"has_price": limit is not None, "has_charge": True}
-    flags |= {"kept": limit.kept if limit else 0, "best": limit.best if limit else 1}
+    flags |= {"kept": limit.top_groups if limit else 0, "best": limit.best if limit else 1}
     found = {}
     for program in (
         programs.choose,

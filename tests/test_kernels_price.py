@@ -53,12 +53,12 @@ def charged(
 
 @pytest.mark.parametrize("last_step", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("peek", [True, False], ids=["peek", "no peek"])
-@pytest.mark.parametrize("statistic", ["soft", "hard"])
+@pytest.mark.parametrize("load", ["soft", "hard"])
 @pytest.mark.parametrize("potential", [NegativeEntropy(), Euclidean()], ids=repr)
 def test_one_launch_counts_and_charges_as_the_method_does(
     potential, statistic, peek, last_step, interpreted
 ):
-    method = PhiBalancing(potential, strength=0.3, rate=0.2, statistic=statistic, peek=peek)
+    method = PhiBalancing(potential, strength=0.3, rate=0.2, load=statistic, peek=peek)
     same_launched(method, last_step, interpreted)
 
 

@@ -248,7 +248,7 @@ def test_two_methods_together_couple_as_much_as_the_one_that_couples_more():
 
 COUNTED = {
     "phi": PhiBalancing(),
-    "phi-hard": PhiBalancing(statistic="hard"),
+    "phi-hard": PhiBalancing(load="hard"),
     "loss-free": LossFree(),
     "global-batch": GlobalBatchLoss(),
     "quantile": mb.QuantileBalancing(bins=16),
@@ -325,7 +325,7 @@ def test_a_message_without_metrics_makes_the_same_state(two):
 FRAMEWORKS = ("DDP", "FSDP2")
 STRONG = {
     "phi": PhiBalancing(strength=1.0, rate=0.5, peek=False),
-    "loss-free": LossFree(rate=0.02),
+    "loss-free": LossFree(speed=0.02),
 }
 
 

@@ -26,7 +26,7 @@ few = settings(max_examples=20, deadline=None, derandomize=True)
 masses = st.lists(st.floats(0.01, 1), min_size=2, max_size=9)
 
 
-def shares(numbers) -> torch.Tensor:
+def proportions(numbers) -> torch.Tensor:
     values = torch.tensor(numbers)
     return values / values.sum()
 
@@ -37,7 +37,7 @@ def shares(numbers) -> torch.Tensor:
 @given(masses)
 @few
 def test_the_identity_changes_no_bit(numbers):
-    old = shares(numbers)
+    old = proportions(numbers)
     lineage = Lineage.of(range(len(old)), len(old))
     assert torch.equal(lineage.mass(old), old)
     assert torch.equal(lineage.price(old), old)
@@ -46,7 +46,7 @@ def test_the_identity_changes_no_bit(numbers):
 @given(masses, st.data())
 @few
 def test_mass_is_kept_whatever_the_descent(numbers, data):
-    old = shares(numbers)
+    old = proportions(numbers)
     some = st.lists(st.integers(0, len(old) - 1), max_size=3)
     parents = data.draw(st.lists(some, min_size=2, max_size=12))
     new = Lineage.of(parents, len(old)).mass(old)
@@ -57,7 +57,7 @@ def test_mass_is_kept_whatever_the_descent(numbers, data):
 @given(masses, st.data())
 @few
 def test_merging_the_copies_gives_back_what_there_was(numbers, data):
-    old = shares(numbers)
+    old = proportions(numbers)
     extra = data.draw(st.lists(st.integers(0, len(old) - 1), max_size=9))
     parents = [*range(len(old)), *extra]
     grown = Lineage.of(parents, len(old))
@@ -130,7 +130,7 @@ def test_the_state_of_a_copied_layer_is_the_one_it_would_have_had_from_the_start
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
-    "method", [LossFree(rate=0.05), QuantileBalancing()], ids=["loss-free", "quantile"]
+    "method", [LossFree(speed=0.05), QuantileBalancing()], ids=["loss-free", "quantile"]
 )
 def test_tokens_go_to_the_copies_of_the_experts_that_they_went_to(method, gate):
     gate = GATES[gate]
@@ -225,7 +225,7 @@ def copy_experts(old, new, parents: list[int]) -> None:
 
 
 def test_a_model_is_upcycled_and_pruned_in_mid_training(tmp_path):
-    method = Together(PhiBalancing(strength=0.01), LossFree(rate=0.01))
+    method = Together(PhiBalancing(strength=0.01), LossFree(speed=0.01))
     old = tiny("mixtral")
     before = attach(old, method)
     train(old, before)

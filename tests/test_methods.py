@@ -35,7 +35,7 @@ def test_words_compose_and_take_options_from_brackets_and_tables() -> None:
         "phi(rate=0.5, potential='Tsallis')+loss-free",
         {"phi": {"rate": 0.1, "strength": 0.2}, "loss-free": {"recentre": True}},
     )
-    potential = mb.Tsallis()
+    potential = mb.potentials.Tsallis()
     first = mb.PhiBalancing(potential, strength=0.2, rate=0.5)
     assert built == mb.Together(first, mb.LossFree(recentre=True))
 
@@ -43,7 +43,8 @@ def test_words_compose_and_take_options_from_brackets_and_tables() -> None:
 def test_a_potential_takes_options_and_a_unit_slope() -> None:
     table = {"name": "LpNorm", "p": 4.0, "unit_slope": True}
     assert (
-        build_method("phi", {"phi": {"potential": table}}).potential == mb.LpNorm(4.0).unit_slope()
+        build_method("phi", {"phi": {"potential": table}}).potential
+        == mb.potentials.LpNorm(4.0).unit_slope()
     )
 
 

@@ -318,16 +318,16 @@ def test_churn_refuses_other_tokens():
 def test_coactivation_counts_pairs(orders):
     top_k, num_experts = 3, 7
     chosen = [set(order[:top_k]) for order in orders]
-    shares = coactivation(torch.tensor([order[:top_k] for order in orders]), num_experts)
+    proportions = coactivation(torch.tensor([order[:top_k] for order in orders]), num_experts)
     for i in range(num_experts):
         served = [experts for experts in chosen if i in experts]
         if not served:
-            assert shares[i].isnan().all()
+            assert proportions[i].isnan().all()
             continue
         expected = [np.mean([j in experts for experts in served]) for j in range(num_experts)]
-        np.testing.assert_allclose(shares[i].numpy(), expected, rtol=1e-6)
-        assert shares[i].sum().item() == pytest.approx(top_k, rel=1e-6)
-        assert shares[i, i].item() == 1
+        np.testing.assert_allclose(proportions[i].numpy(), expected, rtol=1e-6)
+        assert proportions[i].sum().item() == pytest.approx(top_k, rel=1e-6)
+        assert proportions[i, i].item() == 1
 
 
 def test_coactivation_of_even_mixing_is_as_stated():

@@ -122,7 +122,7 @@ def test_a_frozen_router_is_refused_with_the_two_ways_out(tmp_path: Path) -> Non
 
 
 def test_a_frozen_router_is_balanced_by_selection(tmp_path: Path) -> None:
-    callback = BalanceCallback(mb.LossFree(rate=0.01))
+    callback = BalanceCallback(mb.LossFree(speed=0.01))
     plain(tmp_path, Rows(8), max_steps=2)(peft(ATTENTION), [callback]).train()
     assert callback.balancing.metrics()["price_spread"] > 0
 

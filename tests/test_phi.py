@@ -47,13 +47,13 @@ def routings(steps: np.ndarray):
         )
 
 
-def algorithm_1(steps, price, *, strength, rate, corrected, share=1.0, statistic="soft"):
+def algorithm_1(steps, price, *, strength, rate, corrected, share=1.0, load="soft"):
     """∂/∂z of α·E·⟨q, p̄⟩ at each step, with m as Algorithm 1 of arXiv 2605.15403 keeps it."""
     m, weight = np.zeros(EXPERTS), 0.0
     for z in steps:
         p = softmax(z)
         load = p.mean(0)
-        if statistic == "hard":
+        if load == "hard":
             chosen = np.argsort(-z, axis=-1)[:, :2]
             load = np.bincount(chosen.ravel(), minlength=EXPERTS) / chosen.size
         seen = m + rate * share * (load - m)
@@ -123,9 +123,9 @@ def test_hard_statistic_averages_the_realised_load_and_charges_the_scores(name):
     steps = drifting_logits(2)
     # An expert that no token has ever chosen has a price of its own: keep all of them in use.
     steps = steps * 0.2
-    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=0.3, statistic="hard")
+    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=0.3, load="hard")
     expected = algorithm_1(
-        steps, PRICES[name], strength=0.02, rate=0.3, corrected=True, statistic="hard"
+        steps, PRICES[name], strength=0.02, rate=0.3, corrected=True, load="hard"
     )
     found, expected = list(run(method, steps)), list(expected)
     assert_same_gradients(found, expected)
@@ -192,13 +192,13 @@ def test_without_memory_the_term_descends_the_potential_of_the_batch(name):
 
 def test_ema_switch_is_hard_euclidean_phi_balancing():
     steps = drifting_logits(3)
-    phi = PhiBalancing(Euclidean(), strength=0.02, rate=0.4, statistic="hard")
+    phi = PhiBalancing(Euclidean(), strength=0.02, rate=0.4, load="hard")
     assert_same_gradients(run(EmaSwitchLoss(strength=0.02, rate=0.4), steps), run(phi, steps))
 
 
 def test_switch_is_hard_euclidean_phi_balancing_without_memory():
     steps = drifting_logits(4)
-    phi = PhiBalancing(Euclidean(), strength=0.02, rate=1.0, statistic="hard")
+    phi = PhiBalancing(Euclidean(), strength=0.02, rate=1.0, load="hard")
     assert_same_gradients(run(SwitchLoss(strength=0.02), steps), run(phi, steps))
 
 
@@ -231,7 +231,7 @@ def test_the_gradient_is_additive_over_micro_batches_at_a_given_price():
         ({"strength": float("nan")}, ValueError),
         ({"rate": 0.0}, ValueError),
         ({"rate": 1.5}, ValueError),
-        ({"statistic": "medium"}, ValueError),
+        ({"load": "medium"}, ValueError),
         ({"potential": "entropy"}, TypeError),
     ],
 )

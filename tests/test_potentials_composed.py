@@ -24,11 +24,11 @@ def centred(q: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_divergences_are_those_of_the_books():
-    m, shares = simplex([0.3, -1.0, 2.0, 0.1]), (4, 1, 2, 1)
-    rho = np.array(shares) / 8
-    kl = NegativeEntropy().relative_to(shares).value(m).item()
+    m, proportions = simplex([0.3, -1.0, 2.0, 0.1]), (4, 1, 2, 1)
+    rho = np.array(proportions) / 8
+    kl = NegativeEntropy().relative_to(proportions).value(m).item()
     assert kl == pytest.approx(scipy.special.rel_entr(m.numpy(), rho).sum())
-    euclidean = Euclidean().relative_to(shares).value(m).item()
+    euclidean = Euclidean().relative_to(proportions).value(m).item()
     assert euclidean == pytest.approx(0.5 * ((m.numpy() - rho) ** 2).sum())
 
 
@@ -141,9 +141,9 @@ def test_loads_of_groups_are_sums_of_their_experts():
 
 @plain_potentials
 def test_groups_relative_to_shares_are_the_shares_of_the_groups(potential):
-    m, shares = simplex([0.3, -1.0, 2.0, 0.1, 0.7, -0.4]), vector([4, 1, 2, 1, 3, 1])
-    of_experts = potential.grouped(BY_NAME).relative_to(shares.tolist())
-    of_groups = potential.relative_to(Euclidean().grouped(BY_NAME).loads(shares).tolist())
+    m, proportions = simplex([0.3, -1.0, 2.0, 0.1, 0.7, -0.4]), vector([4, 1, 2, 1, 3, 1])
+    of_experts = potential.grouped(BY_NAME).relative_to(proportions.tolist())
+    of_groups = potential.relative_to(Euclidean().grouped(BY_NAME).loads(proportions).tolist())
     other = of_groups.grouped(BY_NAME)
     torch.testing.assert_close(of_experts.grad(m), other.grad(m))
     torch.testing.assert_close(of_experts.value(m), other.value(m))

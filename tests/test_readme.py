@@ -41,7 +41,7 @@ def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
     names = {
         "no balancing": "none",
         "Switch loss": "switch(strength=0.1)",
-        "loss-free bias": "loss-free(rate=0.001)",
+        "loss-free bias": "loss-free(speed=0.001)",
         "φ-balancing, as published, strength 0.001": "phi(strength=0.001)",
         "**φ-balancing with a loss-free bias**, strength 0.0003": "phi(strength=0.0003)+loss-free",
     }

@@ -159,7 +159,7 @@ def test_an_expert_that_served_nobody_serves_with_nobody():
 def test_an_evaluation_logs_the_pairs_that_its_routers_chose():
     torch.manual_seed(0)
     model = tiny("qwen3_moe").eval()
-    balancing = mb.attach(model, mb.LossFree(rate=0.1))
+    balancing = mb.attach(model, mb.LossFree(speed=0.1))
     ids = torch.randint(0, model.config.vocab_size, (4, 16))
     found = evaluate(
         model, balancing, TokenDataset(ids, torch.zeros(4, dtype=torch.long), ("a",)), batch_size=2

@@ -25,7 +25,7 @@ from moebalance.integrations.huggingface import state_file
 from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
 from processes import COLLECTIVE_S, Failure, outcomes, run
 
-BOTH = Together(PhiBalancing(strength=0.1, peek=False), LossFree(rate=0.01))
+BOTH = Together(PhiBalancing(strength=0.1, peek=False), LossFree(speed=0.01))
 """An average and a price, and the same gradient however the tokens are split."""
 
 

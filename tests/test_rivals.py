@@ -126,7 +126,7 @@ def test_global_batch_forgets_finished_steps():
 
 # --- plug-in ----------------------------------------------------------------------------------
 
-LINEAR_ON_COUNTS = {"potential": Euclidean(), "statistic": "hard", "pseudo_count": 0.0}
+LINEAR_ON_COUNTS = {"potential": Euclidean(), "load": "hard", "pseudo_count": 0.0}
 
 
 def test_euclidean_plug_in_on_counts_has_the_gradient_of_switch():
@@ -173,13 +173,13 @@ def test_phi_without_memory_is_a_plug_in():
 def test_an_empty_expert_has_a_moderate_price_with_a_pseudo_count():
     one_expert = plain_top_k(random_logits(16, 4) + torch.tensor([50.0, 0, 0, 0]), 1)
     for pseudo_count, spread in ((0.5, np.log(16.5 / 0.5)), (0.0, 87.3)):
-        method = PlugInLoss(strength=1.0, statistic="hard", pseudo_count=pseudo_count)
+        method = PlugInLoss(strength=1.0, load="hard", pseudo_count=pseudo_count)
         price = method.charged((), one_batch(method, (), one_expert))
         assert (price.max() - price.min()).item() == pytest.approx(spread, rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"statistic": "both"}, {"window": "epoch"}, {"strength": -1.0}, {"pseudo_count": -1}]
+    "wrong", [{"load": "both"}, {"window": "epoch"}, {"strength": -1.0}, {"pseudo_count": -1}]
 )
 def test_plug_in_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -284,7 +284,7 @@ def test_together_hands_each_part_its_own_extra_sums():
 
 
 def test_together_takes_its_parts_in_either_order():
-    phi, loss_free = PhiBalancing(strength=0.1), LossFree(rate=0.1)
+    phi, loss_free = PhiBalancing(strength=0.1), LossFree(speed=0.1)
     one, other = Together(phi, loss_free), Together(loss_free, phi)
     a, b = skewed_state(one, 8), skewed_state(other, 8)
     assert torch.equal(one.price(a), other.price(b))
@@ -330,7 +330,7 @@ def test_no_balancing_watches_and_pulls_no_lever():
         (lambda: GlobalBatchLoss(strength=float("inf")), "strength"),
         (lambda: SequenceLoss(strength=-0.1), "strength"),
         (lambda: ZLoss(strength=-0.1), "strength"),
-        (lambda: LossFree(rate=-0.1), "rate"),
+        (lambda: LossFree(speed=-0.1), "rate"),
         (lambda: LossFree(rule="signum"), "rule"),
         (lambda: QuantileBalancing(bins=1), "bins"),
         (lambda: Sinkhorn(iterations=0), "iterations"),

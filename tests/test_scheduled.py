@@ -70,7 +70,7 @@ def test_the_method_learns_at_its_own_pace_whatever_is_charged():
     for _ in range(3):
         expected = METHOD.method.update(expected, sums(10.0))
     torch.testing.assert_close(state.inner, expected)
-    batch = mb.Batch(None, sums(10.0), sums(10.0))
+    batch = mb.routing.Batch(None, sums(10.0), sums(10.0))
     ratio = METHOD.charged(state, batch) / METHOD.method.charged(state.inner, batch)
     torch.testing.assert_close(ratio, torch.full((4,), 0.03))
 

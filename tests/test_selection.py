@@ -25,9 +25,9 @@ def counted(*counts: float) -> Sums:
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        (LossFree(rate=0.1), [0.1, 0.0, -0.1, -0.1]),
-        (LossFree(rate=0.1, rule="proportional"), [0.1 * 1.5, 0, -0.1 * 0.5, -0.1]),
-        (LossFree(rate=0.1, recentre=True), [0.125, 0.025, -0.075, -0.075]),
+        (LossFree(speed=0.1), [0.1, 0.0, -0.1, -0.1]),
+        (LossFree(speed=0.1, rule="proportional"), [0.1 * 1.5, 0, -0.1 * 0.5, -0.1]),
+        (LossFree(speed=0.1, recentre=True), [0.125, 0.025, -0.075, -0.075]),
     ],
     ids=repr,
 )
@@ -39,7 +39,7 @@ def test_loss_free_moves_each_price_by_hand_computation(method, expected):
 
 def test_loss_free_is_algorithm_1_of_wang():
     """b_i ← b_i + u · sign(mean c − c_i), chosen by s + b, over 20 steps; our price is −b."""
-    method, random = LossFree(rate=0.02), np.random.default_rng(0)
+    method, random = LossFree(speed=0.02), np.random.default_rng(0)
     state, b = to_double(method.init(8)), np.zeros(8)
     for _ in range(20):
         z = random.normal(size=(32, 8)) + np.linspace(-1, 1, 8)
@@ -74,7 +74,11 @@ def steer(method, gate, *, steps, tokens=1024, num_experts=16, top_k=2):
 
 @pytest.mark.parametrize(
     "method",
-    [LossFree(rate=0.01), LossFree(rate=0.05, rule="proportional"), LossFree(0.01, recentre=True)],
+    [
+        LossFree(speed=0.01),
+        LossFree(speed=0.05, rule="proportional"),
+        LossFree(0.01, recentre=True),
+    ],
     ids=repr,
 )
 def test_loss_free_brings_a_skewed_router_from_maxvio_2_7_below_a_quarter(method):
@@ -85,7 +89,7 @@ def test_loss_free_brings_a_skewed_router_from_maxvio_2_7_below_a_quarter(method
 
 
 def test_recentring_keeps_the_mean_price_at_zero_and_the_choice_as_it_was():
-    plain, recentred = LossFree(rate=0.02), LossFree(rate=0.02, recentre=True)
+    plain, recentred = LossFree(speed=0.02), LossFree(speed=0.02, recentre=True)
     a, b = to_double(skewed_state(plain, 8)), to_double(skewed_state(recentred, 8))
     assert abs(a.price.mean()) > 1e-3
     assert abs(b.price.mean()) < 1e-8

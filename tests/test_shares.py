@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import OF_EIGHT, POTENTIALS, SHARES, one_batch, permute, random_routing, tensors
+from cases import OF_EIGHT, POTENTIALS, PROPORTIONS, one_batch, permute, random_routing, tensors
 from moebalance import metrics
 from moebalance.attachment import attach
 from moebalance.methods import (
@@ -36,13 +36,13 @@ from moebalance.methods import (
     Together,
 )
 from moebalance.potentials import NegativeEntropy, Relative
-from moebalance.proportions import as_shares, per_share
+from moebalance.proportions import as_proportions, per_proportion
 from moebalance.router import BalancedRouter
 from moebalance.routing import route
 from moebalance.words.methods import build_method
 
 EQUAL = (3.0,) * 8
-RHO = torch.tensor(SHARES, dtype=torch.float64) / sum(SHARES)
+RHO = torch.tensor(PROPORTIONS, dtype=torch.float64) / sum(PROPORTIONS)
 
 WITHOUT: dict[str, Method] = {
     "switch": SwitchLoss(strength=0.03),
@@ -50,7 +50,7 @@ WITHOUT: dict[str, Method] = {
     "sequence": SequenceLoss(strength=0.04),
     "ema-switch": EmaSwitchLoss(strength=0.03, rate=0.4),
     "loss-free": LossFree(),
-    "loss-free-proportional": LossFree(rate=0.02, rule="proportional"),
+    "loss-free-proportional": LossFree(speed=0.02, rule="proportional"),
     "quantile": QuantileBalancing(bins=64),
     "sinkhorn": Sinkhorn(),
     **{f"phi-{name}": PhiBalancing(p, strength=0.05) for name, p in POTENTIALS.items()},
@@ -58,10 +58,10 @@ WITHOUT: dict[str, Method] = {
 }
 
 
-def with_shares(method: Method, shares: Any) -> Method:
+def with_shares(method: Method, proportions: Any) -> Method:
     if isinstance(method, PhiBalancing | PlugInLoss):
-        return replace(method, potential=method.potential.relative_to(shares))
-    return replace(method, shares=shares)
+        return replace(method, potential=method.potential.relative_to(proportions))
+    return replace(method, proportions=proportions)
 
 
 def history(method: Method, seeds=range(4)) -> list[torch.Tensor]:
@@ -89,7 +89,7 @@ def test_equal_shares_change_nothing(name):
 @pytest.mark.parametrize("name", WITHOUT)
 def test_only_the_proportions_matter(name):
     once, twice = (
-        history(with_shares(WITHOUT[name], tuple(k * s for s in SHARES))) for k in (1, 2)
+        history(with_shares(WITHOUT[name], tuple(k * s for s in PROPORTIONS))) for k in (1, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
@@ -99,8 +99,8 @@ def renumbered(value: Any, order: list[int]) -> Any:
     if not is_dataclass(value):
         return value
     changes = {
-        f.name: tuple(value.shares[e] for e in order)
-        if f.name == "shares" and value.shares
+        f.name: tuple(value.proportions[e] for e in order)
+        if f.name == "proportions" and value.proportions
         else renumbered(getattr(value, f.name), order)
         for f in fields(value)
         if f.name != "parts"
@@ -138,12 +138,12 @@ def test_renumbering_experts_with_their_shares_renumbers_every_result(name, seed
 
 
 STRONG: dict[str, Method] = {
-    "phi": PhiBalancing(NegativeEntropy().relative_to(SHARES), strength=1.0),
-    "switch": SwitchLoss(strength=1.0, shares=SHARES),
-    "ema-switch": EmaSwitchLoss(strength=1.0, shares=SHARES),
-    "sequence": SequenceLoss(strength=1.0, shares=SHARES),
-    "loss-free": LossFree(rate=0.02, rule="proportional", shares=SHARES),
-    "quantile": QuantileBalancing(shares=SHARES),
+    "phi": PhiBalancing(NegativeEntropy().relative_to(PROPORTIONS), strength=1.0),
+    "switch": SwitchLoss(strength=1.0, proportions=PROPORTIONS),
+    "ema-switch": EmaSwitchLoss(strength=1.0, proportions=PROPORTIONS),
+    "sequence": SequenceLoss(strength=1.0, proportions=PROPORTIONS),
+    "loss-free": LossFree(speed=0.02, rule="proportional", proportions=PROPORTIONS),
+    "quantile": QuantileBalancing(proportions=PROPORTIONS),
 }
 
 
@@ -172,16 +172,16 @@ def test_a_router_that_may_only_shift_its_logits_comes_to_the_shares(name):
 
 
 def test_sinkhorn_gives_each_expert_its_share_of_the_plan():
-    method = Sinkhorn(iterations=100, shares=SHARES)
+    method = Sinkhorn(iterations=100, proportions=PROPORTIONS)
     routing = random_routing(512, 8, dtype=torch.float64)
     ranked = method.preference((), routing.gate, routing.logits, mask=None, training=True)
     torch.testing.assert_close(ranked.softmax(-1).mean(0), RHO, rtol=1e-6, atol=0)
 
 
 def test_no_price_is_charged_where_the_load_is_at_the_shares():
-    potential = Relative(NegativeEntropy(), SHARES)
+    potential = Relative(NegativeEntropy(), PROPORTIONS)
     assert potential.grad(RHO).abs().max() < 1e-12
-    even = per_share(RHO, SHARES)
+    even = per_proportion(RHO, PROPORTIONS)
     torch.testing.assert_close(even, torch.full_like(RHO, 1 / 8))
 
 
@@ -210,27 +210,27 @@ def test_goals_measure_relative_to_their_shares():
     pairs = rho[:, None] * rho[None] * np.abs(ratio[:, None] - ratio[None])
     ranks = LOAD.view(2, 4).sum(-1) / RHO.view(2, 4).sum(-1)
     for goal, expected in (
-        (MaxVio(1.0, shares=SHARES), ratio.max() - 1),
-        (Gini(1.0, shares=SHARES), pairs.sum() / 2),
+        (MaxVio(1.0, proportions=PROPORTIONS), ratio.max() - 1),
+        (Gini(1.0, proportions=PROPORTIONS), pairs.sum() / 2),
         (
-            EntropyDeficit(1.0, shares=SHARES),
+            EntropyDeficit(1.0, proportions=PROPORTIONS),
             scipy.special.rel_entr(LOAD.numpy(), rho).sum() / np.log(8),
         ),
-        (RankVio(1.0, ranks=2, shares=SHARES), ranks.max().item() - 1),
+        (RankVio(1.0, ep_size=2, proportions=PROPORTIONS), ranks.max().item() - 1),
     ):
         assert goal.measure(LOAD).item() == pytest.approx(expected)
         assert goal.measure(RHO).item() == pytest.approx(0, abs=1e-12)
-        plain = replace(goal, shares=None)
-        assert replace(goal, shares=EQUAL).measure(LOAD).item() == pytest.approx(
+        plain = replace(goal, proportions=None)
+        assert replace(goal, proportions=EQUAL).measure(LOAD).item() == pytest.approx(
             plain.measure(LOAD).item()
         )
 
 
 def test_a_steered_method_is_left_alone_at_its_shares():
-    hard = PhiBalancing(NegativeEntropy().relative_to(SHARES), statistic="hard", strength=0.05)
+    hard = PhiBalancing(NegativeEntropy().relative_to(PROPORTIONS), load="hard", strength=0.05)
     aimed = Targeted(hard, MaxVio(0.3), gain=0.1)
-    assert aimed.goal == MaxVio(0.3, shares=SHARES)
-    blind = replace(aimed, goal=MaxVio(0.3, shares=EQUAL))
+    assert aimed.goal == MaxVio(0.3, proportions=PROPORTIONS)
+    blind = replace(aimed, goal=MaxVio(0.3, proportions=EQUAL))
     multipliers = []
     for method in (aimed, blind):
         state = method.init(8)
@@ -252,16 +252,18 @@ def test_what_experts_with_spare_room_serve():
 
 
 def test_shares_in_words_reach_method_potential_and_goal():
-    words = "phi(shares='2x4, 6x1', target=0.3)+loss-free(shares='2x4, 6x1')"
-    shares = (4.0, 4.0, *[1.0] * 6)
+    words = "phi(proportions='2x4, 6x1', target=0.3)+loss-free(proportions='2x4, 6x1')"
+    proportions = (4.0, 4.0, *[1.0] * 6)
     method = build_method(words)
-    phi = PhiBalancing(NegativeEntropy().relative_to(shares))
-    assert method == Together(Targeted(phi, MaxVio(0.3, shares=shares)), LossFree(shares=shares))
-    goal = "{'name': 'Gini', 'at_most': 0.1, 'shares': '4x1, 4x2'}"
-    assert build_method(f"switch(shares=[1, 2], target={goal})") == Targeted(
-        SwitchLoss(shares=(1, 2)), Gini(0.1, shares=(1.0,) * 4 + (2.0,) * 4)
+    phi = PhiBalancing(NegativeEntropy().relative_to(proportions))
+    assert method == Together(
+        Targeted(phi, MaxVio(0.3, proportions=proportions)), LossFree(proportions=proportions)
     )
-    table = {"name": "Tsallis", "unit_slope": True, "groups": 2, "shares": "4x1", "weight": 3}
+    goal = "{'name': 'Gini', 'at_most': 0.1, 'proportions': '4x1, 4x2'}"
+    assert build_method(f"switch(proportions=[1, 2], target={goal})") == Targeted(
+        SwitchLoss(proportions=(1, 2)), Gini(0.1, proportions=(1.0,) * 4 + (2.0,) * 4)
+    )
+    table = {"name": "Tsallis", "unit_slope": True, "groups": 2, "proportions": "4x1", "weight": 3}
     expected = 3 * POTENTIALS["tsallis"].unit_slope().grouped(2).relative_to((1.0,) * 4)
     built = build_method("plug-in", {"plug-in": {"potential": {**table, "alpha": 1.3}}})
     assert built == PlugInLoss(expected)
@@ -274,18 +276,21 @@ def test_shares_in_words_reach_method_potential_and_goal():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: SwitchLoss(shares=(1, 0)), "finite number above 0.*taken out of the layer"),
-        (lambda: SwitchLoss(shares=(1, float("inf"))), "finite number above 0"),
-        (lambda: LossFree(shares=(1,)), "one for each expert"),
-        (lambda: LossFree(shares=(1, 2)).init(8), "2 experts for a layer of 8"),
-        (lambda: BalancedRouter(SwitchLoss(shares=(1, 2)), 8, 2), "2 experts for a layer of 8"),
-        (lambda: BalancedRouter(Sinkhorn(shares=(1, 2)), 8, 2), "2 experts for a layer of 8"),
+        (lambda: SwitchLoss(proportions=(1, 0)), "finite number above 0.*taken out of the layer"),
+        (lambda: SwitchLoss(proportions=(1, float("inf"))), "finite number above 0"),
+        (lambda: LossFree(proportions=(1,)), "one for each expert"),
+        (lambda: LossFree(proportions=(1, 2)).init(8), "2 experts for a layer of 8"),
         (
-            lambda: Targeted(SwitchLoss(), MaxVio(0.1, shares=(1, 2))).init(8),
+            lambda: BalancedRouter(SwitchLoss(proportions=(1, 2)), 8, 2),
             "2 experts for a layer of 8",
         ),
-        (lambda: build_method("switch(shares='8y4')"), "write them like '8x4, 24x1'"),
-        (lambda: build_method("z-loss(shares='8x4')"), "no option 'shares'"),
+        (lambda: BalancedRouter(Sinkhorn(proportions=(1, 2)), 8, 2), "2 experts for a layer of 8"),
+        (
+            lambda: Targeted(SwitchLoss(), MaxVio(0.1, proportions=(1, 2))).init(8),
+            "2 experts for a layer of 8",
+        ),
+        (lambda: build_method("switch(proportions='8y4')"), "write them like '8x4, 24x1'"),
+        (lambda: build_method("z-loss(proportions='8x4')"), "no option 'shares'"),
         (lambda: build_method("phi(potential=[])"), "one or more"),
     ],
 )
@@ -296,8 +301,8 @@ def test_impossible_shares_are_refused(call, says):
 
 @pytest.mark.parametrize("given", ["12", torch.ones(2), 3, (1, "a"), (True, 1)])
 def test_shares_are_numbers_in_a_row(given):
-    with pytest.raises(TypeError, match="shares="):
-        as_shares(given)
+    with pytest.raises(TypeError, match="proportions="):
+        as_proportions(given)
 
 
 PAGE = (Path(__file__).parents[1] / "docs/targets.md").read_text(encoding="utf-8")
@@ -309,5 +314,5 @@ def test_python_on_the_page_about_targets_runs(block):
 
 
 def test_methods_without_shares_are_called_as_before():
-    assert repr(LossFree()) == "LossFree(rate=0.001, rule='sign', recentre=False)"
+    assert repr(LossFree()) == "LossFree(speed=0.001, rule='sign', recentre=False)"
     assert repr(MaxVio(0.3)) == "MaxVio(at_most=0.3, load='hard')"

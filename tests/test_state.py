@@ -323,7 +323,7 @@ def test_bad_logits_are_refused_by_layer_and_step_and_do_no_harm(poison):
 
 
 def test_metrics_are_those_of_the_last_step_by_hand():
-    a, b = LayerBalance(LossFree(rate=0.5), 4), LayerBalance(LossFree(rate=0.5), 4)
+    a, b = LayerBalance(LossFree(speed=0.5), 4), LayerBalance(LossFree(speed=0.5), 4)
     balancing = Balancing(a.method, {"a": a, "b": b})
     assert balancing.metrics() == {}
     assert balancing.loads() == {}

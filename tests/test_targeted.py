@@ -37,7 +37,7 @@ def steered(loads: list[torch.Tensor], method: Targeted) -> Steered:
         (MaxVio(0.3), metrics.max_violation(LOAD)),
         (Gini(0.1), metrics.gini(LOAD)),
         (EntropyDeficit(0.02), 1 - metrics.normalized_entropy(LOAD)),
-        (RankVio(0.2, ranks=2), torch.tensor(0.4)),
+        (RankVio(0.2, ep_size=2), torch.tensor(0.4)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -60,8 +60,8 @@ def test_a_goal_is_about_the_load_that_it_names():
     [
         (lambda: MaxVio(0.0), "at_most=0.0"),
         (lambda: Gini(0.1, load="firm"), "'hard' or 'soft'"),
-        (lambda: RankVio(0.1, ranks=1), "at least 2"),
-        (lambda: RankVio(0.1, ranks=3).measure(LOAD), "cannot be shared out to 3 ranks"),
+        (lambda: RankVio(0.1, ep_size=1), "at least 2"),
+        (lambda: RankVio(0.1, ep_size=3).measure(LOAD), "cannot be shared out to 3 ranks"),
         (lambda: Targeted(mb.LossFree(), MaxVio(0.1)), "no strength to steer"),
         (lambda: Targeted(mb.PhiBalancing(), MaxVio(0.1), gain=0.0), "gain=0.0"),
         (lambda: Targeted(mb.PhiBalancing(), MaxVio(0.1), ceiling=0.5), "ceiling=0.5"),
@@ -83,11 +83,11 @@ def test_a_number_is_no_goal():
 
 def test_at_its_start_it_is_the_method_itself():
     """Law with a plain method: until λ moves, charge and memory are the method's own."""
-    plain = mb.PhiBalancing(strength=0.02, statistic="hard")
+    plain = mb.PhiBalancing(strength=0.02, load="hard")
     method = Targeted(plain, MaxVio(0.3))
     state = method.init(4)
     assert method.multiplier(state) == 1
-    batch = mb.Batch(None, sums(LOAD), sums(LOAD))
+    batch = mb.routing.Batch(None, sums(LOAD), sums(LOAD))
     torch.testing.assert_close(method.charged(state, batch), plain.charged(state.inner, batch))
     after, alone = method.update(state, sums(LOAD)), plain.update(plain.init(4), sums(LOAD))
     torch.testing.assert_close(after.inner, alone)
@@ -130,7 +130,7 @@ def test_a_layer_that_is_balanced_anyway_ends_without_any_charge():
     method = Targeted(mb.PhiBalancing(), MaxVio(0.5), gain=0.05)
     state = steered([torch.tensor([0.26, 0.25, 0.25, 0.24])] * 300, method)
     assert method.multiplier(state).item() == 0
-    batch = mb.Batch(None, sums(LOAD), sums(LOAD))
+    batch = mb.routing.Batch(None, sums(LOAD), sums(LOAD))
     assert method.charged(state, batch).abs().max().item() == 0
 
 
@@ -154,12 +154,12 @@ def test_a_step_without_tokens_changes_nothing():
 def test_noise_of_sampling_alone_does_not_move_it_far():
     """At the goal: λ stays within a factor of two over a thousand steps, r within its noise."""
     generator = torch.Generator().manual_seed(0)
-    shares = torch.full((16,), 14.75 / 15 / 16)
-    shares[0] = 1.25 / 16
+    proportions = torch.full((16,), 14.75 / 15 / 16)
+    proportions[0] = 1.25 / 16
     method = Targeted(mb.PhiBalancing(), MaxVio(0.25))
     state, course = method.init(16), []
     for _ in range(1000):
-        drawn = torch.multinomial(shares, 2048, replacement=True, generator=generator)
+        drawn = torch.multinomial(proportions, 2048, replacement=True, generator=generator)
         load = torch.bincount(drawn, minlength=16) / 2048
         state = method.update(state, sums(load))
         course.append((state.log_dual.item(), method.multiplier(state).log().item()))
@@ -176,7 +176,7 @@ class Follower:
 
     def step(self, method: Method, state: Steered) -> Steered:
         load = self.logits.softmax(-1)
-        price = method.charged(state, mb.Batch(None, sums(load), sums(load)))
+        price = method.charged(state, mb.routing.Batch(None, sums(load), sums(load)))
         goal = self.preference - self.sensitivity * price
         self.logits += 0.02 * (goal - self.logits)
         return method.update(state, sums(load))
@@ -203,7 +203,7 @@ def test_one_setting_reaches_its_goal_whatever_the_router_answers(sensitivity, t
 
 def test_one_state_a_layer_through_a_model():
     router = mb.BalancedRouter(
-        Targeted(mb.PhiBalancing(statistic="hard"), MaxVio(0.1), gain=0.1), num_experts=8, top_k=2
+        Targeted(mb.PhiBalancing(load="hard"), MaxVio(0.1), gain=0.1), num_experts=8, top_k=2
     )
     with mb.attach(router) as balancing:
         torch.manual_seed(0)
@@ -225,8 +225,8 @@ def test_one_state_a_layer_through_a_model():
         ("phi(target=0.3)", MaxVio(0.3)),
         ("phi(target={'name': 'Gini', 'at_most': 0.1})", Gini(0.1)),
         (
-            "phi(target={'name': 'RankVio', 'at_most': 0.1, 'ranks': 4, 'load': 'soft'})",
-            RankVio(0.1, load="soft", ranks=4),
+            "phi(target={'name': 'RankVio', 'at_most': 0.1, 'ep_size': 4, 'load': 'soft'})",
+            RankVio(0.1, load="soft", ep_size=4),
         ),
     ],
 )

@@ -202,7 +202,7 @@ def trained(folder: Path, *, steps: int, resume: bool = False, stop_at: int | No
     if resume:
         newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         model = type(model).from_pretrained(newest).train()
-    both = mb.Together(mb.PhiBalancing(strength=0.1), mb.LossFree(rate=0.01))
+    both = mb.Together(mb.PhiBalancing(strength=0.1), mb.LossFree(speed=0.01))
     balancing = mb.attach(model, both)
 
     class Stop(TrainerCallback):
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_the_arguments_name_is_resumed_from(tmp_path: Path) ->
     for named, steps in ((str(checkpoint), 6), ("True", None)):  # "True": as a command line has it
         model = tiny("deepseek_v3")
         balancing = mb.attach(
-            model, mb.Together(mb.PhiBalancing(strength=0.1), mb.LossFree(rate=0.01))
+            model, mb.Together(mb.PhiBalancing(strength=0.1), mb.LossFree(speed=0.01))
         )
         settings = arguments(tmp_path / "second", max_steps=6, gradient_accumulation_steps=2)
         settings.resume_from_checkpoint = named

@@ -36,7 +36,7 @@ def test_a_method_that_would_use_all_alike_is_refused(family):
 @pytest.mark.parametrize("family", ZERO)
 def test_every_choice_of_a_token_is_counted_those_of_nothing_too(family):
     model, expected, ids = tiny(family), EXPECTED[family], tokens()
-    handle = mb.attach(model, mb.Together(aimed(family), mb.LossFree(shares=expected.shares)))
+    handle = mb.attach(model, mb.Together(aimed(family), mb.LossFree(proportions=expected.shares)))
     loss(model, ids).backward()
     handle.step()
     for hard, soft in handle.loads().values():

@@ -17,7 +17,7 @@ from evidence.chapters.rivals import ran, setting_of, there
 from evidence.figures import logarithmic, look, panels, titles
 from evidence.results import Study
 
-_SHOWN = ("none", "phi", "phi(statistic='hard')", "phi+loss-free", "loss-free", "switch")
+_SHOWN = ("none", "phi", "phi(load='hard')", "phi+loss-free", "loss-free", "switch")
 _METRICS = (("loss", 3), ("soft_maxvio", 2), ("maxvio", 2), ("soft_hard_gap", 3), ("mi", 3))
 _HEADS = ("Validation loss", "Soft MaxVio", "MaxVio", "Soft–hard gap", "Domain MI")
 
@@ -62,7 +62,7 @@ def recommended(study: Study) -> str | None:
     """The recipe with φ of lowest MaxVio that costs no loss against φ alone; None if none is."""
     phi = setting_of(study, "phi")
     free = []
-    for wanted in ("phi(statistic='hard')", "phi+loss-free"):
+    for wanted in ("phi(load='hard')", "phi+loss-free"):
         setting = setting_of(study, wanted)
         loss, balance = (difference(study, setting, phi, m) for m in ("loss", "maxvio"))
         if loss and balance and loss.sign != 1 and balance.sign == -1:

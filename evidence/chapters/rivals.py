@@ -31,7 +31,7 @@ _SHOWN = (
     "ema-switch(rate=0.1)",
     "loss-free",
     "phi",
-    "phi(statistic='hard')",
+    "phi(load='hard')",
     "phi+loss-free",
 )
 TEXTS = {"rivals": "mixed", "grid": "one-domain", "corpora": "one-domain, other text"}
@@ -173,7 +173,7 @@ def matched(sweep: Study) -> list[dict[Cell, str]]:
 
 
 _INGREDIENTS = (
-    ("soft instead of hard", "statistic", "soft", "hard"),
+    ("soft instead of hard", "load", "soft", "hard"),
     ("step instead of batch", "memory", "step", "batch"),
     ("EMA instead of step", "memory", "EMA", "step"),
     ("log instead of linear", "potential", "log", "linear"),
@@ -212,7 +212,7 @@ def _pareto(studies: Studies) -> Any:
         for wanted in ran(study, _SHOWN):
             setting = setting_of(study, wanted)
             style = look(study.select(setting)[0].method)
-            hard = wanted == "phi(statistic='hard')"
+            hard = wanted == "phi(load='hard')"
             label = display_name(study.select(setting)[0].method) + (", hard" if hard else "")
             if SWEEPS.get(name) in studies:
                 _front(ax, studies[SWEEPS[name]], wanted, style["color"])

@@ -17,12 +17,12 @@ from evidence.chapters.rivals import setting_of
 from evidence.figures import legend_below, logarithmic, look, panels, point, titles
 from evidence.results import Study
 
-AIMED = "phi(shares='8x4, 24x1')"
+AIMED = "phi(proportions='8x4, 24x1')"
 LEVELS = (
     "phi(potential=[{'name': 'NegativeEntropy', 'groups': 4}, "
-    "{'name': 'NegativeEntropy', 'weight': 0.1}], statistic='hard')"
+    "{'name': 'NegativeEntropy', 'weight': 0.1}], load='hard')"
 )
-PLAIN = "phi(statistic='hard')"
+PLAIN = "phi(load='hard')"
 _SHARES = (
     ("loss", 3, "Validation loss"),
     ("aim_gap", 3, "Distance from the shares"),
@@ -95,7 +95,7 @@ def _table(study: Study, metrics: tuple[tuple[str, int, str], ...], title: str) 
 def _figure(shares: Study, groups: Study) -> Any:
     figure, axes = panels(2, height=3.4)
     sides = (
-        (shares, "aim_gap", "loss", "shares="),
+        (shares, "aim_gap", "loss", "proportions="),
         (groups, "group_maxvio", "mi", "groups"),
     )
     for ax, (study, x, y, knows) in zip(axes, sides, strict=True):
@@ -114,4 +114,4 @@ def _short(setting: str) -> str:
     """A setting as a legend has room for it."""
     word = setting.partition("(")[0]
     both = word + ("+loss-free" if "+loss-free" in setting else "")
-    return both + (" to shares" if "shares=" in setting else "")
+    return both + (" to shares" if "proportions=" in setting else "")

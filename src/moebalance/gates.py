@@ -24,7 +24,7 @@ from torch import Tensor
 class Gate(ABC):
     """How a router turns logits into affinities; subclasses give a(z) and its derivative."""
 
-    shares_one: ClassVar[bool] = False
+    sums_to_one: ClassVar[bool] = False
     """Whether the affinities of a token sum to one, so that each is smaller among more experts."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Softmax(Gate):
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
 
-    shares_one = True
+    sums_to_one = True
 
     def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """log softmax(z)."""
@@ -219,22 +219,22 @@ class GroupLimit:
     (arXiv 2412.19437, 2.1.2) by the sum of its best two.
 
     Args:
-        count: number of groups, of equal size.
-        kept: number of groups a token may choose from.
+        groups: number of groups, of equal size (`n_group` in Transformers).
+        top_groups: number of groups a token may choose from (`topk_group`).
         best: a group's rank is the sum of this many of its experts' best.
 
-    >>> GroupLimit(2, kept=1, best=1).within(torch.tensor([[0.4, 0.1, 0.2, 0.3]]))
+    >>> GroupLimit(2, top_groups=1, best=1).within(torch.tensor([[0.4, 0.1, 0.2, 0.3]]))
     tensor([[0.4000, 0.1000,   -inf,   -inf]])
     """
 
-    count: int
-    kept: int
+    groups: int
+    top_groups: int
     best: int = 2
 
     @property
     def narrows(self) -> bool:
         """Whether any expert is out of reach."""
-        return self.kept < self.count
+        return self.top_groups < self.groups
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Say whether it fits a router.
@@ -243,18 +243,18 @@ class GroupLimit:
             TypeError: its numbers are not whole.
             ValueError: it does not fit; says why.
         """
-        count, kept, best = self.count, self.kept, self.best
-        if not all(type(number) is int for number in (count, kept, best)):
-            raise TypeError(f"{self}: count, kept and best must be whole numbers.")
-        if count < 1 or num_experts % count:
+        groups, top_groups, best = self.groups, self.top_groups, self.best
+        if not all(type(number) is int for number in (groups, top_groups, best)):
+            raise TypeError(f"{self}: groups, top_groups and best must be whole numbers.")
+        if groups < 1 or num_experts % groups:
             raise ValueError(
-                f"{self}: {num_experts} experts do not fall into {count} equal groups."
+                f"{self}: {num_experts} experts do not fall into {groups} equal groups."
             )
-        size = num_experts // count
-        if not (1 <= kept <= count and 1 <= best <= size and top_k <= kept * size):
+        size = num_experts // groups
+        if not (1 <= top_groups <= groups and 1 <= best <= size and top_k <= top_groups * size):
             raise ValueError(
-                f"{self} with top_k={top_k}: kept must lie in 1..{count}, best in 1..{size}, the "
-                f"experts of a group, and top_k in 1..{kept * size}, those of the kept groups."
+                f"{self} with top_k={top_k}: top_groups must lie in 1..{groups}, best in 1..{size} "
+                f"(experts of a group), top_k in 1..{top_groups * size} (experts in top groups)."
             )
 
     def within(self, ranks: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
@@ -263,9 +263,9 @@ class GroupLimit:
             return ranks
         # An expert ranked at −∞ is a last resort, but of an open group before one out of reach.
         ranks = ranks.clamp(min=torch.finfo(ranks.dtype).min)
-        groups = ranks.reshape(*ranks.shape[:-1], self.count, ranks.shape[-1] // self.count)
+        groups = ranks.reshape(*ranks.shape[:-1], self.groups, ranks.shape[-1] // self.groups)
         worth = groups.topk(self.best, dim=-1, sorted=False).values.sum(dim=-1)
-        kept = worth.topk(self.kept, dim=-1, sorted=False).indices
+        kept = worth.topk(self.top_groups, dim=-1, sorted=False).indices
         closed = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, kept, False)
         return groups.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
 

@@ -111,7 +111,7 @@ def stock_bias(layout: Layout, **changes: Any) -> dict[str, Tensor]:
 def our_bias(layout: Layout, **changes: Any) -> dict[str, Tensor]:
     """Ours on its buffer."""
     settings = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-    ours = LossFree(rate=0.01)
+    ours = LossFree(speed=0.01)
     return gradients(layout, ours, **settings, moe_router_bias_update_rate=0.0, **changes)[1]
 
 

@@ -90,7 +90,7 @@ class Language(LightningModule):
         return DataLoader(tokens(4, 12, seed=2), batch_size=4)
 
 
-LANGUAGE = mb.Together(mb.PhiBalancing(strength=0.1, rate=0.3), mb.LossFree(rate=0.05))
+LANGUAGE = mb.Together(mb.PhiBalancing(strength=0.1, rate=0.3), mb.LossFree(speed=0.05))
 
 
 def run(epochs: int, *others: Callback, **settings: Any) -> tuple[Trainer, BalanceCallback]:

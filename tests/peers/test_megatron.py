@@ -155,7 +155,7 @@ def test_loss_free_moves_as_megatrons_expert_bias(native):
     stock_settings = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.02}
     stock = wrap(make_tower(make_config(**sigmoid, **stock_settings)))
     bias = {"moe_router_enable_expert_bias": native, "moe_router_bias_update_rate": 0.0}
-    ours, balancing = balanced(LossFree(rate=0.02), **sigmoid, **bias)
+    ours, balancing = balanced(LossFree(speed=0.02), **sigmoid, **bias)
     for step in range(6):
         expected = run_step(stock, micro_batches(seed=step), square)
         assert_equal(run_step(ours, micro_batches(seed=step), square), expected)

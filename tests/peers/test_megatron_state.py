@@ -42,7 +42,7 @@ pytestmark = [
 ]
 
 PHI = PhiBalancing(strength=0.1, rate=0.5)
-BOTH = Together(PHI, LossFree(rate=0.02))
+BOTH = Together(PHI, LossFree(speed=0.02))
 BIAS = {
     "moe_router_score_function": "sigmoid",
     "moe_router_enable_expert_bias": True,
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_megatrons_own_router_starts_a_new_memory_and_hands_over
 
 
 def test_megatron_reads_a_trained_price_as_its_own_bias():
-    model, balancing = balanced(LossFree(rate=0.05), **BIAS)
+    model, balancing = balanced(LossFree(speed=0.05), **BIAS)
     for step in range(4):
         run_step(model, [batch(step)])
     ours = model.module

@@ -40,7 +40,7 @@ from moebalance.router import BalancedRouter
 from moebalance.routing import route
 
 PHI = PhiBalancing(strength=1.0, rate=0.5, peek=False)
-STOCK = LossFree(rate=1e-3, recentre=True)
+STOCK = LossFree(speed=1e-3, recentre=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -284,8 +284,8 @@ def test_compiled_as_torchtitan_compiles_it_trains_the_same(recomputed: bool) ->
 
 def test_in_bfloat16_state_and_price_stay_float32() -> None:
     """`.to(bf16)` casts torchtitan's own bias and counters, and small steps are lost in them."""
-    moe = make_moe(LossFree(rate=1e-5)).to(torch.bfloat16)
-    _, balancing = drive_one(moe, LossFree(rate=1e-5))
+    moe = make_moe(LossFree(speed=1e-5)).to(torch.bfloat16)
+    _, balancing = drive_one(moe, LossFree(speed=1e-5))
     start = torch.linspace(0.5, 0.9, EXPERTS)
     moe.router.balance.adopt(start)
     for number in range(3):

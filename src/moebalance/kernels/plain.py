@@ -77,10 +77,10 @@ def ranking(
     order = ranks.argsort(dim=-1, descending=True, stable=True)
     if limit is None:
         return order
-    size = ranks.shape[-1] // limit.count
-    grouped = ranks.view(len(ranks), limit.count, size).sort(dim=-1, descending=True).values
+    size = ranks.shape[-1] // limit.groups
+    grouped = ranks.view(len(ranks), limit.groups, size).sort(dim=-1, descending=True).values
     best = grouped[..., : limit.best].sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
-    is_open = torch.zeros_like(best).scatter(-1, best[:, : limit.kept], 1)
+    is_open = torch.zeros_like(best).scatter(-1, best[:, : limit.top_groups], 1)
     is_open = is_open.repeat_interleave(size, dim=-1).gather(-1, order)
     return order.gather(-1, is_open.argsort(dim=-1, descending=True, stable=True))
 

@@ -82,7 +82,7 @@ def choose(
         normalize=normalize,
         has_price=price is not None,
         has_mask=mask is not None,
-        kept=0 if limit is None else limit.kept,
+        kept=0 if limit is None else limit.top_groups,
         best=1 if limit is None else limit.best,
     )
     return Chosen(weights, experts, normaliser, partials.sum(dim=0))

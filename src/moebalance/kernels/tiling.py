@@ -87,8 +87,8 @@ def _tile(
         width = step = min(columns, 32 * vector * (1 if columns <= 1024 else warps))
         chunks = columns // width
     else:
-        step = num_experts // limit.count
-        chunks, width = next_power(limit.count), next_power(step)
+        step = num_experts // limit.groups
+        chunks, width = next_power(limit.groups), next_power(step)
         columns = chunks * width
         warps = 4 if columns <= 1024 else 8
         vector = 1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moebalance.gates import Gate
 from moebalance.potentials import Potential
-from moebalance.proportions import Shares, check_shares
+from moebalance.proportions import Proportions, check_proportions
 from moebalance.routing import Batch, Routing, Sums, measure, real_rows, route
 
 State = Any
@@ -73,7 +73,7 @@ class Method:
         Raises:
             ValueError: the method is made for another number of experts.
         """
-        check_shares(self.aim, num_experts)
+        check_proportions(self.aim, num_experts)
         return ()
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
@@ -201,9 +201,9 @@ class Method:
         return "token"
 
     @property
-    def aim(self) -> Shares | None:
+    def aim(self) -> Proportions | None:
         """The shares of the load that the method aims at; None where they are equal."""
-        return vars(self).get("shares")
+        return vars(self).get("proportions")
 
     @property
     def selects(self) -> bool:

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from moebalance.methods.base import Method, check_positive
 from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_rate
-from moebalance.proportions import Shares, check_shares, per_share, settle_shares
+from moebalance.proportions import (
+    Proportions,
+    check_proportions,
+    per_proportion,
+    settle_proportions,
+)
 from moebalance.routing import Batch, Sums
 
 
@@ -29,18 +34,18 @@ class EmaSwitchLoss(Method):
             is the Switch loss. "auto" measures it (`adaptive.py`). 0.3 if `memory_tokens` is not
             given either.
         memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M).
-        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
     """
 
     strength: float = 1e-2
     rate: Rate | None = None
     memory_tokens: float | None = None
-    shares: Shares | None = None
+    proportions: Proportions | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
         settle_rate(self, default=0.3)
-        settle_shares(self)
+        settle_proportions(self)
 
     @property
     def from_sums(self) -> bool:
@@ -63,7 +68,7 @@ class EmaSwitchLoss(Method):
 
     def init(self, num_experts: int) -> Memory:
         """Start with an empty average."""
-        check_shares(self.shares, num_experts)
+        check_proportions(self.proportions, num_experts)
         return begin(self, num_experts)
 
     def update(self, state: Memory, sums: Sums) -> Memory:
@@ -72,4 +77,6 @@ class EmaSwitchLoss(Method):
 
     def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
         """α m, per share, with m as of this batch."""
-        return self.strength * per_share(peek(self, state, batch.hard_load, batch), self.shares)
+        return self.strength * per_proportion(
+            peek(self, state, batch.hard_load, batch), self.proportions
+        )

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.methods.base import Method, State, check_positive
-from moebalance.proportions import Shares, per_share, settle_shares
+from moebalance.proportions import Proportions, per_proportion, settle_proportions
 from moebalance.routing import Batch
 
 
@@ -25,15 +25,15 @@ class GlobalBatchLoss(Method):
 
     Args:
         strength: α ≥ 0; 1e-3 in the paper's models.
-        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
     """
 
     strength: float = 1e-3
-    shares: Shares | None = None
+    proportions: Proportions | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
-        settle_shares(self)
+        settle_proportions(self)
 
     @property
     def from_sums(self) -> bool:
@@ -47,4 +47,4 @@ class GlobalBatchLoss(Method):
 
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of the step so far, per share."""
-        return self.strength * per_share(batch.step.hard_load, self.shares)
+        return self.strength * per_proportion(batch.step.hard_load, self.proportions)

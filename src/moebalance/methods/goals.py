@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebalance import metrics
 from moebalance.methods.base import check_positive, described
-from moebalance.proportions import Shares, fractions, settle_shares
+from moebalance.proportions import Proportions, fractions, settle_proportions
 from moebalance.routing import Sums
 
 
@@ -27,7 +27,7 @@ class Goal(ABC):
     Args:
         at_most: the bound, greater than 0, in the metric's own unit.
         load: "hard" for the assignments that top-k delivers, "soft" for the mean scores.
-        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
 
     Raises:
         ValueError: the bound is not a positive number, or there is no such load.
@@ -35,13 +35,13 @@ class Goal(ABC):
 
     at_most: float
     load: Literal["hard", "soft"] = "hard"
-    shares: Shares | None = field(default=None, kw_only=True)
+    proportions: Proportions | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_positive("at_most", self.at_most, zero=False)
         if self.load not in ("hard", "soft"):
             raise ValueError(f"load={self.load!r}: must be 'hard' or 'soft'.")
-        settle_shares(self)
+        settle_proportions(self)
 
     def __repr__(self) -> str:
         return described(self)
@@ -62,8 +62,8 @@ class Goal(ABC):
         """The load that the goal is about."""
         return sums.soft_load if self.load == "soft" else sums.hard_load
 
-    def _shares(self, load: Float[Tensor, "E"]) -> Float[Tensor, "E"] | None:
-        return None if self.shares is None else fractions(self.shares, load)
+    def _proportions(self, load: Float[Tensor, "E"]) -> Float[Tensor, "E"] | None:
+        return None if self.proportions is None else fractions(self.proportions, load)
 
     @property
     def reads(self) -> str:
@@ -82,7 +82,7 @@ class MaxVio(Goal):
 
     def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """`metrics.max_violation`."""
-        return metrics.max_violation(load, self._shares(load))
+        return metrics.max_violation(load, self._proportions(load))
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +96,7 @@ class Gini(Goal):
 
     def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """`metrics.gini`."""
-        return metrics.gini(load, self._shares(load))
+        return metrics.gini(load, self._proportions(load))
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,10 +112,10 @@ class EntropyDeficit(Goal):
 
     def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """1 − `metrics.normalized_entropy`, or the divergence."""
-        shares = self._shares(load)
-        if shares is None:
+        proportions = self._proportions(load)
+        if proportions is None:
             return 1 - metrics.normalized_entropy(load)
-        divergence = (torch.xlogy(load, load) - torch.xlogy(load, shares)).sum(dim=-1)
+        divergence = (torch.xlogy(load, load) - torch.xlogy(load, proportions)).sum(dim=-1)
         return divergence / math.log(load.shape[-1])
 
 
@@ -124,19 +124,21 @@ class RankVio(Goal):
     """The busiest of R expert-parallel ranks at most so far above its share.
 
     Args:
-        ranks: R; rank r holds the r-th block of E / R experts.
+        ep_size: R; rank r holds the r-th block of E / R experts.
 
     >>> import torch
-    >>> RankVio(0.5, ranks=2).ratio(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
+    >>> RankVio(0.5, ep_size=2).ratio(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
     1.0
     """
 
-    ranks: int = 8
+    ep_size: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ranks < 2:
-            raise ValueError(f"ranks={self.ranks}: give at least 2; one rank holds all experts.")
+        if self.ep_size < 2:
+            raise ValueError(
+                f"ep_size={self.ep_size}: give at least 2; one rank holds all experts."
+            )
 
     def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """`metrics.max_violation` of the ranks' loads.
@@ -145,11 +147,11 @@ class RankVio(Goal):
             ValueError: the experts cannot be shared out equally.
         """
         num_experts = load.shape[-1]
-        if num_experts % self.ranks:
-            raise ValueError(f"{num_experts} experts cannot be shared out to {self.ranks} ranks.")
-        shares = self._shares(load)
-        of_ranks = None if shares is None else shares.view(self.ranks, -1).sum(dim=-1)
-        return metrics.max_violation(load.view(self.ranks, -1).sum(dim=-1), of_ranks)
+        if num_experts % self.ep_size:
+            raise ValueError(f"{num_experts} experts cannot be shared out to {self.ep_size} ranks.")
+        proportions = self._proportions(load)
+        of_ranks = None if proportions is None else proportions.view(self.ep_size, -1).sum(dim=-1)
+        return metrics.max_violation(load.view(self.ep_size, -1).sum(dim=-1), of_ranks)
 
 
 GOALS: tuple[type[Goal], ...] = (MaxVio, Gini, EntropyDeficit, RankVio)

@@ -18,7 +18,12 @@ from torch import Tensor
 from moebalance.gates import Gate
 from moebalance.methods.base import Method, check_positive, where_seen
 from moebalance.methods.lineage import Lineage
-from moebalance.proportions import Shares, check_shares, per_share, settle_shares
+from moebalance.proportions import (
+    Proportions,
+    check_proportions,
+    per_proportion,
+    settle_proportions,
+)
 from moebalance.routing import Sums
 
 
@@ -33,7 +38,7 @@ class SelectionPrice(NamedTuple):
         Softmax affinities share a sum of one: with n times the experts they are an n-th each.
         """
         price = lineage.price(self.price)
-        if gate.shares_one:
+        if gate.sums_to_one:
             price = price * (lineage.num_parents / lineage.num_experts)
         return SelectionPrice(price)
 
@@ -43,27 +48,27 @@ class LossFree(Method):
     """Move each expert's selection price against its load, outside the gradient.
 
     Args:
-        rate: u ≥ 0, price step in units of the affinity (softmax probability or sigmoid). Softmax
+        speed: u ≥ 0, price step in units of the affinity (softmax probability or sigmoid). Softmax
             affinities are 1/E in the mean: beside many experts the default may make loads swing.
         rule: "sign" moves by ±u; "proportional" by u times the relative excess c_e / mean c − 1.
         recentre: keep the prices' mean at 0, so that they cannot drift together.
-        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
     """
 
-    rate: float = 1e-3
+    speed: float = 1e-3
     rule: Literal["sign", "proportional"] = "sign"
     recentre: bool = False
-    shares: Shares | None = None
+    proportions: Proportions | None = None
 
     def __post_init__(self) -> None:
-        check_positive("rate", self.rate)
-        settle_shares(self)
+        check_positive("speed", self.speed)
+        settle_proportions(self)
         if self.rule not in ("sign", "proportional"):
             raise ValueError(f"rule={self.rule!r}: must be 'sign' or 'proportional'.")
 
     def init(self, num_experts: int) -> SelectionPrice:
         """Start with price 0 for all."""
-        check_shares(self.shares, num_experts)
+        check_proportions(self.proportions, num_experts)
         return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
 
     @property
@@ -80,10 +85,10 @@ class LossFree(Method):
         """Raise the price of experts above their part of the load, lower it below."""
         mean = sums.counts.mean(dim=-1, keepdim=True)
         # Of counts per share, whose sign and relative size are those of c_e − ρ_e Σ c.
-        excess = per_share(sums.counts, self.shares) - mean
+        excess = per_proportion(sums.counts, self.proportions) - mean
         # clamp: an empty step has excess 0, not 0/0.
         move = torch.sign(excess) if self.rule == "sign" else excess / mean.clamp(min=1e-30)
-        price = state.price + self.rate * move
+        price = state.price + self.speed * move
         if self.recentre:
             price = price - price.mean(dim=-1, keepdim=True)
         return SelectionPrice(where_seen(sums.tokens, price, state.price))

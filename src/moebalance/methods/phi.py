@@ -23,7 +23,7 @@ from moebalance.methods.base import MeanPrice, Method, check_positive
 from moebalance.methods.ema import Ema
 from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_rate
 from moebalance.potentials import NegativeEntropy, Potential
-from moebalance.proportions import Shares
+from moebalance.proportions import Proportions
 from moebalance.routing import Batch, Sums
 
 
@@ -40,7 +40,7 @@ class PhiBalancing(Method):
         rate: η in (0, 1], weight of the newest step in the average. The default was chosen at 1024
             tokens a step; for steps of 2 million, 0.6 to 0.7 is reported. "auto" measures what the
             noise of the loads asks for (`adaptive.py`). 0.1 if `memory_tokens` is not given either.
-        statistic: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
+        load: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
             load f while the gradient still goes through the scores (straight-through).
         peek: whether the price already contains the batch it is charged on, as in Algorithm 1. With
             a batch that is only a share s of its step, the price is ∇φ(m + η·s·(p̄ − m)). Without
@@ -61,15 +61,15 @@ class PhiBalancing(Method):
     potential: Potential = field(default_factory=NegativeEntropy)
     strength: float = 1e-2
     rate: Rate | None = None
-    statistic: Literal["soft", "hard"] = "soft"
+    load: Literal["soft", "hard"] = "soft"
     peek: bool = True
     memory_tokens: float | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
         settle_rate(self, default=0.1)
-        if self.statistic not in ("soft", "hard"):
-            raise ValueError(f"statistic={self.statistic!r}: must be 'soft' or 'hard'.")
+        if self.load not in ("soft", "hard"):
+            raise ValueError(f"load={self.load!r}: must be 'soft' or 'hard'.")
         if not isinstance(self.potential, Potential):
             raise TypeError(
                 f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
@@ -81,14 +81,14 @@ class PhiBalancing(Method):
         return True
 
     @property
-    def aim(self) -> Shares | None:
+    def aim(self) -> Proportions | None:
         """The potential's."""
         return self.potential.aim
 
     @property
     def reads(self) -> frozenset[str]:
         """The sums of its statistic."""
-        return frozenset({"scores" if self.statistic == "soft" else "counts"})
+        return frozenset({"scores" if self.load == "soft" else "counts"})
 
     @property
     def coupling(self) -> Literal["token", "batch"]:
@@ -105,7 +105,7 @@ class PhiBalancing(Method):
             self.potential,
             state.mean,
             state.weight,
-            hard=self.statistic == "hard",
+            hard=self.load == "hard",
             peek=self.peek,
             strength=self.strength,
             rate=self.rate,
@@ -134,4 +134,4 @@ class PhiBalancing(Method):
         return self.strength * (price - price @ mean)
 
     def _load(self, seen: Sums | Batch) -> Float[Tensor, "E"]:
-        return seen.soft_load if self.statistic == "soft" else seen.hard_load
+        return seen.soft_load if self.load == "soft" else seen.hard_load

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moebalance.methods.base import Method, State, check_positive
 from moebalance.potentials import NegativeEntropy, Potential
-from moebalance.proportions import Shares
+from moebalance.proportions import Proportions
 from moebalance.routing import Batch, Sums
 
 
@@ -29,7 +29,7 @@ class PlugInLoss(Method):
     Args:
         potential: convex φ, of the paper's nine or composed; its gradient is the price.
         strength: α ≥ 0.
-        statistic: "soft" takes the mean scores p̄, "hard" the realised load f while the gradient
+        load: "soft" takes the mean scores p̄, "hard" the realised load f while the gradient
             still goes through the scores.
         window: "batch" for the micro-batch alone, "step" for the step so far, within a process.
         pseudo_count: assignments added to every expert's count before the hard load is taken: a
@@ -44,15 +44,15 @@ class PlugInLoss(Method):
 
     potential: Potential = field(default_factory=NegativeEntropy)
     strength: float = 1e-2
-    statistic: Literal["soft", "hard"] = "soft"
+    load: Literal["soft", "hard"] = "soft"
     window: Literal["batch", "step"] = "batch"
     pseudo_count: float = 0.5
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
         check_positive("pseudo_count", self.pseudo_count)
-        if self.statistic not in ("soft", "hard"):
-            raise ValueError(f"statistic={self.statistic!r}: must be 'soft' or 'hard'.")
+        if self.load not in ("soft", "hard"):
+            raise ValueError(f"load={self.load!r}: must be 'soft' or 'hard'.")
         if self.window not in ("batch", "step"):
             raise ValueError(f"window={self.window!r}: must be 'batch' or 'step'.")
         if not isinstance(self.potential, Potential):
@@ -66,7 +66,7 @@ class PlugInLoss(Method):
         return True
 
     @property
-    def aim(self) -> Shares | None:
+    def aim(self) -> Proportions | None:
         """The potential's."""
         return self.potential.aim
 
@@ -87,6 +87,6 @@ class PlugInLoss(Method):
         return self.strength * (price - price @ load)
 
     def _load(self, sums: Sums) -> Float[Tensor, "E"]:
-        if self.statistic == "soft":
+        if self.load == "soft":
             return sums.soft_load
         return sums._replace(counts=sums.counts + self.pseudo_count).hard_load

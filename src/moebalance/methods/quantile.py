@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moebalance.methods.base import Method, where_seen
 from moebalance.methods.loss_free import SelectionPrice
-from moebalance.proportions import Shares, check_shares, fractions, settle_shares
+from moebalance.proportions import Proportions, check_proportions, fractions, settle_proportions
 from moebalance.routing import Routing, Sums
 
 _REACH = 2.0
@@ -33,20 +33,20 @@ class QuantileBalancing(Method):
 
     Args:
         bins: number of histogram bins per expert; the sums grow by E · bins numbers.
-        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
     """
 
     bins: int = 1000
-    shares: Shares | None = None
+    proportions: Proportions | None = None
 
     def __post_init__(self) -> None:
-        settle_shares(self)
+        settle_proportions(self)
         if self.bins < 2:
             raise ValueError(f"bins={self.bins!r}: must be at least 2.")
 
     def init(self, num_experts: int) -> SelectionPrice:
         """Start with price 0 for all."""
-        check_shares(self.shares, num_experts)
+        check_proportions(self.proportions, num_experts)
         return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
@@ -78,10 +78,10 @@ class QuantileBalancing(Method):
         histogram = sums.extra[0].flip(-1)  # from the largest margin down
         above = histogram.cumsum(dim=-1)
         total = sums.counts.sum(dim=-1)  # tokens · K
-        if self.shares is None:
+        if self.proportions is None:
             share = total / sums.counts.shape[-1]
         else:
-            share = (total * fractions(self.shares, sums.counts)).unsqueeze(-1)
+            share = (total * fractions(self.proportions, sums.counts)).unsqueeze(-1)
         index = (above < share).sum(dim=-1, keepdim=True).clamp(max=self.bins - 1)
         inside = histogram.gather(-1, index)
         before = above.gather(-1, index) - inside

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.methods.base import Coupling, MeanPrice, Method
-from moebalance.proportions import Shares
+from moebalance.proportions import Proportions
 from moebalance.routing import Batch, Routing
 
 
@@ -90,7 +90,7 @@ class Scaled(Method):
         return self.method.from_sums
 
     @property
-    def aim(self) -> Shares | None:
+    def aim(self) -> Proportions | None:
         """That of the method."""
         return self.method.aim
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.methods.base import Method, State, check_positive
-from moebalance.proportions import Shares, per_share, settle_shares
+from moebalance.proportions import Proportions, per_proportion, settle_proportions
 from moebalance.routing import Batch
 
 
@@ -26,15 +26,15 @@ class SequenceLoss(Method):
 
     Args:
         strength: α ≥ 0; 1e-4 in DeepSeek-V3.
-        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
     """
 
     strength: float = 1e-4
-    shares: Shares | None = None
+    proportions: Proportions | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
-        settle_shares(self)
+        settle_proportions(self)
 
     @property
     def coupling(self) -> Literal["sequence"]:
@@ -59,5 +59,5 @@ class SequenceLoss(Method):
         present = (lengths > 0).sum().clamp(min=1)
         # The charge divides by all tokens; undo that, then divide by this sequence's own.
         fair = batch.sums.tokens / (present * lengths.clamp(min=1))
-        price = self.strength * fair * per_share(load, self.shares)
+        price = self.strength * fair * per_proportion(load, self.proportions)
         return torch.repeat_interleave(price, length, dim=0)

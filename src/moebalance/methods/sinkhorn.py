@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moebalance.gates import Gate
 from moebalance.methods.base import Method, State, check_positive
-from moebalance.proportions import Shares, fractions, settle_shares
+from moebalance.proportions import Proportions, fractions, settle_proportions
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,15 +33,15 @@ class Sinkhorn(Method):
     Args:
         iterations: number of column updates.
         temperature: τ > 0; lower follows the router more closely and balances more slowly.
-        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
     """
 
     iterations: int = 8
     temperature: float = 1.0
-    shares: Shares | None = None
+    proportions: Proportions | None = None
 
     def __post_init__(self) -> None:
-        settle_shares(self)
+        settle_proportions(self)
         check_positive("temperature", self.temperature, zero=False)
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations!r}: must be at least 1.")
@@ -77,8 +77,8 @@ class Sinkhorn(Method):
             kernel_columns = kernel
         v = kernel.new_zeros(kernel.shape[-1])
         mass: float | Tensor = -math.log(kernel.shape[-1])
-        if self.shares is not None:
-            mass = fractions(self.shares, kernel).log()
+        if self.proportions is not None:
+            mass = fractions(self.proportions, kernel).log()
         for _ in range(self.iterations):
             u = -(kernel + v).logsumexp(dim=-1, keepdim=True)
             v = mass - (kernel_columns + u).logsumexp(dim=0)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.methods.base import Method, State, check_positive
-from moebalance.proportions import Shares, per_share, settle_shares
+from moebalance.proportions import Proportions, per_proportion, settle_proportions
 from moebalance.routing import Batch
 
 
@@ -28,15 +28,15 @@ class SwitchLoss(Method):
     Args:
         strength: α ≥ 0; 1e-2 in Switch, 1e-3 in Qwen. f sums to one here; Transformers' function
             counts each of the K assignments as a whole, so its loss is K times this one.
-        shares: (E,) positive, what part of the load each expert shall have; None for equal parts.
+        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
     """
 
     strength: float = 1e-2
-    shares: Shares | None = None
+    proportions: Proportions | None = None
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
-        settle_shares(self)
+        settle_proportions(self)
 
     @property
     def from_sums(self) -> bool:
@@ -50,4 +50,4 @@ class SwitchLoss(Method):
 
     def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of this batch, per share."""
-        return self.strength * per_share(batch.sums.hard_load, self.shares)
+        return self.strength * per_proportion(batch.sums.hard_load, self.proportions)

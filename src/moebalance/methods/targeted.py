@@ -73,7 +73,7 @@ class Targeted(Scaled):
 
     >>> from moebalance.methods.goals import MaxVio
     >>> from moebalance.methods.phi import PhiBalancing
-    >>> Targeted(PhiBalancing(statistic="hard"), MaxVio(0.3)).coupling
+    >>> Targeted(PhiBalancing(load="hard"), MaxVio(0.3)).coupling
     'batch'
     """
 
@@ -89,8 +89,8 @@ class Targeted(Scaled):
                 f"Targeted({self.method!r}, {self.goal!r}): give a method and a goal, such as "
                 "Targeted(PhiBalancing(), MaxVio(0.3))."
             )
-        if self.goal.shares is None and self.method.aim is not None:
-            object.__setattr__(self, "goal", replace(self.goal, shares=self.method.aim))
+        if self.goal.proportions is None and self.method.aim is not None:
+            object.__setattr__(self, "goal", replace(self.goal, proportions=self.method.aim))
         check_positive("gain", self.gain, zero=False)
         check_positive("ceiling", self.ceiling, zero=False)
         if self.ceiling < 1:

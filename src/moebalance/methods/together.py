@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moebalance.gates import Gate
 from moebalance.methods.base import Coupling, MeanPrice, Method, more_coupled
-from moebalance.proportions import Shares
+from moebalance.proportions import Proportions
 from moebalance.routing import Batch, Routing, Sums
 
 
@@ -149,7 +149,7 @@ class Together(Method):
         return more_coupled(self.first.coupling, self.second.coupling)
 
     @property
-    def aim(self) -> Shares | None:
+    def aim(self) -> Proportions | None:
         """That of the first, or else of the second."""
         return self.first.aim or self.second.aim
 

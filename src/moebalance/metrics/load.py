@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def max_violation(
-    load: Real[Tensor, "*batch E"], shares: Real[Tensor, " E"] | None = None
+    load: Real[Tensor, "*batch E"], proportions: Real[Tensor, " E"] | None = None
 ) -> Float[Tensor, "*batch"]:
     """MaxVio, the excess of the busiest expert: max_e f_e / ρ_e − 1, ρ_e = 1/E if not given.
 
@@ -29,14 +29,14 @@ def max_violation(
 
     Args:
         load: (..., E) counts or shares.
-        shares: (E,) positive, the proportions that count as even; None for equal ones.
+        proportions: (E,) positive, the proportions that count as even; None for equal ones.
 
     >>> max_violation(torch.tensor([10, 10, 40, 20]))
     tensor(1.)
     """
     share = _share(load)
-    if shares is not None:
-        return (share / _share(shares)).amax(-1) - 1
+    if proportions is not None:
+        return (share / _share(proportions)).amax(-1) - 1
     return share.amax(-1) * share.shape[-1] - 1
 
 
@@ -72,7 +72,7 @@ def coefficient_of_variation(load: Real[Tensor, "*batch E"]) -> Float[Tensor, "*
 
 
 def gini(
-    load: Real[Tensor, "*batch E"], shares: Real[Tensor, " E"] | None = None
+    load: Real[Tensor, "*batch E"], proportions: Real[Tensor, " E"] | None = None
 ) -> Float[Tensor, "*batch"]:
     """Gini coefficient Σ_ij |f_i − f_j| / (2E), in [0, 1 − 1/E].
 
@@ -82,13 +82,13 @@ def gini(
 
     Args:
         load: (..., E) counts or shares.
-        shares: (E,) positive, the proportions that count as even; None for equal ones.
+        proportions: (E,) positive, the proportions that count as even; None for equal ones.
 
     >>> gini(torch.tensor([1, 1, 0, 0]))
     tensor(0.5000)
     """
-    if shares is not None:
-        share, weight = _share(load), _share(shares)
+    if proportions is not None:
+        share, weight = _share(load), _share(proportions)
         order = (share / weight).argsort(-1)
         weight = weight.expand_as(share).gather(-1, order)
         return (share.gather(-1, order) * (2 * weight.cumsum(-1) - weight - 1)).sum(-1)

@@ -13,12 +13,12 @@ from moebalance.metrics import (
     normalized_entropy,
     soft_hard_gap,
 )
-from moebalance.proportions import Shares, fractions
+from moebalance.proportions import Proportions, fractions
 from moebalance.routing import Sums
 
 
 @torch.no_grad()
-def summary(layers: Sequence[Sums | None], aim: Shares | None = None) -> dict[str, float]:
+def summary(layers: Sequence[Sums | None], aim: Proportions | None = None) -> dict[str, float]:
     """Means over layers, with the worst MaxVio.
 
     Layers without a token, or without sums, are left out; empty if none is left.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.proportions import Shares
+from moebalance.proportions import Proportions
 
 if TYPE_CHECKING:
     from moebalance.potentials.composed import Combined, Grouped, Relative
@@ -63,20 +63,20 @@ class Potential(ABC):
         return
 
     @property
-    def aim(self) -> Shares | None:
+    def aim(self) -> Proportions | None:
         """The shares of the load at which φ is least; None where they are equal."""
         return None
 
-    def relative_to(self, shares: Iterable[float]) -> Relative:
+    def relative_to(self, proportions: Iterable[float]) -> Relative:
         """Its divergence from given shares of the load: least there instead of at the uniform load.
 
         >>> from moebalance.potentials import Euclidean
         >>> Euclidean().relative_to((3, 1))
-        Relative(potential=Euclidean(), shares=(3, 1))
+        Relative(potential=Euclidean(), proportions=(3, 1))
         """
         from moebalance.potentials.composed import Relative
 
-        return Relative(self, tuple(shares))
+        return Relative(self, tuple(proportions))
 
     def grouped(self, groups: int | Iterable[int]) -> Grouped:
         """This potential of the loads of groups of experts; see `Grouped`."""
@@ -156,7 +156,7 @@ class UnitSlope(Potential):
         self.potential.check(num_experts)
 
     @property
-    def aim(self) -> Shares | None:
+    def aim(self) -> Proportions | None:
         return self.potential.aim
 
     def _scale(self, x: Tensor) -> float:

@@ -26,7 +26,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moebalance.potentials.base import Potential, require
-from moebalance.proportions import Shares, check_shares, constant, fractions, settle_shares
+from moebalance.proportions import (
+    Proportions,
+    check_proportions,
+    constant,
+    fractions,
+    settle_proportions,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Relative(Potential):
 
     Args:
         potential: φ.
-        shares: ρ (E,), positive; only the proportions matter.
+        proportions: ρ (E,), positive; only the proportions matter.
 
     >>> from moebalance.potentials import NegativeEntropy
     >>> aimed = NegativeEntropy().relative_to((2, 1, 1))
@@ -47,13 +53,13 @@ class Relative(Potential):
     """
 
     potential: Potential
-    shares: Shares
+    proportions: Proportions
 
     def __post_init__(self) -> None:
-        settle_shares(self)
+        settle_proportions(self)
 
     def value(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-        rho = fractions(self.shares, m)
+        rho = fractions(self.proportions, m)
         tangent = ((m - rho) * self.potential.grad(rho)).sum(-1)
         return self.potential.value(m) - self.potential.value(rho) - tangent
 
@@ -71,15 +77,15 @@ class Relative(Potential):
         return self.potential.slope(num_experts)
 
     def check(self, num_experts: int) -> None:
-        check_shares(self.shares, num_experts)
+        check_proportions(self.proportions, num_experts)
         self.potential.check(num_experts)
 
     @property
-    def aim(self) -> Shares | None:
-        return self.shares
+    def aim(self) -> Proportions | None:
+        return self.proportions
 
     def _origin(self, like: Tensor) -> Tensor:
-        return self.potential.grad(fractions(self.shares, like))
+        return self.potential.grad(fractions(self.proportions, like))
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,7 @@ class Combined(Potential):
             part.check(num_experts)
 
     @property
-    def aim(self) -> Shares | None:
+    def aim(self) -> Proportions | None:
         """That of the parts that have one, if it is one."""
         found = {part.aim for part in self.parts if part.aim is not None}
         return found.pop() if len(found) == 1 else None

@@ -2,8 +2,8 @@
 
 A method's word derives from its class (`GlobalBatchLoss` → `global-batch`), its options are the
 class's own fields, and `a+b` composes. Any method that charges can be steered to a goal, `target=`,
-or follow a `schedule=`; `shares=` says what part of the load each expert shall have, to method and
-goal alike.
+or follow a `schedule=`; `proportions=` gives each expert its part of
+the load, for the method and its goal.
 Nothing is registered: a new class is found because it is exported.
 """
 
@@ -18,13 +18,13 @@ from moebalance import methods as methods
 from moebalance.methods import MaxVio, Method, Scheduled, Targeted, Together
 from moebalance.methods.goals import GOALS, Goal
 from moebalance.potentials import NegativeEntropy
-from moebalance.words.potentials import build_potential, table_with_shares
+from moebalance.words.potentials import build_potential, table_with_proportions
 from moebalance.words.suggest import did_you_mean
 
 TARGET, SCHEDULE = "target", "schedule"
 """The options that any method with a strength has besides its own; it takes one of them."""
 
-SHARES, POTENTIAL = "shares", "potential"
+PROPORTIONS, POTENTIAL = "proportions", "potential"
 """Shares are a field of some methods, and go into the potential of the others."""
 
 Options = Mapping[str, Mapping[str, Any]]
@@ -127,7 +127,7 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Method:
         )
     kind = kinds[name]
     own = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    possible = own if POTENTIAL not in own else [*own, SHARES]
+    possible = own if POTENTIAL not in own else [*own, PROPORTIONS]
     if "strength" in own:
         possible = [*possible, TARGET, SCHEDULE]
     for key in options:
@@ -136,13 +136,13 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Method:
                 f"Method {name!r} has no option {key!r}.{did_you_mean(key, possible)} "
                 f"Possible: {', '.join(possible) or 'none'}."
             )
-    values = table_with_shares(
+    values = table_with_proportions(
         {key: value for key, value in options.items() if key not in (TARGET, SCHEDULE)}
     )
     if POTENTIAL in values:
         values[POTENTIAL] = build_potential(values[POTENTIAL])
-    if SHARES not in own and (shares := values.pop(SHARES, None)) is not None:
-        values[POTENTIAL] = values.get(POTENTIAL, NegativeEntropy()).relative_to(shares)
+    if PROPORTIONS not in own and (proportions := values.pop(PROPORTIONS, None)) is not None:
+        values[POTENTIAL] = values.get(POTENTIAL, NegativeEntropy()).relative_to(proportions)
     method = kind(**values)
     if TARGET in options and SCHEDULE in options:
         raise ValueError(
@@ -175,7 +175,7 @@ def _build_goal(value: Any) -> Goal:
     """`0.3` is a MaxVio; else a table such as `{name = "Gini", at_most = 0.1, load = "soft"}`."""
     if not isinstance(value, Mapping):
         return MaxVio(value)
-    table = table_with_shares(value)
+    table = table_with_proportions(value)
     name = table.pop("name", "MaxVio")
     kinds = {kind.__name__: kind for kind in GOALS}
     if name not in kinds:

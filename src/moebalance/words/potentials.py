@@ -19,10 +19,10 @@ from typing import Any
 
 from moebalance import potentials
 from moebalance.potentials import POTENTIALS, Potential
-from moebalance.proportions import Shares, as_shares
+from moebalance.proportions import Proportions, as_proportions
 from moebalance.words.suggest import did_you_mean
 
-_AROUND = ("unit_slope", "groups", "shares", "weight")
+_AROUND = ("unit_slope", "groups", "proportions", "weight")
 
 
 def build_potential(value: Any) -> Potential:
@@ -61,22 +61,22 @@ def build_potential(value: Any) -> Potential:
         potential = potential.unit_slope()
     if around["groups"] is not None:
         potential = potential.grouped(around["groups"])
-    if around["shares"] is not None:
-        potential = potential.relative_to(read_shares(around["shares"]))
+    if around["proportions"] is not None:
+        potential = potential.relative_to(read_proportions(around["proportions"]))
     return potential if around["weight"] is None else around["weight"] * potential
 
 
-def read_shares(value: Any) -> Shares:
+def read_proportions(value: Any) -> Proportions:
     """Shares of experts: a list of numbers, or text in which `8x4` is eight experts of 4.
 
     Raises:
         TypeError, ValueError: neither, or a number that is no share.
 
-    >>> read_shares("2x4, 3x1")
+    >>> read_proportions("2x4, 3x1")
     (4.0, 4.0, 1.0, 1.0, 1.0)
     """
     if not isinstance(value, str):
-        return as_shares(value)
+        return as_proportions(value)
     found: list[float] = []
     for part in value.split(","):
         count, times, share = part.partition("x")
@@ -87,11 +87,11 @@ def read_shares(value: Any) -> Shares:
                 f"Cannot read shares {value!r} at {part.strip()!r}: write them like '8x4, 24x1', "
                 "eight experts of 4 and 24 of 1."
             ) from error
-    return as_shares(found)
+    return as_proportions(found)
 
 
-def table_with_shares(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with their `shares`, if they have some, read."""
-    if value.get("shares") is None:
+def table_with_proportions(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with their `proportions`, if they have some, read."""
+    if value.get("proportions") is None:
         return dict(value)
-    return {**value, "shares": read_shares(value["shares"])}
+    return {**value, "proportions": read_proportions(value["proportions"])}

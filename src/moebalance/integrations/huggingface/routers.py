@@ -136,7 +136,7 @@ def check_levers(site: Site, method: Method) -> None:
             f"{site.name} ({type(site.router).__name__}) cannot be balanced by {method!r}: "
             f"{site.convention.why_shares}. Say what part of the load each of its "
             f"{site.num_experts} columns shall have, those that compute nothing last: "
-            "NegativeEntropy().relative_to(shares) in φ-balancing, shares=… in other methods."
+            "NegativeEntropy().relative_to(shares) in φ-balancing, proportions=… in other methods."
         )
     native = method.prices_selection and site.bias is not None
     if method.selects and not native and site.why_fixed:
@@ -184,7 +184,7 @@ def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
     num_experts = answer.logits.shape[-1]
     gate = convention.gate or (rule.gate if rule is not None else None)
     if gate is None:
-        raise _unknown(name, router, "its weights follow no gate of moebalance.Gate")
+        raise _unknown(name, router, "its weights follow no gate of moebalance.gates.Gate")
     return Site(
         name=bare_name(model, name),
         router=router,

@@ -73,8 +73,8 @@ def _check_expert_bias(config: Any, method: Method) -> None:
         raise ValueError(
             "moe_router_enable_expert_bias with moe_router_bias_update_rate="
             f"{config.moe_router_bias_update_rate}: Megatron's update does not run under a "
-            "balanced router. Set moe_router_bias_update_rate=0, and balance by LossFree(rate=…), "
-            "alone or as Together(…, LossFree(rate=…)); without it the bias stays as loaded."
+            "balanced router. Set moe_router_bias_update_rate=0, and balance by LossFree(speed=…), "
+            "alone or as Together(…, LossFree(speed=…)); without it the bias stays as loaded."
         )
     if method.selects and not method.prices_selection:
         raise ValueError(

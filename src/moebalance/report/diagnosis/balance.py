@@ -150,7 +150,7 @@ def soft_hard_gap(log: Reading) -> Iterator[Finding]:
         "The router's scores are even, the experts it chooses are not.",
         f"MaxVio {np.mean(soft):.2f} of the soft load, {np.mean(hard):.2f} of the hard one, means "
         "over layers",
-        "A larger strength does not reach this. Charge what is realised, statistic='hard', or let "
+        "A larger strength does not reach this. Charge what is realised, load='hard', or let "
         "a selection price take the rest: phi+loss-free.",
     )
 
@@ -179,7 +179,7 @@ def soft_without_hard(log: Reading) -> bool:
     """Whether the soft load is even while the hard one is not, under a price of the soft load."""
     soft, hard = log.late_maxvio("soft"), log.late_maxvio()
     part = log.part("PhiBalancing", "PlugInLoss")
-    if not soft or part is None or part.settings.get("statistic") == "hard" or log.selecting:
+    if not soft or part is None or part.settings.get("load") == "hard" or log.selecting:
         return False
     # The hard load of an even router may well lie at twice its soft one: three times is a gap.
     evenness = statistics.fmean(soft)

@@ -134,7 +134,7 @@ def at_the_end(log: Reading) -> Iterator[Finding]:
             + " is charged as much as Targeted may: the goal is out of reach.",
             f"multiplier {highest:.3g} of at most {ceiling:g} over the last tenth of the run",
             "Ask for less, start from a larger strength, or raise the ceiling; a goal for the hard "
-            "load is reached soonest with statistic='hard'.",
+            "load is reached soonest with load='hard'.",
         )
     elif highest == 0:
         yield Finding(
