@@ -43,7 +43,6 @@ from moebalance.lab.bench import Case, StepCase, describe_machine, measure_route
 from moebalance.lab.bench.gpu_page import write_gpu_page
 from moebalance.lab.bench.timing import BARE, NULL, captured, interleaved
 from moebalance.lab.bench.variants import Ours
-from moebalance.routing import real_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"  # a rehearsal, by Triton's interpreter, of everything but the numbers
@@ -103,8 +102,7 @@ def _compare(
     plain = kernels.plain.choose(wide, gate, top_k, **how)
     value = (plain.weights * upstream).sum() + (plain.packed[:experts] * charge).sum()
     (expected,) = torch.autograd.grad(value, wide)
-    scores = gate.scores(wide.detach())
-    alone = real_rows(gate.pull_back(charge.double(), scores, wide.detach()), mask)
+    alone = kernels.plain.pull(wide.detach(), gate, charge.double(), mask=mask)
     alike = (found.experts == plain.experts).all(dim=-1)  # bfloat16 ties may fall either way
     return {
         "case": f"E {experts}, K {top_k}, {type(gate).__name__}, {dtype}"

@@ -62,7 +62,7 @@ def aim_of(settings: Iterable[str]) -> Aim:
     from moebalance.words.methods import build_method
 
     methods = [build_method(setting) for setting in settings]
-    proportions = {method.aim for method in methods if method.aim is not None}
+    proportions = {method.traits.aim for method in methods if method.traits.aim is not None}
     groups = {
         part.groups
         for method in methods

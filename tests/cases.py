@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebalance.gates import Gate, Sigmoid, Softmax
 from moebalance.methods import (
+    SMEBU,
     EmaSwitchLoss,
     GlobalBatchLoss,
     LossFree,
@@ -29,6 +30,7 @@ from moebalance.methods import (
     Targeted,
     Together,
     ZLoss,
+    observe,
 )
 from moebalance.potentials import (
     Euclidean,
@@ -80,6 +82,7 @@ METHODS: dict[str, Method] = {
     "loss-free-recentred": LossFree(speed=0.02, recentre=True),
     "quantile": QuantileBalancing(),
     "quantile-coarse": QuantileBalancing(bins=64),
+    "smebu": SMEBU(speed=0.01),
     "sinkhorn": Sinkhorn(),
     "sinkhorn-sharp": Sinkhorn(iterations=3, temperature=0.5),
     "z-loss": ZLoss(strength=0.02),
@@ -92,7 +95,7 @@ METHODS: dict[str, Method] = {
     "none": NoBalancing(),
     "phi-and-loss-free": Together(PhiBalancing(strength=0.05), LossFree(speed=0.01)),
     "switch-z-and-quantile": Together(
-        Together(SwitchLoss(strength=0.03), ZLoss(strength=0.02)), QuantileBalancing(bins=128)
+        SwitchLoss(strength=0.03), ZLoss(strength=0.02), QuantileBalancing(bins=128)
     ),
 }
 
@@ -118,6 +121,7 @@ OF_EIGHT: dict[str, Method] = {
     "loss-free-proportional-shares": LossFree(
         speed=0.02, rule="proportional", proportions=PROPORTIONS
     ),
+    "smebu-shares": SMEBU(speed=0.01, proportions=PROPORTIONS),
     "quantile-shares": QuantileBalancing(bins=64, proportions=PROPORTIONS),
     "sinkhorn-shares": Sinkhorn(proportions=PROPORTIONS),
     "targeted-shares": Targeted(
@@ -184,13 +188,13 @@ def skewed_state(method: Method, num_experts: int, *, gate: Gate | None = None) 
     state = method.init(num_experts)
     for seed in (101, 102, 103):
         routing = random_routing(64, num_experts, 2, gate=gate, seed=seed)
-        state = method.update(state, method.observe(state, routing))
+        state = method.update(state, observe(method, state, routing))
     return state
 
 
 def one_batch(method: Method, state: Any, routing: Routing, share: float = 1.0) -> Batch:
     """The batch of `routing`, alone in its step."""
-    sums = method.observe(state, routing)
+    sums = observe(method, state, routing)
     return Batch(routing, sums, sums, share)
 
 
@@ -226,10 +230,10 @@ def permute(value: Any, order: Tensor) -> Any:
 def parts(method: Method) -> list[Method]:
     """The methods that a composition is made of."""
     if isinstance(method, Together):
-        return [*parts(method.first), *parts(method.second)]
+        return [inner for part in method.methods for inner in parts(part)]
     return [method]
 
 
 def charging_parts(method: Method) -> list[Method]:
     """Those parts that charge a price on the scores."""
-    return [part for part in parts(method) if type(part).charged is not Method.charged]
+    return [part for part in parts(method) if type(part).loss_price is not Method.loss_price]

@@ -155,7 +155,7 @@ class Seen(NamedTuple):
 
 def additive(method: Method) -> bool:
     """Whether training is promised to be the same under every layout, cut sequences included."""
-    return method.coupling == "token"
+    return method.traits.coupling == "token"
 
 
 def train(layout: Layout, method: Method) -> dict[str, Seen]:
@@ -337,7 +337,7 @@ def difference(
             ]
             sums = [_relative(a, b) for a, b in zip(seen.sums, own.sums, strict=True)]
             gradient = _relative(seen.gradient, own.gradient)
-            effective = _relative(seen.term, own.term) if method.charges else gradient
+            effective = _relative(seen.term, own.term) if method.traits.charges else gradient
             found.append(Difference(float(max(states, default=0)), max(sums), gradient, effective))
     return Difference(*(max(column) for column in zip(*found, strict=True)))
 

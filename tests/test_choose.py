@@ -7,8 +7,8 @@ import torch
 
 from cases import METHODS, random_logits, tensors
 from kernel_processes import caller, process
+from moebalance.core.packing import packed_size
 from moebalance.core.state import method_name
-from moebalance.core.tally import packed_size
 from moebalance.gates import Gate, Sigmoid, Softmax
 from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
 from moebalance.router import BalancedRouter
@@ -16,7 +16,7 @@ from moebalance.routing import Batch
 
 TOKENS, EXPERTS, TOP_K = 33, 12, 3
 
-FROM_SUMS = {name: b for name, b in METHODS.items() if b.from_sums}
+FROM_SUMS = {name: b for name, b in METHODS.items() if b.traits.from_sums}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -26,15 +26,15 @@ def test_a_method_is_from_sums_if_it_charges_one_price_that_the_sums_give(name):
     scores = torch.rand(EXPERTS)
     routing = None  # what a router of ours hands over
     sums = method_sums(method, scores)
-    if method.from_sums:
-        price = method.charged(state, Batch(routing, sums, sums, 0.5))
+    if method.traits.from_sums:
+        price = method.loss_price(state, Batch(routing, sums, sums, 0.5))
         assert price is None or price.shape == (EXPERTS,)
     else:
         assert name.startswith(("sequence", "quantile", "sinkhorn", "z-loss", "switch-z"))
 
 
 def method_sums(method, scores):
-    from moebalance.core.tally import unpack
+    from moebalance.core.packing import unpack
 
     packed = torch.ones(packed_size(method, EXPERTS))
     packed[:EXPERTS] = scores
@@ -72,7 +72,7 @@ def interpreted():
         yield caller(pool)
 
 
-METHODS = [
+FEW = [
     PhiBalancing(strength=0.5),
     PhiBalancing(strength=0.5, peek=False),
     SwitchLoss(strength=0.5),
@@ -84,7 +84,7 @@ METHODS = [
 @pytest.mark.parametrize("padded", [False, True], ids=["all real", "padded"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
 @pytest.mark.parametrize("gate", [Softmax(), Sigmoid()], ids=["softmax", "sigmoid"])
-@pytest.mark.parametrize("method", METHODS, ids=method_name)
+@pytest.mark.parametrize("method", FEW, ids=method_name)
 def test_fused_training_is_plain_training(method, gate, normalize, padded, interpreted):
     how = {"normalize": normalize, "dtype": torch.float32, "padded": padded}
     fused = interpreted(trained, method, gate, fused=True, **how)
@@ -96,8 +96,8 @@ def test_fused_training_is_plain_training(method, gate, normalize, padded, inter
 
 def test_fused_training_in_bfloat16_is_plain_training(interpreted):
     how = {"normalize": True, "dtype": torch.bfloat16, "padded": True}
-    fused = interpreted(trained, METHODS[0], Softmax(), fused=True, **how)
-    plain = trained(METHODS[0], Softmax(), fused=False, **how)
+    fused = interpreted(trained, FEW[0], Softmax(), fused=True, **how)
+    plain = trained(FEW[0], Softmax(), fused=False, **how)
     for a, b in zip(fused["gradients"], plain["gradients"], strict=True):
         assert a.dtype == torch.bfloat16
         assert (a - b).abs().max() < 8e-3 * b.abs().max()  # two roundings to bfloat16
@@ -106,16 +106,16 @@ def test_fused_training_in_bfloat16_is_plain_training(interpreted):
 
 
 def node_of(fused: bool) -> str:
-    router = BalancedRouter(METHODS[0], EXPERTS, TOP_K, fused=fused)
+    router = BalancedRouter(FEW[0], EXPERTS, TOP_K, fused=fused)
     weights, _ = router(torch.randn(5, EXPERTS, requires_grad=True))
     return str(weights.grad_fn.next_functions[0][0].name()) + weights.grad_fn.name()
 
 
 def test_the_fused_form_is_taken_where_it_runs_and_off_by_one_keyword(interpreted):
     """The control of the tests above: they compare two different nodes."""
-    assert "_Fused" in interpreted(node_of, fused=True)
-    assert "_Plain" in interpreted(node_of, fused=False)
-    assert "_Plain" in node_of(fused=True)
+    assert "_ChooseFused" in interpreted(node_of, fused=True)
+    assert "_ChooseBackward" in interpreted(node_of, fused=False)
+    assert "_ChooseBackward" in node_of(fused=True)
 
 
 @pytest.mark.parametrize("attached", [False, True])
@@ -128,7 +128,7 @@ def test_a_backward_inside_an_autocast_region_is_as_exact_as_outside(gate: Gate,
         logits = random_logits(64, 16, seed=3).requires_grad_()
         if attached:
             chosen, experts = gate.affinities(logits).topk(2)
-            weights = layer.inject(chosen, logits, experts)
+            weights = layer.tie(chosen, logits, experts)
         else:
             weights, _ = layer(logits)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):

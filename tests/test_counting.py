@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from cases import plain_top_k, tensors
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import method_name
-from moebalance.methods import LossFree, QuantileBalancing, SwitchLoss, Together
+from moebalance.methods import LossFree, QuantileBalancing, SwitchLoss, Together, observe
 from moebalance.router import BalancedRouter
 from moebalance.routing import measure
 from tiny_moe import EXPERTS, PHI, TOP_K, TinyMoE, close, hidden, same
@@ -186,8 +186,8 @@ def test_differentiating_twice_leaves_no_graph_behind_in_the_sums():
 def test_counting_by_hand_adds_to_the_running_step():
     layer = LayerBalance(LossFree(speed=0.1), EXPERTS)
     routing = plain_top_k(hidden(8)[:, :EXPERTS], TOP_K)
-    layer.count(layer.method.observe(layer.state, routing))
-    layer.count(layer.method.observe(layer.state, routing))
+    layer.count(observe(layer.method, layer.state, routing))
+    layer.count(observe(layer.method, layer.state, routing))
     assert layer.commit().tokens == 16
     assert layer.price.any()
     assert not layer.running.any()

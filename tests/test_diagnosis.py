@@ -189,7 +189,7 @@ def test_soft_even_and_hard_not_is_a_gap_and_not_a_weak_strength():
 
 @pytest.mark.parametrize(
     ("method", "soft"),
-    [(HARD, even()), (f"Together(first={PHI}, second={FREE})", even()), (PHI, skewed(2))],
+    [(HARD, even()), (f"Together({PHI}, {FREE})", even()), (PHI, skewed(2))],
 )
 def test_no_gap_where_the_hard_load_is_charged_or_the_soft_one_is_uneven_too(method, soft):
     assert "soft-hard-gap" not in findings(planted(method, skewed(3), soft=soft))
@@ -351,7 +351,7 @@ def test_a_slow_return_after_a_change_of_text_asks_for_a_shorter_memory():
 
 
 def test_a_method_is_read_back_from_its_repr():
-    both = parts(f"Together(first=Targeted(method={PHI}, goal=MaxVio(at_most=0.3)), second={FREE})")
+    both = parts(f"Together(Targeted(method={PHI}, goal=MaxVio(at_most=0.3)), {FREE})")
     assert [part.kind for part in both] == ["Together", "Targeted", "PhiBalancing", "LossFree"]
     assert both[2].number("strength") == 0.03
     assert both[2].rate(1024) == 0.05

@@ -93,7 +93,7 @@ def test_a_run_writes_header_steps_snapshots_evaluation_and_end(
     log = read_run(run(recipe, tmp_path))
     assert log.status == "complete"
     assert log.header["method"] == "phi+loss-free"
-    assert log.header["method_repr"].startswith("Together(first=PhiBalancing(")
+    assert log.header["method_repr"].startswith("Together(PhiBalancing(")
     assert log.header["model"]["num_experts"] == 8
     assert log.header["model"]["active_parameters"] < log.header["model"]["parameters"]
     assert log.header["data"]["domains"] == ["animals", "numbers"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import GATES, random_logits
+from cases import random_logits
 from moebalance.gates import Gate, Sigmoid, Softmax, SqrtSoftplus
 
 every_gate_in_use = pytest.mark.parametrize(
@@ -18,27 +18,19 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * b.abs().max().item())
 
 
-def test_a_gate_pulls_back_any_price_per_token_as_autograd_does():
-    for gate in GATES.values():
-        assert isinstance(gate, Gate)
-        logits = random_logits(9, 5, dtype=torch.float64).requires_grad_()
-        price = torch.randn(9, 5, dtype=torch.float64)
-        scores = gate.scores(logits)
-        (expected,) = torch.autograd.grad((scores * price).sum(), logits)
-        same(gate.pull_back(price, scores, logits).detach(), expected)
-
-
 @every_gate_in_use
-def test_a_gate_leads_a_price_back_through_its_affinities_alone(gate):
-    """`charge`, then `backward`: what a router of ours does, without the logits."""
+@pytest.mark.parametrize("shape", [(5,), (9, 5)], ids=["one price", "a price per token"])
+def test_a_gate_leads_any_price_back_through_its_affinities_alone(gate, shape):
+    """`price_gradient`, then `backward`: the one derivative, which needs no logits."""
+    assert isinstance(gate, Gate)
     logits = random_logits(9, 5, dtype=torch.float64).requires_grad_()
-    price = torch.randn(5, dtype=torch.float64)
+    price = torch.randn(shape, dtype=torch.float64)
     scores = gate.scores(logits)
     (expected,) = torch.autograd.grad((scores * price).sum(), logits)
     affinities = gate.affinities(logits).detach()
     scale = gate.row_scale(affinities)
     same(affinities if scale is None else affinities * scale.unsqueeze(-1), scores.detach())
-    found = gate.backward(gate.charge(price, affinities, scale), affinities)
+    found = gate.backward(gate.price_gradient(price, affinities, scale), affinities)
     same(found, expected)
 
 
@@ -49,6 +41,6 @@ def test_affinities_that_underflow_have_finite_gradients(gate):
     price = torch.tensor([1.0, 0.0, -1.0])
     for upstream in (
         torch.ones(2, 3),
-        gate.charge(price, affinities, gate.row_scale(affinities)),
+        gate.price_gradient(price, affinities, gate.row_scale(affinities)),
     ):
         assert gate.backward(upstream, affinities).isfinite().all()

@@ -27,7 +27,7 @@ every_method = pytest.mark.parametrize(
 
 def router(method: Method, gate: Gate, limit: GroupLimit | None, *, fused: bool = True):
     made = BalancedRouter(method, EXPERTS, TOP_K, gate=gate, limit=limit, fused=fused)
-    if method.prices_selection:
+    if method.traits.has_selection_price:
         made.get_buffer("state_price").copy_(torch.linspace(0, 0.05, EXPERTS))
     return made
 

@@ -128,7 +128,7 @@ ATTACHED = {"softmax": (Softmax(), 7, 32.6), "sigmoid": (Sigmoid(), 14, 48.9)}
 
 
 @pytest.mark.parametrize(("gate", "kernels", "size"), ATTACHED.values(), ids=ATTACHED)
-@pytest.mark.parametrize("name", [n for n, b in PRICED.items() if b.charges])
+@pytest.mark.parametrize("name", [n for n, b in PRICED.items() if b.traits.charges])
 def test_what_is_attached_to_another_router_takes_its_scores_once_more(name, gate, kernels, size):
     """Scores anew, their sums, the charge back to the logits, and one gradient more to add."""
     logits, layer = leaf(), LayerBalance(PRICED[name], EXPERTS, gate=gate)
@@ -136,7 +136,7 @@ def test_what_is_attached_to_another_router_takes_its_scores_once_more(name, gat
     def attached(z):
         affinities = gate.affinities(z)
         weights, experts = affinities.topk(TOP_K, dim=-1)
-        return layer.inject(weights, z, experts)
+        return layer.tie(weights, z, experts)
 
     balanced = watched(attached, logits)
     plain = watched(lambda z: bare(z, normalize=False, gate=gate), logits)

@@ -19,8 +19,7 @@ import moebalance.methods
 
 DOCUMENTED = [
     "moebalance.routing",
-    "moebalance.core.inject",
-    "moebalance.core.tally",
+    "moebalance.core.autograd",
     "moebalance.kernels.router",
     "moebalance.core.layer",
     "moebalance.core.handle",

@@ -12,12 +12,12 @@ from families import tiny
 from kernel_processes import caller, process
 from moebalance import BalancedRouter, attach, kernels
 from moebalance.core.layer import LayerBalance
-from moebalance.core.tally import pack
+from moebalance.core.packing import pack
 from moebalance.gates import Sigmoid, Softmax
 from moebalance.kernels import attached, price
 from moebalance.lab.bench.traffic import traffic
 from moebalance.methods import LossFree, PhiBalancing, SequenceLoss, SwitchLoss
-from moebalance.routing import measure, real_rows, route
+from moebalance.routing import measure, route
 
 GATES = [Softmax(), Sigmoid()]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -48,7 +48,7 @@ def test_any_batch_is_counted_and_charged_as_in_torch(interpreted, data):
     routing = route(logits.double(), chosen, gate, mask=mask)
     close(counted, pack(measure(routing)), 1e-5)
     assert torch.equal(counted[experts:].double(), pack(measure(routing))[experts:])
-    expected = real_rows(gate.pull_back(charge.double(), routing.scores, routing.logits), mask)
+    expected = kernels.plain.pull(routing.logits, gate, charge.double(), mask=mask)
     assert gradient.dtype == dtype
     assert gradient.is_contiguous()
     close(gradient, expected, TOLERANCE[dtype])
@@ -111,7 +111,7 @@ def sent_for_a_batch(layer, monkeypatch) -> list[str]:
     carrier, upstream = torch.ones(32, 8, requires_grad=True), torch.ones(32, 8)
 
     def batch() -> object:
-        carried = layer.inject(carrier, logits, experts)
+        carried = layer.tie(carrier, logits, experts)
         return torch.autograd.grad(carried, [carrier, logits], upstream)
 
     seen = traffic(batch, rows=1)
@@ -160,7 +160,7 @@ def two_batches(method, batches, mask, weight, *, fused):
         logits = batch.clone().requires_grad_()
         experts = batch.topk(4).indices
         carrier = logits.softmax(dim=-1).gather(1, experts)
-        carried = layer.inject(carrier, logits, experts, mask=mask, weight=weight)
+        carried = layer.tie(carrier, logits, experts, mask=mask, weight=weight)
         found += torch.autograd.grad(carried.square().sum(), logits)
     return [*found, layer.running]
 

@@ -141,7 +141,7 @@ def every_program(tokens: int, dtype: torch.dtype, aligned: bool) -> None:
     memory = torch.randn(tokens * experts + skipped).to(dtype)
     logits = memory[skipped:].view(tokens, experts)
     found = choose(logits, gate, top_k, normalize=True)
-    price = method.mean_price(method.init(experts))
+    price = kernels.mean_price(method, method.init(experts))
     assert price is not None
     running = torch.zeros_like(found.packed)
     charged = charge(price, found.packed, running, torch.zeros(2), torch.ones(()))

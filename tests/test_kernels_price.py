@@ -8,7 +8,8 @@ import torch
 from cases import skewed_state
 from kernel_processes import caller, process
 from moebalance import BalancedRouter, kernels
-from moebalance.core.tally import Tally, settle
+from moebalance.core.autograd import Pass, Tally, _settle
+from moebalance.gates import Softmax
 from moebalance.kernels import price as launched
 from moebalance.kernels import router as passes
 from moebalance.lab.bench.traffic import traffic
@@ -46,7 +47,8 @@ def charged(
     running = torch.rand(2 * experts + 2, generator=generator)
     tally = Tally(running, torch.tensor(last_step).float(), torch.tensor(0.7))
     state = skewed_state(method, experts)
-    price = settle(method, state, tally, packed, known=None, fused=fused)
+    how = Pass(method, method.traits, Softmax(), state, tally, fused)
+    price = _settle(how, packed, 0, torch.ones(1))
     assert price is not None
     return price, running
 
@@ -56,9 +58,9 @@ def charged(
 @pytest.mark.parametrize("load", ["soft", "hard"])
 @pytest.mark.parametrize("potential", [NegativeEntropy(), Euclidean()], ids=repr)
 def test_one_launch_counts_and_charges_as_the_method_does(
-    potential, statistic, peek, last_step, interpreted
+    potential, load, peek, last_step, interpreted
 ):
-    method = PhiBalancing(potential, strength=0.3, rate=0.2, load=statistic, peek=peek)
+    method = PhiBalancing(potential, strength=0.3, rate=0.2, load=load, peek=peek)
     same_launched(method, last_step, interpreted)
 
 
@@ -82,7 +84,7 @@ def test_so_does_it_where_phi_is_steered_scheduled_or_beside_a_bias(method, inte
 
 def same_launched(method: Method, last_step: tuple[int, int], interpreted) -> None:
     for experts, tokens in ((2, 5.0), (60, 0.0), (60, 33.0), (2304, 100.0)):
-        assert kernels.forms(method.mean_price(skewed_state(method, experts)))
+        assert kernels.forms(kernels.mean_price(method, skewed_state(method, experts)))
         case = (method, experts, tokens, last_step)
         found = interpreted(charged, *case, fused=True)
         for a, b in zip(found, charged(*case, fused=False), strict=True):
@@ -91,8 +93,8 @@ def same_launched(method: Method, last_step: tuple[int, int], interpreted) -> No
 
 def test_what_the_launch_cannot_form_is_formed_in_torch():
     class Otherwise(PhiBalancing):
-        def charged(self, state, batch):
-            return -super().charged(state, batch)
+        def loss_price(self, state, batch):
+            return -super().loss_price(state, batch)
 
     for method in (
         PhiBalancing(rate="auto"),
@@ -103,7 +105,7 @@ def test_what_the_launch_cannot_form_is_formed_in_torch():
         Targeted(SwitchLoss(), MaxVio(0.3)),
         Otherwise(),
     ):
-        assert not kernels.forms(method.mean_price(method.init(8)))
+        assert not kernels.forms(kernels.mean_price(method, method.init(8)))
 
 
 def kernels_of_a_batch(method: Method, monkeypatch, *, padded: bool = False) -> list[str]:

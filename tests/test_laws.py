@@ -25,7 +25,7 @@ from cases import (
     tensors,
     to_double,
 )
-from moebalance.methods import Method
+from moebalance.methods import Method, observe
 from moebalance.routing import Routing, route
 
 every_method = pytest.mark.parametrize(
@@ -83,14 +83,14 @@ def test_sums_of_a_concatenation_are_the_sums_of_the_parts(
     both = route(
         torch.cat([a.logits, b.logits]), torch.cat([a.experts, b.experts]), a.gate, mask=mask
     )
-    whole = method.observe(state, both)
-    close(whole, add(method.observe(state, a), method.observe(state, b)))
+    whole = observe(method, state, both)
+    close(whole, add(observe(method, state, a), observe(method, state, b)))
 
 
 @every_method_of_eight
 def test_extra_sums_have_the_announced_shapes(method):
     routing = random_routing(10, 8)
-    extra = method.observe(method.init(8), routing).extra
+    extra = observe(method, method.init(8), routing).extra
     assert tuple(tuple(tensor.shape) for tensor in extra) == method.extra_shapes(8)
 
 
@@ -102,8 +102,8 @@ def test_state_sums_and_gradient_are_float32_whatever_the_logits(method, dtype):
     for _ in range(2):
         batch = one_batch(method, state, routing)
         results = [*tensors(state), *tensors(batch.sums)]
-        results += [method.logit_gradient(state, batch), method.penalty(state, batch)]
-        results += [method.price(state), preference(method, state, routing)]
+        results += [method.penalty_gradient(state, batch), method.penalty(state, batch)]
+        results += [method.selection_price(state), preference(method, state, routing)]
         assert {r.dtype for r in results if r is not None} == {torch.float32}
         state = method.update(state, batch.sums)
 
@@ -124,7 +124,7 @@ def test_float64_logits_are_taken_and_an_update_keeps_the_dtype_of_the_state(met
     routing = random_routing(24, 8, dtype=torch.float64)
     state = method.init(8) if state_dtype == torch.float32 else to_double(method.init(8))
     batch = one_batch(method, state, routing)
-    gradient = method.logit_gradient(state, batch)
+    gradient = method.penalty_gradient(state, batch)
     assert gradient is None or gradient.dtype == torch.float64
     assert all(t.dtype == state_dtype for t in tensors(method.update(state, batch.sums)))
 
@@ -138,7 +138,7 @@ def test_batch_without_real_token_changes_no_state_and_has_zero_gradient(method,
     routing = plain_top_k(random_logits(tokens, 8), 2, gate=gate, mask=mask)
     batch = one_batch(method, state, routing)
     identical(method.update(state, batch.sums), state)
-    gradient = method.logit_gradient(state, batch)
+    gradient = method.penalty_gradient(state, batch)
     if gradient is not None:
         assert gradient.shape == (tokens, 8)
         assert not gradient.any()
@@ -169,9 +169,9 @@ def test_padding_changes_neither_sums_nor_term_nor_choice_of_real_tokens(method,
     expected, found = one_batch(method, state, short), one_batch(method, state, long)
     close(found.sums, expected.sums, 1e-12)
     close(method.update(state, found.sums), method.update(state, expected.sums), 1e-12)
-    gradient = method.logit_gradient(state, expected)
+    gradient = method.penalty_gradient(state, expected)
     if gradient is not None:
-        padded_gradient = method.logit_gradient(state, found)
+        padded_gradient = method.penalty_gradient(state, found)
         # A penalty of centred prices is a small difference of large terms: absolute.
         torch.testing.assert_close(
             method.penalty(state, found), method.penalty(state, expected), rtol=0, atol=1e-14
@@ -212,12 +212,12 @@ def test_renumbering_the_experts_renumbers_every_result(method, seed, num_expert
         close(theirs, mine, 2e-5 if adapts else 1e-6)
     for mine, theirs in [
         (method.penalty(state, batch), method.penalty(other, twin)),
-        (columns(method.charged(state, batch), order), method.charged(other, twin)),
+        (columns(method.loss_price(state, batch), order), method.loss_price(other, twin)),
         (
-            columns(method.logit_gradient(state, batch), order),
-            method.logit_gradient(other, twin),
+            columns(method.penalty_gradient(state, batch), order),
+            method.penalty_gradient(other, twin),
         ),
-        (columns(method.price(state), order), method.price(other)),
+        (columns(method.selection_price(state), order), method.selection_price(other)),
         (
             columns(preference(method, state, routing), order),
             preference(method, other, renumbered),
@@ -237,8 +237,8 @@ def test_functions_are_pure(method):
     def everything():
         batch = one_batch(method, state, routing, share=0.5)
         results = [method.update(state, batch.sums), batch.sums]
-        results += [method.penalty(state, batch), method.logit_gradient(state, batch)]
-        results += [method.price(state), preference(method, state, routing)]
+        results += [method.penalty(state, batch), method.penalty_gradient(state, batch)]
+        results += [method.selection_price(state), preference(method, state, routing)]
         return [result for result in results if result is not None]
 
     identical(everything(), everything())
@@ -263,10 +263,10 @@ def test_levers_are_announced_truly(method):
     routing = random_routing(24, 8)
     state = skewed_state(method, 8)
     batch = one_batch(method, state, routing)
-    assert method.charges == (method.logit_gradient(state, batch) is not None)
-    assert method.charges == (method.penalty(state, batch) is not None)
-    assert method.prices_selection == (method.price(state) is not None)
-    assert method.selects == (preference(method, state, routing) is not None)
+    assert method.traits.charges == (method.penalty_gradient(state, batch) is not None)
+    assert method.traits.charges == (method.penalty(state, batch) is not None)
+    assert method.traits.has_selection_price == (method.selection_price(state) is not None)
+    assert method.traits.selects == (preference(method, state, routing) is not None)
 
 
 @every_method_of_eight
@@ -281,11 +281,11 @@ def test_logit_gradient_is_autograd_of_the_penalty(method, gate, padded, dtype, 
         state = to_double(state)
     routing = random_routing(24, 8, gate=gate, dtype=dtype, padded=padded, sequences=4, seed=3)
     # A step that holds another micro-batch as well.
-    before = method.observe(state, random_routing(24, 8, gate=gate, dtype=dtype, seed=4))
+    before = observe(method, state, random_routing(24, 8, gate=gate, dtype=dtype, seed=4))
     batch = one_batch(method, state, routing, share=0.4)
     batch = batch._replace(step=add(before, batch.sums))
 
-    closed = method.logit_gradient(state, batch)
+    closed = method.penalty_gradient(state, batch)
     if closed is None:
         return
     logits = routing.logits.clone().requires_grad_()
@@ -299,11 +299,11 @@ def test_logit_gradient_is_autograd_of_the_penalty(method, gate, padded, dtype, 
 
 selecting = pytest.mark.parametrize(
     "method",
-    [pytest.param(b, id=name) for name, b in METHODS.items() if b.prices_selection],
+    [pytest.param(b, id=name) for name, b in METHODS.items() if b.traits.has_selection_price],
 )
 charging = pytest.mark.parametrize(
     "method",
-    [pytest.param(b, id=name) for name, b in METHODS.items() if b.charges],
+    [pytest.param(b, id=name) for name, b in METHODS.items() if b.traits.charges],
 )
 
 
@@ -317,7 +317,9 @@ def test_raising_the_price_of_one_expert_never_raises_its_load(method, gate, see
     routing = random_routing(64, 8, gate=gate, seed=seed)
     ranked = preference(method, state, routing)
     # What is ranked is the affinity minus the price, so a dearer expert is ranked so much lower.
-    torch.testing.assert_close(ranked, gate.affinities(routing.logits) - method.price(state))
+    torch.testing.assert_close(
+        ranked, gate.affinities(routing.logits) - method.selection_price(state)
+    )
     dearer = ranked.clone()
     dearer[:, expert] -= amount
     assert (dearer.topk(2).indices == expert).sum() <= (ranked.topk(2).indices == expert).sum()
@@ -328,8 +330,8 @@ def test_raising_the_price_of_one_expert_never_raises_its_load(method, gate, see
 def test_an_update_makes_the_busiest_expert_dearer_than_the_idlest(method, gate):
     state = method.init(8)
     routing = random_routing(256, 8, gate=gate, seed=11)
-    sums = method.observe(state, routing)
-    change = method.price(method.update(state, sums)) - method.price(state)
+    sums = observe(method, state, routing)
+    change = method.selection_price(method.update(state, sums)) - method.selection_price(state)
     assert change[sums.counts.argmax()] > change[sums.counts.argmin()]
 
 
@@ -346,9 +348,9 @@ def test_a_gradient_step_lowers_the_mean_score_of_the_one_busy_expert(method, ga
     logits = torch.cat([others.max(dim=-1, keepdim=True).values + 0.5, others], dim=-1)
     routing = plain_top_k(logits, 2, gate=gate)
     # Methods that do not peek charge what finished steps have shown.
-    state = method.update(method.init(8), method.observe(method.init(8), routing))
+    state = method.update(method.init(8), observe(method, method.init(8), routing))
     batch = one_batch(method, state, routing)
-    step = method.logit_gradient(state, batch)
+    step = method.penalty_gradient(state, batch)
     after = gate.scores(logits - 1e-2 * step / step.abs().max()).mean(dim=0)
     assert after[0] < batch.sums.soft_load[0]
 
@@ -359,7 +361,7 @@ def test_a_small_gradient_step_lowers_the_penalty_at_the_same_price(method, gate
     state = to_double(skewed_state(method, 8, gate=gate))
     routing = random_routing(48, 8, gate=gate, dtype=torch.float64, seed=9)
     batch = one_batch(method, state, routing)
-    gradient = method.logit_gradient(state, batch)
+    gradient = method.penalty_gradient(state, batch)
     length = 1e-3 / gradient.abs().max()
     moved = route(routing.logits - length * gradient, routing.experts, gate)
     change = method.penalty(state, batch._replace(routing=moved)) - method.penalty(state, batch)
@@ -375,7 +377,7 @@ def test_a_batch_in_which_all_experts_are_alike_is_not_charged(method, gate):
         state = to_double(part.init(8))
         for _ in range(3):
             batch = one_batch(part, state, routing)
-            assert part.logit_gradient(state, batch).abs().max() < 1e-15
+            assert part.penalty_gradient(state, batch).abs().max() < 1e-15
             state = part.update(state, batch.sums)
 
 
@@ -388,4 +390,4 @@ def columns(tensor: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | 
 
 
 def public_names() -> dict[str, object]:
-    return {name: getattr(mb, name) for name in mb.__all__ if name != "huggingface"}
+    return {**vars(mb.potentials), **vars(mb.methods)}

@@ -42,7 +42,7 @@ from tiny_moe import (
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("name", [name for name, b in METHODS.items() if b.charges])
+@pytest.mark.parametrize("name", [name for name, b in METHODS.items() if b.traits.charges])
 def test_injected_gradient_is_that_of_the_term_in_the_loss(name, router):
     model = TinyMoE(METHODS[name], router)
     warm(model)
@@ -124,7 +124,7 @@ def test_unequal_micro_batches_charge_what_one_batch_charges_given_their_weights
     def run(rows, weight=None):
         z = logits[rows]
         top = z.detach().topk(TOP_K).indices
-        return layer.inject(z.gather(-1, top), z, top, weight=weight)
+        return layer.tie(z.gather(-1, top), z, top, weight=weight)
 
     (0 * run(slice(None)).sum()).backward()
     balancing.step()
@@ -243,7 +243,7 @@ class Squares(Method):
 
 
 def test_a_method_that_gives_only_a_penalty_is_charged():
-    assert Squares().charges
+    assert Squares().traits.charges
     router = BalancedRouter(Squares(), 4, 2)
     logits = torch.randn(6, 4, requires_grad=True)
     (0 * router(logits)[0].sum()).backward()
@@ -287,7 +287,7 @@ def charged(logits, gate, *, attached: bool, mask=None, scale: float = 1.0):
     if attached:
         experts = logits.detach().topk(TOP_K, dim=-1).indices
         carrier = torch.ones_like(experts, dtype=logits.dtype).requires_grad_()
-        weights = layer.inject(carrier, logits, experts, mask=mask)
+        weights = layer.tie(carrier, logits, experts, mask=mask)
     else:
         weights, _ = layer(logits, mask)
     weights.backward(torch.zeros_like(weights))
@@ -349,7 +349,7 @@ def test_a_router_that_was_pickled_before_there_were_limits_still_routes():
 
 @pytest.mark.parametrize("gate", ["sigmoid", Sigmoid], ids=["word", "class"])
 def test_a_gate_that_is_none_is_refused_at_once(gate):
-    with pytest.raises(TypeError, match="must be a Gate such as"):
+    with pytest.raises(TypeError, match="must be a Gate, for example"):
         BalancedRouter(PHI, EXPERTS, TOP_K, gate=gate)
 
 

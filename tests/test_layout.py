@@ -39,7 +39,7 @@ from processes import Collectives, run
 
 ADDITIVE = [name for name, method in METHODS.items() if additive(method)]
 COUPLED = {
-    unit: [name for name, method in METHODS.items() if method.coupling == unit]
+    unit: [name for name, method in METHODS.items() if method.traits.coupling == unit]
     for unit in ("sequence", "batch", "step")
 }
 """What must not be taken apart, and for whom."""
@@ -238,9 +238,9 @@ def test_two_methods_together_couple_as_much_as_the_one_that_couples_more():
     by_unit = {"token": LossFree(), **{unit: METHODS[COUPLED[unit][0]] for unit in COUPLED}}
     for number, (unit, method) in enumerate(by_unit.items()):
         for other, free in list(by_unit.items())[: number + 1]:
-            if not (method.selects and free.selects):
-                assert Together(method, free).coupling == unit, other
-                assert Together(free, method).coupling == unit, other
+            if not (method.traits.selects and free.selects):
+                assert Together(method, free).traits.coupling == unit, other
+                assert Together(free, method).traits.coupling == unit, other
 
 
 # --- the one message --------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from cases import METHODS, random_routing, tensors
 from moebalance.core import step as ledger
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance, commit_rows
-from moebalance.core.tally import pack, unpack
+from moebalance.core.packing import pack, unpack
 from moebalance.lab.bench.traffic import traffic
-from moebalance.methods import LossFree, PhiBalancing, Together
+from moebalance.methods import LossFree, PhiBalancing, Together, observe
 
 BOTH = Together(PhiBalancing(), LossFree())
 
@@ -30,7 +30,7 @@ def counted(method, sizes=(8, 8, 8), seed=0) -> Balancing:
 def count(balancing: Balancing, seed: int) -> None:
     for i, layer in enumerate(balancing.layers.values()):
         routing = random_routing(24, layer.num_experts, 2, seed=seed + i)
-        layer.count(layer.method.observe(layer.state, routing))
+        layer.count(observe(layer.method, layer.state, routing))
 
 
 @pytest.mark.parametrize("name", METHODS)

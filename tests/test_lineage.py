@@ -16,7 +16,14 @@ from moebalance.attachment import attach
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Softmax
-from moebalance.methods import LossFree, PhiBalancing, QuantileBalancing, SwitchLoss, Together
+from moebalance.methods import (
+    LossFree,
+    PhiBalancing,
+    QuantileBalancing,
+    SwitchLoss,
+    Together,
+    observe,
+)
 from moebalance.methods.ema import Ema
 from moebalance.methods.lineage import Lineage, inherit
 
@@ -121,7 +128,7 @@ def test_the_state_of_a_copied_layer_is_the_one_it_would_have_had_from_the_start
         logits = random_logits(48, 8, seed=seed)
         for state, z, k in ((small, logits, 2), (large, logits.repeat(1, 2), 4)):
             routing = plain_top_k(z, k, gate=gate)
-            after = method.update(state, method.observe(state, routing))
+            after = method.update(state, observe(method, state, routing))
             small, large = (after, large) if state is small else (small, after)
     found = inherit(small, Lineage.of(TWICE, 8), gate)
     for mine, theirs in zip(tensors(found), tensors(large), strict=True):
@@ -153,7 +160,7 @@ def layer_of(method, experts: int, steps: int) -> Balancing:
     handle = Balancing(method, {"a": layer})
     for seed in range(steps):
         routing = plain_top_k(random_logits(32, experts, seed=seed), 2)
-        layer.count(method.observe(layer.state, routing))
+        layer.count(observe(method, layer.state, routing))
         handle.step()
     return handle
 
@@ -173,7 +180,7 @@ def test_every_method_grows_and_shrinks_back(name):
     price = grown.layers["a"].price
     assert price is None or torch.equal(price[:8], price[8:])
     routing = plain_top_k(random_logits(32, 16), 2)
-    grown.layers["a"].count(method.observe(grown.layers["a"].state, routing))
+    grown.layers["a"].count(observe(method, grown.layers["a"].state, routing))
     grown.step()
 
 
@@ -236,8 +243,8 @@ def test_a_model_is_upcycled_and_pruned_in_mid_training(tmp_path):
     grown = attach(large, method)
     huggingface.load(grown, tmp_path / "old", parents=TWICE)
     for name, layer in before.layers.items():
-        mean = grown.layers[name].state.first.mean
-        torch.testing.assert_close(mean, layer.state.first.mean.repeat(2) / 2)
+        mean = grown.layers[name].state[0].mean
+        torch.testing.assert_close(mean, layer.state[0].mean.repeat(2) / 2)
         assert mean.sum().item() == pytest.approx(1)
 
     # The very next load is fair: copies get the same, and the state had foreseen how much.
@@ -256,8 +263,8 @@ def test_a_model_is_upcycled_and_pruned_in_mid_training(tmp_path):
     pruned = attach(small, method)
     pruned.load_state_dict(grown.state_dict(), parents=kept)
     for name, layer in pruned.layers.items():
-        mean = grown.layers[name].state.first.mean[kept]
-        torch.testing.assert_close(layer.state.first.mean, mean / mean.sum())
+        mean = grown.layers[name].state[0].mean[kept]
+        torch.testing.assert_close(layer.state[0].mean, mean / mean.sum())
     train(small, pruned)
 
 

@@ -195,11 +195,11 @@ def test_a_weighted_potential_keeps_its_conjugate_and_a_sum_has_none():
 
 
 def test_what_a_potential_aims_at_is_known():
-    assert NegativeEntropy().aim is None
+    assert NegativeEntropy().traits.aim is None
     aimed = NegativeEntropy().relative_to((3, 1))
     assert aimed.aim == aimed.unit_slope().aim == (0.1 * aimed + Euclidean()).aim == (3, 1)
     assert (aimed + Euclidean().relative_to((1, 3))).aim is None
-    assert PhiBalancing(aimed).aim == (3, 1)
+    assert PhiBalancing(aimed).traits.aim == (3, 1)
 
 
 # --- as hyper-parameters ------------------------------------------------------------------------

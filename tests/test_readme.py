@@ -30,8 +30,8 @@ def test_the_layout_figure_in_the_readme_is_the_one_measured_of_phi() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| phi-negative-entropy |"))
     differences = [float(cell) for cell in row.split("|")[3:-2] if cell.strip() != "="]
     assert f"by up to {max(differences)} of its size" in README
-    assert mb.PhiBalancing().coupling == "batch"
-    assert mb.PhiBalancing(peek=False).coupling == "token"
+    assert mb.PhiBalancing().traits.coupling == "batch"
+    assert mb.PhiBalancing(peek=False).traits.coupling == "token"
 
 
 def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:

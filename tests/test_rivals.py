@@ -34,6 +34,7 @@ from moebalance.methods import (
     SwitchLoss,
     Together,
     ZLoss,
+    observe,
 )
 from moebalance.potentials import Euclidean
 from moebalance.routing import Batch, route
@@ -88,7 +89,7 @@ def micro_batches(method, parts):
     """The batches of one step, as the body makes them: each with the sums so far."""
     step = None
     for routing in parts:
-        sums = method.observe((), routing)
+        sums = observe(method, (), routing)
         step = sums if step is None else add(step, sums)
         yield Batch(routing, sums, step)
 
@@ -106,8 +107,8 @@ def test_global_batch_price_is_that_of_switch_on_everything_so_far():
     method = GlobalBatchLoss(strength=0.02)
     for seen, batch in enumerate(micro_batches(method, parts), start=1):
         so_far = one_batch(SwitchLoss(strength=0.02), (), concatenated(parts[:seen]))
-        expected = SwitchLoss(strength=0.02).charged((), so_far)
-        torch.testing.assert_close(method.charged((), batch), expected)
+        expected = SwitchLoss(strength=0.02).loss_price((), so_far)
+        torch.testing.assert_close(method.loss_price((), batch), expected)
 
 
 def test_last_micro_batch_of_global_batch_has_the_gradient_of_switch_on_the_concatenation():
@@ -115,8 +116,8 @@ def test_last_micro_batch_of_global_batch_has_the_gradient_of_switch_on_the_conc
     method = GlobalBatchLoss(strength=0.02)
     last = list(micro_batches(method, parts))[-1]
     whole = concatenated(parts)
-    expected = SwitchLoss(strength=0.02).logit_gradient((), one_batch(method, (), whole))
-    torch.testing.assert_close(method.logit_gradient((), last) / 3, expected[-12:])
+    expected = SwitchLoss(strength=0.02).penalty_gradient((), one_batch(method, (), whole))
+    torch.testing.assert_close(method.penalty_gradient((), last) / 3, expected[-12:])
 
 
 def test_global_batch_forgets_finished_steps():
@@ -133,8 +134,8 @@ def test_euclidean_plug_in_on_counts_has_the_gradient_of_switch():
     routing = doubled(tokens=40, num_experts=6)
     plug_in, switch = PlugInLoss(**LINEAR_ON_COUNTS, strength=0.02), SwitchLoss(strength=0.02)
     torch.testing.assert_close(
-        plug_in.logit_gradient((), one_batch(plug_in, (), routing)),
-        switch.logit_gradient((), one_batch(switch, (), routing)),
+        plug_in.penalty_gradient((), one_batch(plug_in, (), routing)),
+        switch.penalty_gradient((), one_batch(switch, (), routing)),
     )
 
 
@@ -145,7 +146,7 @@ def test_euclidean_plug_in_on_the_step_so_far_has_the_gradient_of_global_batch()
     batches = zip(micro_batches(plug_in, parts), micro_batches(whole, parts), strict=True)
     for ours, theirs in batches:
         torch.testing.assert_close(
-            plug_in.logit_gradient((), ours), whole.logit_gradient((), theirs)
+            plug_in.penalty_gradient((), ours), whole.penalty_gradient((), theirs)
         )
 
 
@@ -156,7 +157,7 @@ def test_plug_in_descends_the_potential_of_the_batch_itself(potential):
     logits = routing.logits.requires_grad_()
     potential.value(Softmax().scores(logits).mean(dim=0)).backward()
     method = PlugInLoss(potential, strength=0.03)
-    found = method.logit_gradient((), one_batch(method, (), routing))
+    found = method.penalty_gradient((), one_batch(method, (), routing))
     torch.testing.assert_close(found.detach(), 0.03 * 6 * logits.grad)
 
 
@@ -165,8 +166,8 @@ def test_phi_without_memory_is_a_plug_in():
     phi, plug_in = PhiBalancing(strength=0.03, rate=1.0), PlugInLoss(strength=0.03)
     state = to_double(skewed_state(phi, 6))
     torch.testing.assert_close(
-        phi.logit_gradient(state, one_batch(phi, state, routing)),
-        plug_in.logit_gradient((), one_batch(plug_in, (), routing)),
+        phi.penalty_gradient(state, one_batch(phi, state, routing)),
+        plug_in.penalty_gradient((), one_batch(plug_in, (), routing)),
     )
 
 
@@ -174,7 +175,7 @@ def test_an_empty_expert_has_a_moderate_price_with_a_pseudo_count():
     one_expert = plain_top_k(random_logits(16, 4) + torch.tensor([50.0, 0, 0, 0]), 1)
     for pseudo_count, spread in ((0.5, np.log(16.5 / 0.5)), (0.0, 87.3)):
         method = PlugInLoss(strength=1.0, load="hard", pseudo_count=pseudo_count)
-        price = method.charged((), one_batch(method, (), one_expert))
+        price = method.loss_price((), one_batch(method, (), one_expert))
         assert (price.max() - price.min()).item() == pytest.approx(spread, rel=1e-3)
 
 
@@ -245,17 +246,17 @@ def test_together_charges_the_sum_and_selects_as_its_selector():
     gradient, term = torch.zeros(()), torch.zeros(())
     for part, own in zip((phi, z), states, strict=False):
         alone = one_batch(part, own, routing)
-        gradient = gradient + part.logit_gradient(own, alone)
+        gradient = gradient + part.penalty_gradient(own, alone)
         term = term + part.penalty(own, alone)
-    torch.testing.assert_close(both.logit_gradient(state, batch), gradient)
+    torch.testing.assert_close(both.penalty_gradient(state, batch), gradient)
     torch.testing.assert_close(both.penalty(state, batch), term)
-    assert torch.equal(both.price(state), states[2].price)
+    assert torch.equal(both.selection_price(state), states[2].price)
 
     after = both.update(state, batch.sums)
     alone = one_batch(quantile, states[2], routing)
-    assert torch.equal(after.second.price, quantile.update(states[2], alone.sums).price)
+    assert torch.equal(after[1].price, quantile.update(states[2], alone.sums).price)
     expected = phi.update(states[0], one_batch(phi, states[0], routing).sums)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(after.first.first), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(after[0][0]), expected, strict=True))
 
 
 @dataclass(frozen=True)
@@ -270,28 +271,28 @@ class ChargesItsOwnSum(Method):
     def extra(self, state, routing):
         return (routing.scores.square().sum(dim=0, keepdim=True),)
 
-    def charged(self, state, batch):
+    def loss_price(self, state, batch):
         return self.factor * (batch.sums.extra[0][0] + batch.step.extra[0][0])
 
 
 def test_together_hands_each_part_its_own_extra_sums():
     method, histogram = ChargesItsOwnSum(factor=0.1), QuantileBalancing(bins=16)
     routing = random_routing()
-    expected = method.logit_gradient((), one_batch(method, (), routing))
+    expected = method.penalty_gradient((), one_batch(method, (), routing))
     for both in (Together(method, histogram), Together(histogram, method)):
         state = both.init(8)
-        assert torch.equal(both.logit_gradient(state, one_batch(both, state, routing)), expected)
+        assert torch.equal(both.penalty_gradient(state, one_batch(both, state, routing)), expected)
 
 
 def test_together_takes_its_parts_in_either_order():
     phi, loss_free = PhiBalancing(strength=0.1), LossFree(speed=0.1)
     one, other = Together(phi, loss_free), Together(loss_free, phi)
     a, b = skewed_state(one, 8), skewed_state(other, 8)
-    assert torch.equal(one.price(a), other.price(b))
+    assert torch.equal(one.selection_price(a), other.selection_price(b))
     routing = random_routing()
     assert torch.equal(
-        one.logit_gradient(a, one_batch(one, a, routing)),
-        other.logit_gradient(b, one_batch(other, b, routing)),
+        one.penalty_gradient(a, one_batch(one, a, routing)),
+        other.penalty_gradient(b, one_batch(other, b, routing)),
     )
 
 
@@ -310,7 +311,7 @@ def test_two_methods_that_both_choose_experts_are_refused(first, second):
 
 
 def test_together_refuses_what_is_no_method():
-    with pytest.raises(TypeError, match="composes methods"):
+    with pytest.raises(TypeError, match="give methods"):
         Together(PhiBalancing(), "loss-free")
 
 
@@ -318,8 +319,8 @@ def test_no_balancing_watches_and_pulls_no_lever():
     method = NoBalancing()
     batch = one_batch(method, (), random_routing())
     assert batch.sums.counts.sum() == 48
-    assert not method.charges
-    assert not method.selects
+    assert not method.traits.charges
+    assert not method.traits.selects
     assert method.penalty((), batch) is None
 
 
@@ -330,7 +331,7 @@ def test_no_balancing_watches_and_pulls_no_lever():
         (lambda: GlobalBatchLoss(strength=float("inf")), "strength"),
         (lambda: SequenceLoss(strength=-0.1), "strength"),
         (lambda: ZLoss(strength=-0.1), "strength"),
-        (lambda: LossFree(speed=-0.1), "rate"),
+        (lambda: LossFree(speed=-0.1), "speed"),
         (lambda: LossFree(rule="signum"), "rule"),
         (lambda: QuantileBalancing(bins=1), "bins"),
         (lambda: Sinkhorn(iterations=0), "iterations"),

@@ -58,10 +58,10 @@ def test_at_full_strength_it_is_the_method_itself():
     batch = one_batch(method, state, routing)
     alone = skewed_state(plain, 8)
     torch.testing.assert_close(state.inner, alone, rtol=0, atol=0)
-    expected = plain.logit_gradient(alone, batch)
-    assert torch.equal(method.logit_gradient(state, batch), expected)
-    assert method.coupling == plain.coupling
-    assert method.reads == plain.reads
+    expected = plain.penalty_gradient(alone, batch)
+    assert torch.equal(method.penalty_gradient(state, batch), expected)
+    assert method.traits.coupling == plain.coupling
+    assert method.traits.shared == plain.reads
 
 
 def test_the_method_learns_at_its_own_pace_whatever_is_charged():
@@ -71,7 +71,7 @@ def test_the_method_learns_at_its_own_pace_whatever_is_charged():
         expected = METHOD.method.update(expected, sums(10.0))
     torch.testing.assert_close(state.inner, expected)
     batch = mb.routing.Batch(None, sums(10.0), sums(10.0))
-    ratio = METHOD.charged(state, batch) / METHOD.method.charged(state.inner, batch)
+    ratio = METHOD.loss_price(state, batch) / METHOD.method.loss_price(state.inner, batch)
     torch.testing.assert_close(ratio, torch.full((4,), 0.03))
 
 
@@ -128,7 +128,7 @@ def test_what_cannot_work_is_refused(make, says):
 
 def test_a_schedule_in_words():
     method = build_method("phi(strength=0.1, schedule={'warmup_tokens': 20})+loss-free")
-    assert method.first == Scheduled(mb.PhiBalancing(strength=0.1), warmup_tokens=20)
+    assert method.methods[0] == Scheduled(mb.PhiBalancing(strength=0.1), warmup_tokens=20)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from cases import add, random_logits, random_routing, skewed_state, to_double
 from moebalance import metrics
 from moebalance.gates import Sigmoid, Softmax
-from moebalance.methods import LossFree, QuantileBalancing, Sinkhorn
+from moebalance.methods import LossFree, QuantileBalancing, Sinkhorn, observe
 from moebalance.methods.loss_free import SelectionPrice
 from moebalance.routing import Sums, measure, route
 
@@ -66,7 +66,7 @@ def steer(method, gate, *, steps, tokens=1024, num_experts=16, top_k=2):
         logits = skewed_logits(tokens, num_experts, seed)
         ranked = method.preference(state, gate, logits, mask=None, training=True)
         routing = route(logits, ranked.topk(top_k).indices, gate)
-        sums = method.observe(state, routing)
+        sums = observe(method, state, routing)
         violations.append(metrics.max_violation(sums.counts).item())
         state = method.update(state, sums)
     return violations[0], float(np.mean(violations[-20:]))
@@ -123,7 +123,7 @@ def test_quantile_price_is_within_a_bin_of_the_exact_quantile(gate, bins):
     logits = random_logits(4000, 8, dtype=torch.float64)
     experts = method.preference(state, gate, logits, mask=None, training=True).topk(2).indices
     routing = route(logits, experts, gate)
-    found = method.update(state, method.observe(state, routing)).price.numpy()
+    found = method.update(state, observe(method, state, routing)).price.numpy()
     exact = exact_quantile_price(gate.affinities(logits).numpy(), state.price.numpy(), 2)
     width = bin_width(exact, bins)
     # Centring mixes the errors of all experts, each at most a bin, into every price.
@@ -144,7 +144,7 @@ def one_update(gate):
     for seed in (0, 1):
         logits = skewed_logits(4096, 16, seed)
         ranked = method.preference(state, gate, logits, mask=None, training=True)
-        sums = method.observe(state, route(logits, ranked.topk(2).indices, gate))
+        sums = observe(method, state, route(logits, ranked.topk(2).indices, gate))
         violations.append(metrics.max_violation(sums.counts).item())
         state = method.update(state, sums)
     return violations
@@ -159,7 +159,7 @@ def test_quantile_settles_at_the_noise_of_two_batches():
 def test_quantile_histogram_holds_every_real_token_once_per_expert():
     method = QuantileBalancing(bins=64)
     routing = random_routing(padded=True)
-    (histogram,) = method.observe(method.init(8), routing).extra
+    (histogram,) = observe(method, method.init(8), routing).extra
     assert torch.equal(histogram.sum(-1), routing.mask.sum().float().expand(8))
 
 
@@ -167,16 +167,16 @@ def test_quantile_histogram_of_two_ranks_adds_to_the_price_of_both_together():
     method = QuantileBalancing()
     state = method.init(8)
     a, b = random_routing(seed=1), random_routing(seed=2)
-    apart = add(method.observe(state, a), method.observe(state, b))
+    apart = add(observe(method, state, a), observe(method, state, b))
     both = route(torch.cat([a.logits, b.logits]), torch.cat([a.experts, b.experts]), a.gate)
-    together = method.observe(state, both)
+    together = observe(method, state, both)
     assert torch.equal(method.update(state, apart).price, method.update(state, together).price)
 
 
 def test_quantile_takes_a_router_that_uses_all_experts():
     method = QuantileBalancing()
     routing = random_routing(num_experts=4, top_k=4)
-    state = method.update(method.init(4), method.observe(method.init(4), routing))
+    state = method.update(method.init(4), observe(method, method.init(4), routing))
     assert torch.isfinite(state.price).all()
 
 

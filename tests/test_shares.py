@@ -72,7 +72,7 @@ def history(method: Method, seeds=range(4)) -> list[torch.Tensor]:
         batch = one_batch(method, state, routing)
         state = method.update(state, batch.sums)
         preferred = method.preference(state, routing.gate, routing.logits, mask=None, training=True)
-        said += [method.logit_gradient(state, batch), preferred, *tensors(state)]
+        said += [method.penalty_gradient(state, batch), preferred, *tensors(state)]
     return [tensor for tensor in said if tensor is not None]
 
 
@@ -128,9 +128,9 @@ def test_renumbering_experts_with_their_shares_renumbers_every_result(name, seed
         tensors(permute(after, order)), tensors(other.update(state, twin_batch.sums)), strict=True
     ):
         torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6)
-    gradient = method.logit_gradient(after, batch)
+    gradient = method.penalty_gradient(after, batch)
     if gradient is not None:
-        found = other.logit_gradient(permute(after, order), twin_batch)
+        found = other.penalty_gradient(permute(after, order), twin_batch)
         torch.testing.assert_close(found, gradient[:, order], rtol=1e-4, atol=1e-7)
 
 

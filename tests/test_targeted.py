@@ -88,7 +88,9 @@ def test_at_its_start_it_is_the_method_itself():
     state = method.init(4)
     assert method.multiplier(state) == 1
     batch = mb.routing.Batch(None, sums(LOAD), sums(LOAD))
-    torch.testing.assert_close(method.charged(state, batch), plain.charged(state.inner, batch))
+    torch.testing.assert_close(
+        method.loss_price(state, batch), plain.loss_price(state.inner, batch)
+    )
     after, alone = method.update(state, sums(LOAD)), plain.update(plain.init(4), sums(LOAD))
     torch.testing.assert_close(after.inner, alone)
 
@@ -131,7 +133,7 @@ def test_a_layer_that_is_balanced_anyway_ends_without_any_charge():
     state = steered([torch.tensor([0.26, 0.25, 0.25, 0.24])] * 300, method)
     assert method.multiplier(state).item() == 0
     batch = mb.routing.Batch(None, sums(LOAD), sums(LOAD))
-    assert method.charged(state, batch).abs().max().item() == 0
+    assert method.loss_price(state, batch).abs().max().item() == 0
 
 
 def test_a_load_on_its_way_is_left_alone():
@@ -176,7 +178,7 @@ class Follower:
 
     def step(self, method: Method, state: Steered) -> Steered:
         load = self.logits.softmax(-1)
-        price = method.charged(state, mb.routing.Batch(None, sums(load), sums(load)))
+        price = method.loss_price(state, mb.routing.Batch(None, sums(load), sums(load)))
         goal = self.preference - self.sensitivity * price
         self.logits += 0.02 * (goal - self.logits)
         return method.update(state, sums(load))
@@ -236,7 +238,7 @@ def test_a_target_in_words(words, goal):
 
 def test_a_target_is_an_option_of_every_method_that_charges_and_composes():
     method = build_method("switch(strength=0.1, target=0.3)+loss-free")
-    assert method.first == Targeted(mb.SwitchLoss(strength=0.1), MaxVio(0.3))
+    assert method.methods[0] == Targeted(mb.SwitchLoss(strength=0.1), MaxVio(0.3))
     with pytest.raises(ValueError, match="no strength to steer"):
         build_method("loss-free(target=0.3)")
 

@@ -32,7 +32,7 @@ class TopKThenSoftmax(LayerBalance):
         weights = flat.gather(-1, experts).softmax(-1)
         if self.training and torch.is_grad_enabled():
             sequences = logits.shape[0] if logits.dim() == 3 else 1
-            weights = self.inject(weights, flat, experts, mask=flat_mask, sequences=sequences)
+            weights = self.tie(weights, flat, experts, mask=flat_mask, sequences=sequences)
         shape = (*logits.shape[:-1], TOP_K)
         return weights.view(shape), experts.view(shape)
 

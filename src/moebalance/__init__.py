@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from moebalance import routing as routing
     from moebalance.attachment import attach as attach
     from moebalance.core.handle import Balancing as Balancing
-    from moebalance.core.layer import LayerBalance as LayerBalance
     from moebalance.gates import GroupLimit as GroupLimit
     from moebalance.gates import Sigmoid as Sigmoid
     from moebalance.gates import Softmax as Softmax
     from moebalance.gates import SqrtSoftplus as SqrtSoftplus
     from moebalance.integrations import huggingface as huggingface
+    from moebalance.methods import SMEBU as SMEBU
     from moebalance.methods import EmaSwitchLoss as EmaSwitchLoss
     from moebalance.methods import GlobalBatchLoss as GlobalBatchLoss
     from moebalance.methods import LossFree as LossFree
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from moebalance.potentials import Euclidean as Euclidean
     from moebalance.potentials import NegativeEntropy as NegativeEntropy
     from moebalance.router import BalancedRouter as BalancedRouter
+    from moebalance.router import CountAndCharge as CountAndCharge
 
 __version__ = "0.1.0"
 
 _HOME = {
     "moebalance.attachment": ["attach"],
     "moebalance.core.handle": ["Balancing"],
-    "moebalance.core.layer": ["LayerBalance"],
     "moebalance.gates": ["GroupLimit", "Sigmoid", "Softmax", "SqrtSoftplus"],
     "moebalance.methods": [
         "EmaSwitchLoss",
@@ -60,6 +60,7 @@ _HOME = {
         "MaxVio",
         "Method",
         "NoBalancing",
+        "SMEBU",
         "PhiBalancing",
         "PlugInLoss",
         "QuantileBalancing",
@@ -73,7 +74,7 @@ _HOME = {
     ],
     "moebalance.monitoring": ["Monitor", "monitor"],
     "moebalance.potentials": ["Euclidean", "NegativeEntropy"],
-    "moebalance.router": ["BalancedRouter"],
+    "moebalance.router": ["BalancedRouter", "CountAndCharge"],
 }
 _ORIGIN = {name: module for module, names in _HOME.items() for name in names}
 _SUBMODULES = {

@@ -1,12 +1,15 @@
-"""Top-k routing for a hand-written MoE layer, balanced by any method."""
+"""Two modules for a hand-written MoE layer: one routes, one counts and charges.
+
+BalancedRouter   logits → weights and experts, top-k by any method
+CountAndCharge   logits and the experts that your layer chose → the same logits
+"""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.core.choose import Pass, best, choose, shares
+from moebalance.core.autograd import best, choose, normalized
 from moebalance.core.layer import LayerBalance
-from moebalance.core.tally import Tally
 from moebalance.gates import Gate, GroupLimit, Softmax
 from moebalance.methods.base import Method
 
@@ -113,27 +116,65 @@ class BalancedRouter(LayerBalance):
         training: bool,
     ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
         """Weights of the chosen experts, tied to counting and charging, and the choice."""
-        method, preference = self.method, None
-        if method.selects and not method.prices_selection:
+        traits, preference = self.traits, None
+        if traits.selects and not traits.has_selection_price:
             preference = self.preference(logits, mask, training=self.training)
-        if training and logits.requires_grad and method.from_sums:
-            return choose(logits, self._pass(), preference=preference, mask=mask)
+        if training and logits.requires_grad and traits.from_sums:
+            how = self._pass(top_k=self.top_k, normalize=self.normalize, limit=self.limit)
+            return choose(logits, how, preference=preference, mask=mask)
         affinities = self.gate.affinities(logits)
         weights, experts = best(affinities, preference, self.price, self.top_k, self.limit)
         if self.normalize:
-            weights, _ = shares(weights)
+            weights, _ = normalized(weights)
         if training:
-            weights = self.inject(weights, logits, experts, mask=mask, sequences=sequences)
+            weights = self.tie(weights, logits, experts, mask=mask, sequences=sequences)
         return weights, experts
 
-    def _pass(self) -> Pass:
-        return Pass(
-            method=self.method,
-            gate=self.gate,
-            top_k=self.top_k,
-            normalize=self.normalize,
-            state=self.state,
-            tally=Tally(self.running, self.last_step, self.loss_scale),
-            fused=self.fused,
-            limit=self.limit,
-        )
+
+class CountAndCharge(LayerBalance):
+    """Balance a layer whose choice is its own: capacity, thresholds, token dropping, replay.
+
+    Call it with the logits and the experts that your layer chose, and go on with the logits that
+    it returns. They are unchanged. In backward the batch is counted, and the method's charge is
+    added to their gradient. A method that selects acts through `selection_price`, which your layer
+    subtracts from its affinities before it chooses.
+
+    Args:
+        method: the method.
+        num_experts: E.
+        gate: how this layer's scores come from its logits.
+        fused: whether to use the fused kernels if they can run (`kernels.supported`).
+        name: what errors and logs call this layer.
+
+    >>> from moebalance import PhiBalancing
+    >>> balance = CountAndCharge(PhiBalancing(), num_experts=8)
+    >>> logits = torch.randn(5, 8, requires_grad=True)
+    >>> balance(logits, logits.topk(2).indices).shape
+    torch.Size([5, 8])
+    """
+
+    def forward(
+        self,
+        logits: Float[Tensor, "*tokens E"],
+        experts: Int[Tensor, "*tokens K"],
+        mask: Bool[Tensor, "*tokens"] | None = None,
+    ) -> Float[Tensor, "*tokens E"]:
+        """Count a batch and charge it; nothing else changes.
+
+        Args:
+            logits: (T, E) or (B, S, E), from the router's linear map. Use the returned ones.
+            experts: (T, K) or (B, S, K), the experts that your layer chose.
+            mask: (T,) or (B, S), True for real tokens; None if all are real.
+
+        Returns:
+            The logits, tied to the backward pass that counts and charges.
+        """
+        flat = logits.reshape(-1, self.num_experts)
+        chosen = experts.reshape(-1, experts.shape[-1])
+        real = None if mask is None else mask.reshape(-1).bool()
+        if self.training and torch.is_grad_enabled():
+            sequences = logits.shape[0] if logits.dim() == 3 else 1
+            flat = self.tie(flat, flat, chosen, mask=real, sequences=sequences)
+        elif not self.training:
+            self.watch(flat, chosen, mask=real)
+        return flat.view(logits.shape)

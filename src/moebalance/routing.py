@@ -1,10 +1,12 @@
-"""What one router did with one batch: scores, choices and the additive sums taken from them.
+"""One batch through one router: logits, scores, choices, and the additive sums taken from them.
 
-Symbols: T tokens, E experts, K chosen experts per token.
+T tokens, E experts, K chosen experts per token.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,19 +19,19 @@ class Routing(NamedTuple):
     """What one router did with one batch.
 
     Attributes:
-        logits: z (T, E), as the router's linear map gave them.
-        scores: p (T, E), rows sum to one, float32 at least, differentiable.
-        experts: (T, K) int64, the experts each token was sent to.
-        gate: how `scores` came from `logits`.
+        logits: z (T, E), from the router's linear map.
+        scores: p (T, E), rows sum to one, float32 or wider, differentiable.
+        experts: (T, K) int64, the experts that each token was sent to.
+        gate: turns logits into scores.
         mask: (T,) True for a real token, False for padding; None if all are real.
-        sequences: number of equally long sequences the T tokens are laid out in, row by row.
+        sequences: number of equally long sequences in which the T tokens lie, row by row.
     """
 
     logits: Float[Tensor, "T E"]
     scores: Float[Tensor, "T E"]
     experts: Int[Tensor, "T K"]
     gate: Gate
-    mask: Bool[Tensor, "T"] | None = None
+    mask: Bool[Tensor, T] | None = None
     sequences: int = 1
 
     @property
@@ -50,13 +52,13 @@ class Routing(NamedTuple):
         return self.mask.sum().to(self.scores.dtype)
 
     @property
-    def token_weights(self) -> Float[Tensor, "T"] | None:
+    def token_weights(self) -> Float[Tensor, T] | None:
         """1 for a real token, 0 for padding; None if all are real."""
         return None if self.mask is None else self.mask.to(self.scores.dtype)
 
 
 class Sums(NamedTuple):
-    """Additive statistics of a batch: those of a concatenation are the sums of the parts'.
+    """Additive statistics: the sums of a concatenation are the sums of the parts' sums.
 
     Attributes:
         scores: Σ_t p_t (E,).
@@ -65,41 +67,40 @@ class Sums(NamedTuple):
         extra: further additive tensors that one method needs, for example a histogram.
     """
 
-    scores: Float[Tensor, "E"]
-    counts: Float[Tensor, "E"]
+    scores: Float[Tensor, E]
+    counts: Float[Tensor, E]
     tokens: Float[Tensor, ""]
     extra: tuple[Tensor, ...] = ()
 
     @property
-    def soft_load(self) -> Float[Tensor, "E"]:
+    def soft_load(self) -> Float[Tensor, E]:
         """p̄, the mean score; zeros if no token was seen."""
-        # clamp: an empty batch has sums 0 and shall have mean 0, not 0/0.
+        # clamp: an empty batch has sums 0 and mean 0, not 0/0.
         return self.scores / self.tokens.clamp(min=1)
 
     @property
-    def hard_load(self) -> Float[Tensor, "E"]:
+    def hard_load(self) -> Float[Tensor, E]:
         """f, the fraction of assignments per expert; zeros if no token was seen."""
         return self.counts / self.counts.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 class Batch(NamedTuple):
-    """One batch and its place in the optimizer step it belongs to.
+    """One micro-batch and its place in the optimizer step.
 
     Attributes:
-        routing: what the router did with this batch; None to a method that says it reads the sums
-            alone (`Method.from_sums`).
-        sums: this batch's sums.
-        step: sums of the step so far, this batch included; for methods whose `coupling` is "step",
-            to others this batch's own.
-        share: this batch's share of the tokens of its step, in (0, 1]; for methods whose `coupling`
-            is "batch" or "step", to others 1.
-        known: number of its tokens where the host knows it, since none is padding; at least 1.
+        routing: what the router did; None for a method whose traits say `from_sums`.
+        sums: of this batch.
+        step: sums of the step so far, with this batch, for a method whose coupling is "step"; for
+            others this batch's own.
+        fraction: this batch's part of the step's tokens, in (0, 1], for a method whose coupling is
+            "batch" or "step"; for others 1.
+        known: number of real tokens if the host knows it, at least 1.
     """
 
     routing: Routing
     sums: Sums
     step: Sums
-    share: float | Tensor = 1.0
+    fraction: float | Tensor = 1.0
     known: int | None = None
 
     @property
@@ -108,12 +109,12 @@ class Batch(NamedTuple):
         return self.sums.tokens.clamp(min=1) if self.known is None else self.known
 
     @property
-    def soft_load(self) -> Float[Tensor, "E"]:
+    def soft_load(self) -> Float[Tensor, E]:
         """p̄ of this batch."""
         return self.sums.scores / self.tokens
 
     @property
-    def hard_load(self) -> Float[Tensor, "E"]:
+    def hard_load(self) -> Float[Tensor, E]:
         """f of this batch."""
         return self.sums.hard_load
 
@@ -123,7 +124,7 @@ def route(
     experts: Int[Tensor, "T K"],
     gate: Gate,
     *,
-    mask: Bool[Tensor, "T"] | None = None,
+    mask: Bool[Tensor, T] | None = None,
     sequences: int = 1,
 ) -> Routing:
     """Describe what a router did, given its logits and its choice.
@@ -137,29 +138,69 @@ def route(
 
 
 def measure(routing: Routing, extra: Sequence[Tensor] = ()) -> Sums:
-    """Sum what one batch did: scores, assignment counts and tokens, padding left out."""
-    found = add_up(routing.scores, routing.experts, routing.mask)
-    return found._replace(extra=tuple(extra))
+    """Sum what one batch did, without padding and without gradient.
+
+    Args:
+        routing: the batch.
+        extra: further sums of a method, kept as they are.
+    """
+    real = real_rows(routing.scores.detach(), routing.mask)
+    packed = count(real, None, routing.experts, routing.mask)
+    return split(packed, routing.num_experts)._replace(extra=tuple(extra))
 
 
-def add_up(
-    scores: Float[Tensor, "T E"], experts: Int[Tensor, "T K"], mask: Bool[Tensor, "T"] | None
-) -> Sums:
-    """Σ_t p_t, the counts of the choice and the number of tokens, over real tokens."""
-    if mask is None:
-        tokens = scores.new_full((), float(scores.shape[0]))
-        # A constant 1 is expanded rather than allocated: (T·K,) of stride 0.
-        ones = scores.new_ones(()).expand(experts.numel())
+def count(
+    real: Float[Tensor, "T E"],
+    row_scale: Float[Tensor, T] | None,
+    experts: Int[Tensor, "T K"],
+    mask: Bool[Tensor, T] | None,
+) -> Float[Tensor, 2 * E + 2]:
+    """Count a batch: (Σ_t p_t, counts, tokens, 1) laid end to end, the 1 for the batch itself.
+
+    Args:
+        real: (T, E) affinities, 0 in padded rows.
+        row_scale: (T,) turns affinities into scores; None if they are scores already.
+        experts: (T, K), the choice.
+        mask: (T,) True for real tokens, or None.
+    """
+    rows, num_experts = real.shape
+    packed = real.new_zeros(2 * num_experts + 2)
+    scores, counts, tokens, one = torch.split(packed, [num_experts, num_experts, 1, 1])
+    one.fill_(1)
+    # Each sum is written where it lies. Scores need not be formed: Σ_t a_t / S_t is a product.
+    if row_scale is None:
+        torch.sum(real, dim=0, out=scores)
     else:
-        tokens = mask.sum().to(scores.dtype)
-        ones = mask.to(scores.dtype).unsqueeze(-1).expand_as(experts).reshape(-1)
-    total = real_rows(scores, mask).sum(dim=0)
-    counts = torch.zeros_like(total).scatter_add(0, experts.reshape(-1), ones)
-    return Sums(total, counts, tokens)
+        torch.mv(real.t(), row_scale, out=scores)
+    # A single 1 is expanded, not allocated for every choice: (T·K,) of stride 0.
+    ones = one.expand(experts.numel())
+    if mask is None:
+        tokens.fill_(rows)
+    else:
+        tokens.copy_(mask.sum())
+        ones = mask.to(real.dtype).unsqueeze(-1).expand_as(experts).reshape(-1)
+    counts.scatter_add_(0, experts.reshape(-1), ones)
+    return packed
 
 
-def real_rows(values: Float[Tensor, "T *more"], mask: Bool[Tensor, "T"] | None) -> Tensor:
+def split(packed: Float[Tensor, "*rows sums"], num_experts: int) -> Sums:
+    """The sums that `count` laid end to end, of one layer or a row each, as views."""
+    sizes = [num_experts, num_experts, 1, packed.shape[-1] - 2 * num_experts - 1]
+    scores, counts, tokens, _ = torch.split(packed, sizes, dim=-1)
+    return Sums(scores, counts, tokens.squeeze(-1))
+
+
+def real_rows(values: Float[Tensor, T * more], mask: Bool[Tensor, T] | None) -> Tensor:
     """Values with padded rows set to 0, whatever they held: 0 · NaN would be NaN."""
     if mask is None:
         return values
     return torch.where(mask.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
+
+
+def as_number(tensor: Tensor) -> Any:
+    """A number, or a list of a few, if reading it waits for no device; else the tensor.
+
+    On a processor arithmetic on numbers is free, where every operation on a tensor is a kernel.
+    """
+    here = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.tolist() if here else tensor

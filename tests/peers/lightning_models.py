@@ -29,7 +29,7 @@ class FixedPrice(mb.Method):
 
     strength: float
 
-    def charged(self, state: Any, batch: mb.routing.Batch) -> Tensor:
+    def loss_price(self, state: Any, batch: mb.routing.Batch) -> Tensor:
         return self.strength * torch.linspace(-1, 1, batch.routing.num_experts)
 
 

@@ -195,7 +195,7 @@ def test_every_method_is_what_it_is_in_a_router_of_our_own(name, gate):
             (0 * weights.sum()).backward()
         torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-7)
         reference.step()
-    assert bool(weight.grad.any()) == method.charges
+    assert bool(weight.grad.any()) == method.traits.charges
     (layer,) = balancing.layers.values()
     for key, tensor in router.state_dict().items():
         torch.testing.assert_close(layer.state_dict()[key], tensor, msg=key)
@@ -219,7 +219,7 @@ def test_per_token_loss_makes_the_term_a_mean_over_the_steps_real_tokens():
     model, balancing = balanced(PHI, num_layers=1, calculate_per_token_loss=True)
     run_step(model, micro_batches(seed=7))
     (layer,) = balancing.layers.values()
-    price = EXPERTS * PHI.charged(layer.state, None)
+    price = EXPERTS * PHI.loss_price(layer.state, None)
     batches = micro_batches(padded=True)
     assert batches[0].tokens != batches[1].tokens
     weight = model.module.layers[0].router.weight.detach().clone().requires_grad_()

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance import metrics
+from moebalance.core.autograd import follow
 from moebalance.core.distributed import Group
-from moebalance.core.inject import follow
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import FORMAT, check_fit, method_name
 from moebalance.core.step import Ledger
@@ -157,7 +157,7 @@ class Balancing:
             first step.
         """
         sums = [layer.last_sums for layer in self.layers.values()]
-        found = summary(sums, self.method.aim)
+        found = summary(sums, self.method.traits.aim)
         if not found:
             return {}
         prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
@@ -199,7 +199,7 @@ class Balancing:
         if None in seen.values():
             raise RuntimeError("Nothing was counted in evaluation: call watch() before it.")
         self.watch()
-        return summary(list(seen.values()), self.method.aim), _loads(seen)
+        return summary(list(seen.values()), self.method.traits.aim), _loads(seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: format, method, steps and each layer's tensors."""

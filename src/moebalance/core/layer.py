@@ -1,20 +1,21 @@
-"""One MoE layer's balancing state: the only stateful class, and the router made from it.
+"""State and running sums of one MoE layer: the only stateful class.
 
 State is float32 whatever the model's dtype, and persistent. The running sums of a step are plain
 tensors, not buffers: DistributedDataParallel broadcasts rank 0's buffers, which would overwrite
-what the other ranks have counted.
+the counts of the other ranks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moebalance.core.inject import inject
-from moebalance.core.tally import Tally, pack, packed_size, unpack
+from moebalance.core.autograd import Pass, Tally, tie
+from moebalance.core.packing import pack, packed_size, unpack
 from moebalance.gates import Gate, Softmax
-from moebalance.methods.base import Method, State
+from moebalance.methods.base import Method, State, observe
 from moebalance.methods.lineage import Lineage, inherit
 from moebalance.routing import Sums, measure, route
 
@@ -28,8 +29,12 @@ class LayerBalance(nn.Module):
         method: the method.
         num_experts: E.
         gate: how this layer's scores come from its logits.
-        fused: whether to run as one kernel each way where that can be (`kernels.supported`).
+        fused: whether to use the fused kernels if they can run (`kernels.supported`).
         name: what errors and logs call this layer.
+
+    Raises:
+        TypeError: no method, no gate, or a method whose traits contradict its sums.
+        ValueError: fewer than two experts, or a method for another number of experts.
     """
 
     def __init__(
@@ -44,18 +49,18 @@ class LayerBalance(nn.Module):
         super().__init__()
         if not isinstance(method, Method):
             raise TypeError(
-                f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3)."
+                f"method={method!r}: must be a Method, for example PhiBalancing(strength=1e-3)."
             )
         if not isinstance(gate, Gate):
-            raise TypeError(f"gate={gate!r}: must be a Gate such as Softmax() or Sigmoid().")
-        if method.from_sums and method.extra_shapes(num_experts):
+            raise TypeError(f"gate={gate!r}: must be a Gate, for example Softmax() or Sigmoid().")
+        if method.traits.from_sums and method.extra_shapes(num_experts):
             raise TypeError(
-                f"{method!r} is `from_sums`, which are scores, counts and tokens alone, and has "
-                "sums of its own (`extra_shapes`): leave one of the two."
+                f"{method!r} says `from_sums` (scores, counts and tokens alone) and has sums of "
+                "its own (`extra_shapes`): keep one of the two."
             )
         if num_experts < 2:
             raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
-        self.method, self.num_experts = method, num_experts
+        self.method, self.traits, self.num_experts = method, method.traits, num_experts
         self.gate, self.fused, self.name = gate, fused, name
         self.last_step: Tensor
         self.last_total: Tensor | None
@@ -78,18 +83,18 @@ class LayerBalance(nn.Module):
     @property
     def price(self) -> Float[Tensor, "E"] | None:
         """The selection price in force, or None."""
-        return self.method.price(self.state)
+        return self.method.selection_price(self.state)
 
     def preference(
         self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
     ) -> Float[Tensor, "T E"] | None:
-        """What top-k shall rank in place of the affinities; None to leave the choice alone."""
+        """Scores (T, E) for top-k to rank instead of the affinities, or None."""
         with torch.no_grad():
             return self.method.preference(
                 self.state, self.gate, logits.detach(), mask=mask, training=training
             )
 
-    def inject(
+    def tie(
         self,
         carrier: Tensor,
         logits: Float[Tensor, "T E"],
@@ -99,31 +104,32 @@ class LayerBalance(nn.Module):
         sequences: int = 1,
         weight: Float[Tensor, ""] | None = None,
     ) -> Tensor:
-        """Tie this batch's counting and charge to the backward pass of `carrier`; see `inject`."""
+        """Tie this batch's counting and charge to the backward pass of `carrier`.
+
+        Args:
+            carrier: a differentiable output of the router that the loss depends on.
+            logits: (T, E), which receive the gradient of the penalty.
+            experts: (T, K), the choice.
+            mask: (T,) True for real tokens, or None.
+            sequences: number of equally long sequences in which the tokens lie.
+            weight: this batch's weight in the mean over its step; None for 1.
+
+        Returns:
+            `carrier`, unchanged.
+        """
         if not (carrier.requires_grad or logits.requires_grad):
             # Nothing below is trained, so no backward will come by. A recomputation for activation
             # checkpointing runs inside of a backward, and is not a second batch.
             if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
                 with torch.no_grad():
                     routing = route(logits, experts, self.gate, mask=mask, sequences=sequences)
-                    self.count(self.method.observe(self.state, routing))
+                    self.count(observe(self.method, self.state, routing))
             return carrier
-        return inject(
-            carrier,
-            logits=logits,
-            experts=experts,
-            mask=mask,
-            sequences=sequences,
-            weight=weight,
-            method=self.method,
-            gate=self.gate,
-            state=self.state,
-            tally=Tally(self.running, self.last_step, self.loss_scale),
-            fused=self.fused,
-        )
+        how = self._pass(sequences=sequences)
+        return tie(carrier, how, logits=logits, experts=experts, mask=mask, weight=weight)
 
     def count(self, sums: Sums) -> None:
-        """Add a batch's sums to the running step by hand, for loops that inject nothing."""
+        """Add a batch's sums to the running step by hand."""
         self.running.add_(pack(sums))
 
     @torch.no_grad()
@@ -134,7 +140,7 @@ class LayerBalance(nn.Module):
         *,
         mask: Bool[Tensor, "T"] | None = None,
     ) -> None:
-        """Count a batch that is not trained on, if anyone watches; the state never hears of it."""
+        """Count an evaluation batch if monitoring is on. Balancing state does not change."""
         if self.watched is not None:
             new = measure(route(logits, experts, self.gate, mask=mask))
             old = self.watched
@@ -143,7 +149,7 @@ class LayerBalance(nn.Module):
             )
 
     def start_watching(self) -> None:
-        """Begin to count batches that are not trained on, from zero."""
+        """Start to count evaluation batches, from zero."""
         zeros = torch.zeros(self.num_experts, device=self.running.device)
         self.watched = Sums(zeros, zeros, zeros.new_zeros(()))
 
@@ -166,11 +172,11 @@ class LayerBalance(nn.Module):
 
     @torch.no_grad()
     def inherit(self, saved: Mapping[str, Tensor], lineage: Lineage) -> None:
-        """Take up the state of a layer whose experts were others.
+        """Take over the state of a layer with other experts.
 
         Args:
-            saved: that layer's `state_dict`.
-            lineage: the parents of this layer's experts among that one's.
+            saved: the `state_dict` of the other layer.
+            lineage: the parents of this layer's experts among the other's.
         """
         old = _refill(self._template, iter([saved[name] for name in self._state_names]))
         self._write(inherit(old, lineage, self.gate))
@@ -195,6 +201,10 @@ class LayerBalance(nn.Module):
         self.running = torch.zeros(size, dtype=torch.float32)
         self.loss_scale = torch.ones((), dtype=torch.float32)
         self.last_total = None
+
+    def _pass(self, **more: Any) -> Pass:
+        tally = Tally(self.running, self.last_step, self.loss_scale)
+        return Pass(self.method, self.traits, self.gate, self.state, tally, self.fused, **more)
 
     def _write(self, state: State) -> None:
         for name, (_, tensor) in zip(self._state_names, _leaves(state), strict=True):
@@ -253,20 +263,17 @@ def commit_rows(
 
 
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Name the tensors of a (nested) NamedTuple in order."""
-    for field in getattr(state, "_fields", ()):
-        value = getattr(state, field)
-        if isinstance(value, Tensor):
-            yield prefix + field, value
-        else:
-            yield from _leaves(value, f"{prefix}{field}_")
+    """Name the tensors of a nested tuple or NamedTuple, in order."""
+    if isinstance(state, Tensor):
+        yield prefix.removesuffix("_"), state
+        return
+    for field, value in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
+        yield from _leaves(value, f"{prefix}{field}_")
 
 
 def _refill(template: State, tensors: Iterator[Tensor | None]) -> State:
     """Put tensors, in `_leaves` order, into the shape of `template`."""
     if isinstance(template, Tensor):
         return next(tensors)
-    fields = getattr(template, "_fields", ())
-    if not fields:
-        return ()
-    return type(template)(*[_refill(getattr(template, field), tensors) for field in fields])
+    parts = [_refill(part, tensors) for part in template]
+    return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)

@@ -13,8 +13,8 @@ from moebalance.methods.lineage import Lineage
 
 logger = logging.getLogger("moebalance")
 
-FORMAT = 2
-"""Version of the layout of `Balancing.state_dict`; 2 keeps means divided by their weight."""
+FORMAT = 3
+"""Version of the layout of `Balancing.state_dict`; 3 numbers the parts of `Together`."""
 
 _COUNTS = "last_step"
 """The one tensor of a layer that has nothing to do with its experts."""
@@ -126,7 +126,12 @@ def bare_name(model: nn.Module, name: str) -> str:
 
 
 def method_name(method: Method) -> str:
-    """Class names of a method and its parts: `PhiBalancing`, `Together(PhiBalancing, LossFree)`."""
-    parts = [value for value in vars(method).values() if isinstance(value, Method)]
+    """Class names of a method and its parts: `Together(PhiBalancing, LossFree)`."""
+    parts = [part for value in vars(method).values() for part in _methods(value)]
     inner = ", ".join(method_name(part) for part in parts)
     return f"{type(method).__name__}({inner})" if parts else type(method).__name__
+
+
+def _methods(value: Any) -> list[Method]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [one for one in values if isinstance(one, Method)]

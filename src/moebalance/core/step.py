@@ -16,7 +16,7 @@ from torch import Tensor
 from moebalance.core import distributed
 from moebalance.core.distributed import Group, Reduction, sharing, start_sum
 from moebalance.core.layer import LayerBalance, commit_rows
-from moebalance.core.tally import shared_part
+from moebalance.core.packing import shared_part
 from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")

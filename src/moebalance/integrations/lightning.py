@@ -119,7 +119,7 @@ class BalanceCallback(Callback):  # type: ignore[misc]
         # By name: one module class may come as lightning.pytorch's and as pytorch_lightning's.
         stock = type(pl_module).backward.__qualname__ == "LightningModule.backward"
         self._trainer_scales = pl_module.automatic_optimization and stock
-        if not self._trainer_scales and self.balancing.method.charges:
+        if not self._trainer_scales and self.balancing.method.traits.charges:
             # Unless the loss is followed the term is NaN: seen before the optimizer takes it.
             self.balancing.set_loss_scale(float("nan"))
         self.balancing.discard()
@@ -153,7 +153,7 @@ class BalanceCallback(Callback):  # type: ignore[misc]
         # A step whose training_step returned None is the optimizer's alone.
         if optimizer is not self._steps_on or not self._backward_ran:
             return
-        if not self._trainer_scales and self.balancing.method.charges:
+        if not self._trainer_scales and self.balancing.method.traits.charges:
             layer = next(iter(self.balancing.layers.values()))
             if bool(layer.loss_scale.isnan()):
                 raise RuntimeError(

@@ -13,7 +13,7 @@ programs.py, attached_programs.py, price_program.py, launch.py
 
 from moebalance.kernels.attached import count, pull
 from moebalance.kernels.plain import Chosen
-from moebalance.kernels.price import charge, forms
+from moebalance.kernels.price import charge, forms, mean_price
 from moebalance.kernels.router import choose, pull_back
 from moebalance.kernels.tiling import supported
 
@@ -23,6 +23,7 @@ __all__ = [
     "choose",
     "count",
     "forms",
+    "mean_price",
     "pull",
     "pull_back",
     "supported",

@@ -4,7 +4,8 @@
     pull    z, charge q → ∂/∂z of ⟨q, Σ_t p_t⟩
 
 Between them the batch's price is formed. Each pass reads the logits once, and the second writes
-their gradient: three times the logits' bytes in all. Their plain form is `tally.count_and_charge`.
+their gradient: three times the logits' bytes in all. Their plain form is
+`core.autograd._from_affinities`.
 Sums are deterministic, as those of `router.choose` are.
 """
 

@@ -60,6 +60,18 @@ def choose(
     return Chosen(weights.to(logits.dtype), experts, _normaliser(logits, gate), packed)
 
 
+def pull(
+    logits: Float[Tensor, "T E"],
+    gate: Gate,
+    charge: Float[Tensor, "E"],
+    *,
+    mask: Bool[Tensor, "T"] | None = None,
+) -> Float[Tensor, "T E"]:
+    """Gradient of the logits of a charge on their scores; see `attached.pull`."""
+    real = real_rows(gate.affinities(logits), mask)
+    return gate.backward(gate.price_gradient(charge, real, gate.row_scale(real)), real)
+
+
 def ranking(
     logits: Float[Tensor, "T E"],
     gate: Gate,

@@ -7,7 +7,8 @@ kernel of microseconds for each operation on a vector of E numbers, a dozen and 
 passes of some tens of microseconds; here it is one, as counting alone would be.
 """
 
-from typing import TypeGuard
+from functools import singledispatch
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,75 @@ from torch import Tensor
 
 from moebalance.kernels.launch import launch
 from moebalance.kernels.tiling import next_power
-from moebalance.methods.base import MeanPrice
-from moebalance.potentials import Euclidean, NegativeEntropy
+from moebalance.methods import Method, PhiBalancing, Together
+from moebalance.methods.ema import Ema
+from moebalance.methods.scaled import Scaled
+from moebalance.potentials import Euclidean, NegativeEntropy, Potential
+
+
+class MeanPrice(NamedTuple):
+    """A price α λ (∇φ(m) − ⟨m, ∇φ(m)⟩) as data, for a program that forms it in one go.
+
+    Attributes:
+        potential: φ.
+        mean: m (E,), the average over finished steps.
+        weight: (), its accumulated weight; see `methods.ema.Ema`.
+        hard: whether m averages the hard load instead of the mean scores.
+        peek: whether m includes the batch that is charged.
+        strength: α.
+        rate: η per step; None for a memory in tokens.
+        memory_tokens: M instead of a rate.
+        multiplier: λ (); None for 1.
+    """
+
+    potential: Potential
+    mean: Float[Tensor, "E"]
+    weight: Float[Tensor, ""]
+    hard: bool
+    peek: bool
+    strength: float
+    rate: float | None
+    memory_tokens: float | None = None
+    multiplier: Float[Tensor, ""] | None = None
+
+
+@singledispatch
+def mean_price(method: Method, state: Any) -> MeanPrice | None:
+    """The price that `method.loss_price` forms, as data; None if it has no such form."""
+    return None
+
+
+@mean_price.register
+def _(method: PhiBalancing, state: Any) -> MeanPrice | None:
+    if type(method).loss_price is not PhiBalancing.loss_price or not isinstance(state, Ema):
+        return None  # a subclass charges otherwise, or the rate adapts
+    assert not isinstance(method.rate, str)
+    return MeanPrice(
+        method.potential,
+        state.mean,
+        state.weight,
+        hard=method.load == "hard",
+        peek=method.peek,
+        strength=method.strength,
+        rate=method.rate,
+        memory_tokens=method.memory_tokens,
+    )
+
+
+@mean_price.register
+def _(method: Scaled, state: Any) -> MeanPrice | None:
+    price = mean_price(method.method, state.inner)
+    if price is None or type(method).loss_price is not Scaled.loss_price:
+        return None
+    own = method.multiplier(state)
+    return price._replace(multiplier=own if price.multiplier is None else price.multiplier * own)
+
+
+@mean_price.register
+def _(method: Together, state: Any) -> MeanPrice | None:
+    parts = zip(method.methods, state, strict=True)
+    charging = [(part, own) for part, own in parts if part.traits.charges]
+    return mean_price(*charging[0]) if len(charging) == 1 else None
 
 
 def forms(price: MeanPrice | None) -> TypeGuard[MeanPrice]:

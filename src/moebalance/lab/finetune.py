@@ -175,7 +175,7 @@ def _priced_selection(path: Path) -> bool:
     with safe_open(path, framework="pt") as file:
         method = json.loads(file.metadata()["moebalance"])["method"]
     kinds = method_classes().values()
-    return any(kind().prices_selection for kind in kinds if kind.__name__ in method)
+    return any(kind().traits.has_selection_price for kind in kinds if kind.__name__ in method)
 
 
 def _adapt(model: PreTrainedModel, spec: LoraSpec) -> PreTrainedModel:

@@ -328,7 +328,7 @@ def refuse_frozen(method: "Method", lora: LoraSpec | None) -> None:
     Raises:
         ValueError: says which key to change.
     """
-    if lora is not None and not lora.train_router and method.charges:
+    if lora is not None and not lora.train_router and method.traits.charges:
         raise ValueError(
             f"{method!r} works through the gradient of the router, and [lora] train_router = "
             "false leaves every router frozen. Set it to true, or use a selection-lever method "

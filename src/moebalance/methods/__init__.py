@@ -1,6 +1,6 @@
 """The methods, one file each, behind the one interface of `base.py`."""
 
-from moebalance.methods.base import Method, charge
+from moebalance.methods.base import Method, Traits, charge, observe
 from moebalance.methods.ema_switch import EmaSwitchLoss
 from moebalance.methods.global_batch import GlobalBatchLoss
 from moebalance.methods.goals import EntropyDeficit, Gini, Goal, MaxVio, RankVio
@@ -12,12 +12,14 @@ from moebalance.methods.quantile import QuantileBalancing
 from moebalance.methods.scheduled import Scheduled
 from moebalance.methods.sequence import SequenceLoss
 from moebalance.methods.sinkhorn import Sinkhorn
+from moebalance.methods.smebu import SMEBU
 from moebalance.methods.switch import SwitchLoss
 from moebalance.methods.targeted import Targeted
 from moebalance.methods.together import Together
 from moebalance.methods.z_loss import ZLoss
 
 __all__ = [
+    "SMEBU",
     "EmaSwitchLoss",
     "EntropyDeficit",
     "Gini",
@@ -37,6 +39,8 @@ __all__ = [
     "SwitchLoss",
     "Targeted",
     "Together",
+    "Traits",
     "ZLoss",
     "charge",
+    "observe",
 ]

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import read
 from moebalance.methods.lineage import Lineage
+from moebalance.routing import as_number
 
 
 class Ema(NamedTuple):
@@ -40,7 +40,7 @@ class Ema(NamedTuple):
 
     def peek(self, value: Float[Tensor, "E"], rate: float | Tensor) -> Float[Tensor, "E"]:
         """The mean of `toward`, in as few kernels as can be."""
-        weight = read(self.weight)
+        weight = as_number(self.weight)
         gain = rate / (weight + rate * (1 - weight))
         return torch.lerp(self.mean, value.to(self.mean.dtype), gain)
 

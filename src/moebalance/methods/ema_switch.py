@@ -8,12 +8,11 @@ potential or the memory does the work.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Method, check_positive
+from moebalance.methods.base import Method, Traits, check_positive
 from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_rate
 from moebalance.proportions import (
     Proportions,
@@ -48,19 +47,11 @@ class EmaSwitchLoss(Method):
         settle_proportions(self)
 
     @property
-    def from_sums(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The hard load."""
-        return frozenset({"counts"})
-
-    @property
-    def coupling(self) -> Literal["batch"]:
+    def traits(self) -> Traits:
         """Each batch's load is part of its own price."""
-        return "batch"
+        return super().traits._replace(
+            from_sums=True, coupling="batch", shared=frozenset({"counts"})
+        )
 
     def readings(self, state: Memory) -> dict[str, Float[Tensor, ""]]:
         """The rate, where it adapts."""
@@ -75,7 +66,7 @@ class EmaSwitchLoss(Method):
         """m ← (1 − η) m + η f, once per optimizer step."""
         return remember(self, state, sums.hard_load, sums.tokens)
 
-    def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
+    def loss_price(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
         """α m, per share, with m as of this batch."""
         return self.strength * per_proportion(
             peek(self, state, batch.hard_load, batch), self.proportions

@@ -7,12 +7,11 @@ f^step summed over the micro-batches of the step seen so far. Source: Qiu et al.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Method, State, check_positive
+from moebalance.methods.base import Method, State, Traits, check_positive
 from moebalance.proportions import Proportions, per_proportion, settle_proportions
 from moebalance.routing import Batch
 
@@ -36,15 +35,10 @@ class GlobalBatchLoss(Method):
         settle_proportions(self)
 
     @property
-    def from_sums(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def coupling(self) -> Literal["step"]:
+    def traits(self) -> Traits:
         """A batch sees the step so far, within its process."""
-        return "step"
+        return super().traits._replace(from_sums=True, coupling="step")
 
-    def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of the step so far, per share."""
         return self.strength * per_proportion(batch.step.hard_load, self.proportions)

@@ -92,11 +92,11 @@ def readings(memory: Memory) -> dict[str, Float[Tensor, ""]]:
 def batch_rate(method: Remembers, memory: Memory, batch: Batch) -> float | Tensor:
     """η of one batch of a step, for a method that looks at it before the step is over."""
     if isinstance(memory, Adaptive):
-        return memory.rate * batch.share
+        return memory.rate * batch.fraction
     if method.memory_tokens is not None:
         return _step_rate(method, batch.sums.tokens)
     assert isinstance(method.rate, float | int)
-    return method.rate * batch.share
+    return method.rate * batch.fraction
 
 
 def _step_rate(method: Remembers, tokens: Float[Tensor, ""]) -> Tensor:

@@ -19,11 +19,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import MeanPrice, Method, check_positive
-from moebalance.methods.ema import Ema
+from moebalance.methods.base import Method, Traits, check_positive
 from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_rate
 from moebalance.potentials import NegativeEntropy, Potential
-from moebalance.proportions import Proportions
 from moebalance.routing import Batch, Sums
 
 
@@ -76,40 +74,13 @@ class PhiBalancing(Method):
             )
 
     @property
-    def from_sums(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def aim(self) -> Proportions | None:
-        """The potential's."""
-        return self.potential.aim
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The sums of its statistic."""
-        return frozenset({"scores" if self.load == "soft" else "counts"})
-
-    @property
-    def coupling(self) -> Literal["token", "batch"]:
-        """With the peek, each batch is part of its own price."""
-        return "batch" if self.peek else "token"
-
-    def mean_price(self, state: Memory) -> MeanPrice | None:
-        """All of it, if the rate is not measured and no subclass charges otherwise."""
-        if isinstance(self.rate, str) or not isinstance(state, Ema):
-            return None
-        if type(self).charged is not PhiBalancing.charged:
-            return None
-        return MeanPrice(
-            self.potential,
-            state.mean,
-            state.weight,
-            hard=self.load == "hard",
-            peek=self.peek,
-            strength=self.strength,
-            rate=self.rate,
-            memory_tokens=self.memory_tokens,
+    def traits(self) -> Traits:
+        """With the peek each batch is part of its own price."""
+        return super().traits._replace(
+            from_sums=True,
+            shared=frozenset({"scores" if self.load == "soft" else "counts"}),
+            coupling="batch" if self.peek else "token",
+            aim=self.potential.aim,
         )
 
     def readings(self, state: Memory) -> dict[str, Float[Tensor, ""]]:
@@ -125,7 +96,7 @@ class PhiBalancing(Method):
         """m ← (1 − η) m + η p̄, once per optimizer step."""
         return remember(self, state, self._load(sums), sums.tokens)
 
-    def charged(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
+    def loss_price(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
         mean = state.mean
         if self.peek:

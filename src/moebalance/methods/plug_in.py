@@ -16,9 +16,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Method, State, check_positive
+from moebalance.methods.base import Method, State, Traits, check_positive
 from moebalance.potentials import NegativeEntropy, Potential
-from moebalance.proportions import Proportions
 from moebalance.routing import Batch, Sums
 
 
@@ -38,7 +37,7 @@ class PlugInLoss(Method):
     Raises:
         ValueError: strength, pseudo-count, statistic or window out of range.
 
-    >>> PlugInLoss(window="step").coupling
+    >>> PlugInLoss(window="step").traits.coupling
     'step'
     """
 
@@ -61,26 +60,16 @@ class PlugInLoss(Method):
             )
 
     @property
-    def from_sums(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def aim(self) -> Proportions | None:
-        """The potential's."""
-        return self.potential.aim
-
-    @property
-    def coupling(self) -> Literal["batch", "step"]:
+    def traits(self) -> Traits:
         """The load is that of the window."""
-        return self.window
+        return super().traits._replace(from_sums=True, coupling=self.window, aim=self.potential.aim)
 
     def init(self, num_experts: int) -> State:
         """Nothing to remember."""
         self.potential.check(num_experts)
         return ()
 
-    def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(l) − ⟨l, ∇φ(l)⟩), centred as the price of φ-balancing is."""
         load = self._load(batch.step if self.window == "step" else batch.sums)
         price = self.potential.grad(load)

@@ -16,19 +16,18 @@ fine near 0, where the quantiles lie, and coarse where nothing is decided.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Method, where_seen
-from moebalance.methods.loss_free import SelectionPrice
-from moebalance.proportions import Proportions, check_proportions, fractions, settle_proportions
+from moebalance.methods.base import Traits, where_seen
+from moebalance.methods.selection import Selecting, SelectionPrice
+from moebalance.proportions import Proportions, fractions, settle_proportions
 from moebalance.routing import Routing, Sums
 
 _REACH = 2.0
 
 
 @dataclass(frozen=True, repr=False)
-class QuantileBalancing(Method):
+class QuantileBalancing(Selecting):
     """Selection prices from quantiles of the last step, without a rate to tune.
 
     Args:
@@ -44,10 +43,10 @@ class QuantileBalancing(Method):
         if self.bins < 2:
             raise ValueError(f"bins={self.bins!r}: must be at least 2.")
 
-    def init(self, num_experts: int) -> SelectionPrice:
-        """Start with price 0 for all."""
-        check_proportions(self.proportions, num_experts)
-        return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
+    @property
+    def traits(self) -> Traits:
+        """The update reads the number of assignments and its histogram."""
+        return super().traits._replace(shared=frozenset({"counts"}))
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
         """One histogram (E, bins)."""
@@ -68,11 +67,6 @@ class QuantileBalancing(Method):
         filled = empty.scatter_add(0, cells.reshape(-1), ones.expand_as(cells).reshape(-1))
         return (filled.view(experts, self.bins),)
 
-    @property
-    def reads(self) -> frozenset[str]:
-        """The number of assignments."""
-        return frozenset({"counts"})
-
     def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
         """Read the quantiles, interpolating within a bin, and centre them."""
         histogram = sums.extra[0].flip(-1)  # from the largest margin down
@@ -91,14 +85,6 @@ class QuantileBalancing(Method):
         price = _expand(position).squeeze(-1)
         price = price - price.mean(dim=-1, keepdim=True)
         return SelectionPrice(where_seen(sums.tokens, price, state.price))
-
-    def price(self, state: SelectionPrice) -> Float[Tensor, "E"]:
-        """The price as it stands."""
-        return state.price
-
-    def adopt(self, state: SelectionPrice, price: Float[Tensor, "E"]) -> SelectionPrice:
-        """Go on from the model's own price."""
-        return SelectionPrice(price)
 
 
 def _compress(margin: Tensor) -> Tensor:

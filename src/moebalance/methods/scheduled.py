@@ -51,7 +51,7 @@ class Scheduled(Scaled):
 
     >>> from moebalance.methods.phi import PhiBalancing
     >>> method = Scheduled(PhiBalancing(), warmup_tokens=1000, relax_after=4000, relax_tokens=1000)
-    >>> [method.share(torch.tensor(n)).item() for n in (0.0, 500.0, 3000.0, 4500.0, 9000.0)]
+    >>> [method.factor(torch.tensor(n)).item() for n in (0.0, 500.0, 3000.0, 4500.0, 9000.0)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
 
@@ -92,15 +92,15 @@ class Scheduled(Scaled):
 
     def multiplier(self, state: Progress) -> Float[Tensor, ""]:
         """The part of the strength in force."""
-        return self.share(state.tokens)
+        return self.factor(state.tokens)
 
-    def share(self, tokens: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def factor(self, tokens: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The part of the strength in force after so many tokens."""
-        share = torch.ones_like(tokens)
+        factor = torch.ones_like(tokens)
         if self.warmup_tokens:
-            share = (tokens / self.warmup_tokens).clamp(max=1.0)
+            factor = (tokens / self.warmup_tokens).clamp(max=1.0)
         if self.relax_after is not None:
             # At once is over less than a token.
             fallen = (tokens - self.relax_after) / max(self.relax_tokens, 0.5)
-            share = share * (1 - (1 - self.floor) * fallen.clamp(0.0, 1.0))
-        return share
+            factor = factor * (1 - (1 - self.floor) * fallen.clamp(0.0, 1.0))
+        return factor

@@ -7,13 +7,12 @@ f^s and P^s taken over the tokens of sequence s, on normalised scores. Source: D
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Method, State, check_positive
+from moebalance.methods.base import Method, State, Traits, check_positive
 from moebalance.proportions import Proportions, per_proportion, settle_proportions
 from moebalance.routing import Batch
 
@@ -37,11 +36,11 @@ class SequenceLoss(Method):
         settle_proportions(self)
 
     @property
-    def coupling(self) -> Literal["sequence"]:
-        """Load and mean score of one sequence are multiplied, and each sequence counts the same."""
-        return "sequence"
+    def traits(self) -> Traits:
+        """Load and mean score of one sequence are multiplied."""
+        return super().traits._replace(coupling="sequence")
 
-    def charged(self, state: State, batch: Batch) -> Float[Tensor, "T E"]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "T E"]:
         """α f^s per token of sequence s, weighted so that every sequence counts the same."""
         routing = batch.routing
         tokens, experts, sequences = routing.scores.shape[0], routing.num_experts, routing.sequences

@@ -12,14 +12,13 @@ al., 2022, "S-BASE", arXiv 2202.01169 (routing).
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import Method, State, check_positive
+from moebalance.methods.base import Method, State, Traits, check_positive
 from moebalance.proportions import Proportions, fractions, settle_proportions
 
 
@@ -47,9 +46,9 @@ class Sinkhorn(Method):
             raise ValueError(f"iterations={self.iterations!r}: must be at least 1.")
 
     @property
-    def coupling(self) -> Literal["batch"]:
+    def traits(self) -> Traits:
         """The plan is made for one batch."""
-        return "batch"
+        return super().traits._replace(coupling="batch")
 
     def preference(
         self,

@@ -8,12 +8,11 @@ score; with shares ρ, f_e / (E ρ_e) in place of f_e, least where f = P = ρ. S
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Method, State, check_positive
+from moebalance.methods.base import Method, State, Traits, check_positive
 from moebalance.proportions import Proportions, per_proportion, settle_proportions
 from moebalance.routing import Batch
 
@@ -39,15 +38,10 @@ class SwitchLoss(Method):
         settle_proportions(self)
 
     @property
-    def from_sums(self) -> bool:
-        """Yes."""
-        return True
+    def traits(self) -> Traits:
+        """The batch's load and mean score are multiplied."""
+        return super().traits._replace(from_sums=True, coupling="batch")
 
-    @property
-    def coupling(self) -> Literal["batch"]:
-        """Load and mean score of one batch are multiplied."""
-        return "batch"
-
-    def charged(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of this batch, per share."""
         return self.strength * per_proportion(batch.sums.hard_load, self.proportions)

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import check_positive, check_rate, where_seen
+from moebalance.methods.base import Traits, check_positive, check_rate, where_seen
 from moebalance.methods.ema import Ema
 from moebalance.methods.goals import Goal
 from moebalance.methods.scaled import Scaled
@@ -73,7 +73,7 @@ class Targeted(Scaled):
 
     >>> from moebalance.methods.goals import MaxVio
     >>> from moebalance.methods.phi import PhiBalancing
-    >>> Targeted(PhiBalancing(load="hard"), MaxVio(0.3)).coupling
+    >>> Targeted(PhiBalancing(load="hard"), MaxVio(0.3)).traits.coupling
     'batch'
     """
 
@@ -89,8 +89,8 @@ class Targeted(Scaled):
                 f"Targeted({self.method!r}, {self.goal!r}): give a method and a goal, such as "
                 "Targeted(PhiBalancing(), MaxVio(0.3))."
             )
-        if self.goal.proportions is None and self.method.aim is not None:
-            object.__setattr__(self, "goal", replace(self.goal, proportions=self.method.aim))
+        if self.goal.proportions is None and self.method.traits.aim is not None:
+            object.__setattr__(self, "goal", replace(self.goal, proportions=self.method.traits.aim))
         check_positive("gain", self.gain, zero=False)
         check_positive("ceiling", self.ceiling, zero=False)
         if self.ceiling < 1:
@@ -99,6 +99,12 @@ class Targeted(Scaled):
                 "smaller strength."
             )
         check_rate("rate", self.rate)
+
+    @property
+    def traits(self) -> Traits:
+        """The method's own; the update reads the goal's load too."""
+        own = self.method.traits
+        return own._replace(shared=own.shared | {self.goal.reads})
 
     def init(self, num_experts: int) -> Steered:
         """λ starts at 1: the method's own strength."""
@@ -131,8 +137,3 @@ class Targeted(Scaled):
     def multiplier(self, state: Steered) -> Float[Tensor, ""]:
         """min(r, 1) λ, as a multiple of the method's strength; 0 at the lower end of λ."""
         return state.multiplier
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """What the method reads, and the goal's load."""
-        return self.method.reads | {self.goal.reads}

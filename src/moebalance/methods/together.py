@@ -1,176 +1,155 @@
-"""Two methods at once, each with its own state: prices add, penalties add.
+"""Several methods at once, each with its own state: prices add, penalties add.
 
 `Together(PhiBalancing(...), LossFree(...))` charges the expected soft distribution in the loss and
-settles the remaining hard imbalance at selection.
+settles the rest of the hard imbalance at selection.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import reduce
+from operator import add, or_
+from typing import Any, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import Coupling, MeanPrice, Method, more_coupled
-from moebalance.proportions import Proportions
+from moebalance.methods.base import Method, Traits, most_coupled
 from moebalance.routing import Batch, Routing, Sums
 
+T = TypeVar("T")
 
-class Both(NamedTuple):
-    """The states of the two methods."""
-
-    first: Any
-    second: Any
+States = tuple[Any, ...]
+"""One state for each method, in order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Together(Method):
-    """Composition of two methods; nest it for more.
+    """A composition of methods.
 
     Args:
-        first: any method.
-        second: any method. At most one of the two may choose experts.
+        methods: one or more. At most one may choose experts.
 
     Raises:
-        ValueError: if both change which experts are chosen.
+        TypeError: something else than a method.
+        ValueError: none given, or several change which experts are chosen.
 
-    >>> from moebalance.methods.loss_free import LossFree
-    >>> from moebalance.methods.phi import PhiBalancing
-    >>> both = Together(PhiBalancing(), LossFree())
-    >>> both.charges, both.selects
+    >>> from moebalance.methods import LossFree, PhiBalancing, ZLoss
+    >>> traits = Together(PhiBalancing(), ZLoss(), LossFree()).traits
+    >>> traits.charges, traits.selects
     (True, True)
     """
 
-    first: Method
-    second: Method
+    methods: tuple[Method, ...]
 
-    def __post_init__(self) -> None:
-        for part in (self.first, self.second):
+    def __init__(self, *methods: Method) -> None:
+        for part in methods:
             if not isinstance(part, Method):
-                raise TypeError(f"Together composes methods; got {part!r}.")
-        if self.first.selects and self.second.selects:
+                raise TypeError(f"Together({part!r}): give methods, such as PhiBalancing().")
+        if not methods:
+            raise ValueError("Together(): give one method or more.")
+        choosing = [part for part in methods if part.traits.selects]
+        if len(choosing) > 1:
             raise ValueError(
-                f"{self.first!r} and {self.second!r} both choose experts, and their prices would "
-                "work against each other: compose a loss-lever method with a selection-lever one."
+                f"{choosing[0]!r} and {choosing[1]!r} both choose experts, and their prices would "
+                "work against each other. Keep one of them; methods that charge the loss can be "
+                "added to it."
             )
+        object.__setattr__(self, "methods", methods)
 
-    def init(self, num_experts: int) -> Both:
-        """Start both."""
-        return Both(self.first.init(num_experts), self.second.init(num_experts))
+    def __repr__(self) -> str:
+        return f"Together({', '.join(map(repr, self.methods))})"
 
-    def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the first's extra sums, then of the second's."""
-        return (*self.first.extra_shapes(num_experts), *self.second.extra_shapes(num_experts))
-
-    def extra(self, state: Both, routing: Routing) -> tuple[Tensor, ...]:
-        """Extra sums of the first, then of the second."""
-        return (
-            *self.first.extra(state.first, routing),
-            *self.second.extra(state.second, routing),
+    @property
+    def traits(self) -> Traits:
+        """Charges or selects as one of the methods does; couples as the most coupled one."""
+        parts = [part.traits for part in self.methods]
+        return Traits(
+            charges=any(part.charges for part in parts),
+            selects=any(part.selects for part in parts),
+            has_selection_price=any(part.has_selection_price for part in parts),
+            from_sums=all(part.from_sums for part in parts),
+            shared=reduce(or_, (part.shared for part in parts)),
+            coupling=most_coupled([part.coupling for part in parts]),
+            aim=next((part.aim for part in parts if part.aim is not None), None),
         )
 
-    def update(self, state: Both, sums: Sums) -> Both:
-        """Advance both, each with its own extra sums."""
-        first, second = self._split(sums)
-        return Both(self.first.update(state.first, first), self.second.update(state.second, second))
+    def init(self, num_experts: int) -> States:
+        """Start each."""
+        return tuple(part.init(num_experts) for part in self.methods)
 
-    def price(self, state: Both) -> Float[Tensor, "E"] | None:
-        """The price of the one that has one."""
-        return _sum(self.first.price(state.first), self.second.price(state.second))
+    def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the first method's extra sums, then of the next one's."""
+        return tuple(shape for part in self.methods for shape in part.extra_shapes(num_experts))
 
-    def adopt(self, state: Both, price: Float[Tensor, "E"]) -> Both:
-        """Hand the price to both; who does not select ignores it."""
-        return Both(self.first.adopt(state.first, price), self.second.adopt(state.second, price))
+    def extra(self, state: States, routing: Routing) -> tuple[Tensor, ...]:
+        """The extra sums of the first method, then of the next one."""
+        return tuple(e for part, own in self._parts(state) for e in part.extra(own, routing))
+
+    def update(self, state: States, sums: Sums) -> States:
+        """Advance each, with its own extra sums."""
+        parts = zip(self._parts(state), self._own(sums), strict=True)
+        return tuple(part.update(own, own_sums) for (part, own), own_sums in parts)
+
+    def selection_price(self, state: States) -> Float[Tensor, "E"] | None:
+        """The price of the method that has one."""
+        return _total(part.selection_price(own) for part, own in self._parts(state))
+
+    def adopt(self, state: States, price: Float[Tensor, "E"]) -> States:
+        """Hand the price to each; a method without a selection price ignores it."""
+        return tuple(part.adopt(own, price) for part, own in self._parts(state))
 
     def preference(
         self,
-        state: Both,
+        state: States,
         gate: Gate,
         logits: Float[Tensor, "T E"],
         *,
         mask: Bool[Tensor, "T"] | None,
         training: bool,
     ) -> Float[Tensor, "T E"] | None:
-        """The preference of the one that has one."""
-        part, own = (
-            (self.second, state.second) if self.second.selects else (self.first, state.first)
-        )
-        return part.preference(own, gate, logits, mask=mask, training=training)
+        """The preference of the method that selects."""
+        for part, own in self._parts(state):
+            if part.traits.selects:
+                return part.preference(own, gate, logits, mask=mask, training=training)
+        return None
 
-    def charged(self, state: Both, batch: Batch) -> Float[Tensor, "*rows E"] | None:
-        """Sum of both charges."""
-        return _sum(*(p.charged(s, b) for p, s, b in self._parts(state, batch)))
+    def loss_price(self, state: States, batch: Batch) -> Float[Tensor, "*rows E"] | None:
+        """The sum of the prices."""
+        return _total(part.loss_price(own, its) for part, own, its in self._batches(state, batch))
 
-    def mean_price(self, state: Both) -> MeanPrice | None:
-        """That of the one that charges, if only one does."""
-        if self.first.charges and self.second.charges:
-            return None
-        if self.second.charges:
-            return self.second.mean_price(state.second)
-        return self.first.mean_price(state.first)
+    def penalty(self, state: States, batch: Batch) -> Float[Tensor, ""] | None:
+        """The sum of the penalties."""
+        return _total(part.penalty(own, its) for part, own, its in self._batches(state, batch))
 
-    def penalty(self, state: Both, batch: Batch) -> Float[Tensor, ""] | None:
-        """Sum of both penalties."""
-        return _sum(*(p.penalty(s, b) for p, s, b in self._parts(state, batch)))
-
-    def logit_gradient(
-        self, state: Both, batch: Batch, scale: float | Tensor = 1.0
+    def penalty_gradient(
+        self, state: States, batch: Batch, scale: float | Tensor = 1.0
     ) -> Float[Tensor, "T E"] | None:
-        """Sum of both gradients."""
-        return _sum(*(p.logit_gradient(s, b, scale) for p, s, b in self._parts(state, batch)))
+        """The sum of the gradients."""
+        parts = self._batches(state, batch)
+        return _total(part.penalty_gradient(own, its, scale) for part, own, its in parts)
 
-    def readings(self, state: Both) -> dict[str, Float[Tensor, ""]]:
-        """Those of the first, then of the second."""
-        return self.first.readings(state.first) | self.second.readings(state.second)
+    def readings(self, state: States) -> dict[str, Float[Tensor, ""]]:
+        """The readings of all."""
+        return reduce(or_, (part.readings(own) for part, own in self._parts(state)))
 
-    @property
-    def from_sums(self) -> bool:
-        """Whether both are."""
-        return self.first.from_sums and self.second.from_sums
+    def _parts(self, state: States) -> Iterator[tuple[Method, Any]]:
+        return zip(self.methods, state, strict=True)
 
-    @property
-    def charges(self) -> bool:
-        """Whether either works through the router's gradient."""
-        return self.first.charges or self.second.charges
+    def _batches(self, state: States, batch: Batch) -> Iterator[tuple[Method, Any, Batch]]:
+        every = zip(self._parts(state), self._own(batch.sums), self._own(batch.step), strict=True)
+        for (part, own), sums, step in every:
+            yield part, own, batch._replace(sums=sums, step=step)
 
-    @property
-    def prices_selection(self) -> bool:
-        """Whether either keeps a selection price."""
-        return self.first.prices_selection or self.second.prices_selection
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """What either reads."""
-        return self.first.reads | self.second.reads
-
-    @property
-    def coupling(self) -> Coupling:
-        """That of the one that couples more."""
-        return more_coupled(self.first.coupling, self.second.coupling)
-
-    @property
-    def aim(self) -> Proportions | None:
-        """That of the first, or else of the second."""
-        return self.first.aim or self.second.aim
-
-    @property
-    def selects(self) -> bool:
-        """Whether either changes which experts are chosen."""
-        return self.first.selects or self.second.selects
-
-    def _parts(self, state: Both, batch: Batch) -> tuple[tuple[Method, Any, Batch], ...]:
-        sums, step = self._split(batch.sums), self._split(batch.step)
-        return (
-            (self.first, state.first, batch._replace(sums=sums[0], step=step[0])),
-            (self.second, state.second, batch._replace(sums=sums[1], step=step[1])),
-        )
-
-    def _split(self, sums: Sums) -> tuple[Sums, Sums]:
-        cut = len(self.first.extra_shapes(sums.counts.shape[-1]))
-        return sums._replace(extra=sums.extra[:cut]), sums._replace(extra=sums.extra[cut:])
+    def _own(self, sums: Sums) -> Iterator[Sums]:
+        """The sums as each method knows them, with its own extra sums."""
+        rest, num_experts = sums.extra, sums.counts.shape[-1]
+        for part in self.methods:
+            cut = len(part.extra_shapes(num_experts))
+            yield sums._replace(extra=rest[:cut])
+            rest = rest[cut:]
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
+def _total(values: Iterable[T | None]) -> T | None:
+    given = [value for value in values if value is not None]
+    return reduce(add, given) if given else None

@@ -35,7 +35,7 @@ class ZLoss(Method):
         total = real_rows(squares, batch.routing.mask).sum()
         return self.strength * total / batch.routing.tokens.clamp(min=1)
 
-    def logit_gradient(
+    def penalty_gradient(
         self, state: State, batch: Batch, scale: float | Tensor = 1.0
     ) -> Float[Tensor, "T E"]:
         """2β · logsumexp(z_t) · softmax(z_t) per real token, over their number."""

@@ -11,7 +11,6 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import reduce
 from typing import Any
 
 from moebalance import methods as methods
@@ -36,7 +35,7 @@ def word(kind: type[Method]) -> str:
     >>> word(methods.GlobalBatchLoss), word(methods.NoBalancing), word(methods.ZLoss)
     ('global-batch', 'none', 'z-loss')
     """
-    parts = [part.lower() for part in re.findall(r"[A-Z][a-z]*", kind.__name__)]
+    parts = [part.lower() for part in re.findall(r"[A-Z]{3,}|[A-Z][a-z]*", kind.__name__)]
     if parts[-1] in ("balancing", "loss") and len("".join(parts[:-1])) > 1:
         parts.pop()
     return "none" if parts == ["no"] else "-".join(parts)
@@ -65,7 +64,8 @@ def build_method(name: str, options: Options | None = None) -> Method:
     Raises:
         ValueError: an unknown word or option, with the nearest one that exists.
 
-    >>> build_method("phi(rate=0.5)+loss-free", {"phi": {"strength": 0.01, "rate": 0.1}}).first.rate
+    >>> made = build_method("phi(rate=0.5)+loss-free", {"phi": {"strength": 0.01, "rate": 0.1}})
+    >>> made.methods[0].rate
     0.5
     """
     options = options or {}
@@ -73,7 +73,7 @@ def build_method(name: str, options: Options | None = None) -> Method:
     for part in split_outside_brackets(name, "+"):
         kind, own = _parse(part)
         parts.append(_build_one(kind, {**options.get(kind, {}), **own}))
-    return reduce(Together, parts)
+    return parts[0] if len(parts) == 1 else Together(*parts)
 
 
 def without_options(name: str) -> str:

@@ -86,9 +86,9 @@ def _tie(
     forward, stacks = _Forward(), _stacks(inner)
     for site in sites:
         layer = layers[site.name]
-        native = site.bias is not None and method.prices_selection
+        native = site.bias is not None and method.traits.has_selection_price
         number = _holder(stacks, site.router)
-        reselect = method.selects and not native
+        reselect = method.traits.selects and not native
         hook = RouterHook(layer, site, forward, stack=number, reselect=reselect)
         balancing.on_detach(site.router.register_forward_hook(hook.after_router).remove)
         if site.bias is not None and native:
@@ -96,7 +96,7 @@ def _tie(
             layer.adopt(-original.reshape(-1))
             balancing.on_step(partial(_publish_price, site, layer))
             balancing.on_detach(partial(_write_bias, site, original), restores_price=True)
-        elif method.prices_selection:
+        elif method.traits.has_selection_price:
             balancing.price_outside.add(site.name)
     balancing.on_detach(guard_saving(inner, balancing, sites))
     hooks = _ModelHooks(
@@ -194,7 +194,7 @@ class RouterHook:
                 experts = preference.topk(experts.shape[-1], dim=-1).indices
                 carrier = self.site.weigh(logits, experts).to(carrier.dtype)
         if training:
-            carrier = self.layer.inject(
+            carrier = self.layer.tie(
                 carrier,
                 logits,
                 experts,

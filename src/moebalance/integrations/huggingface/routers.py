@@ -138,14 +138,14 @@ def check_levers(site: Site, method: Method) -> None:
             f"{site.num_experts} columns shall have, those that compute nothing last: "
             "NegativeEntropy().relative_to(shares) in φ-balancing, proportions=… in other methods."
         )
-    native = method.prices_selection and site.bias is not None
-    if method.selects and not native and site.why_fixed:
+    native = method.traits.has_selection_price and site.bias is not None
+    if method.traits.selects and not native and site.why_fixed:
         raise ValueError(
             f"{method!r} chooses experts, but {site.name} ({type(site.router).__name__}) "
             f"{site.why_fixed} and has no selection bias for it: use a loss-lever method such "
             "as PhiBalancing."
         )
-    if method.charges and not site.trainable:
+    if method.traits.charges and not site.trainable:
         raise ValueError(
             f"{method!r} works through the gradient of the router, but {site.name} is frozen. "
             "Train it (with PEFT: modules_to_save or target_parameters), or use a selection-lever "
@@ -158,7 +158,7 @@ def _knows_shares(method: Method) -> bool:
     parts = [value for value in vars(method).values() if isinstance(value, Method)]
     if parts:
         return all(_knows_shares(part) for part in parts)
-    return method.aim is not None or isinstance(method, NoBalancing | ZLoss)
+    return method.traits.aim is not None or isinstance(method, NoBalancing | ZLoss)
 
 
 def _looks_like_router(module: nn.Module) -> bool:

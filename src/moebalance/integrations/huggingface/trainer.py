@@ -222,7 +222,7 @@ def _check_routers(balancing: Balancing, model: nn.Module) -> None:
             "trainer's model_init makes a new model: attach to what get_peft_model returned, or "
             "let the callback do it with BalanceCallback(PhiBalancing(…))."
         )
-    if not balancing.method.charges:
+    if not balancing.method.traits.charges:
         return
     for name, _ in tied:
         adapted = model.get_submodule(name.removesuffix(".base_layer"))

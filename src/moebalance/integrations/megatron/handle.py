@@ -55,7 +55,7 @@ def attach(model: nn.Module | list[nn.Module], *, step_by_hand: bool = False) ->
     for name, router in routers.items():
         router.check_stepped, router.on_reset = boundary.check, boundary.reset
         balancing.on_step(router.publish_price)
-        if method.prices_selection and router.expert_bias is None:
+        if method.traits.has_selection_price and router.expert_bias is None:
             balancing.price_outside.add(name)
     balancing.on_detach(boundary.remove)
     balancing.on_detach(lambda: _let_go(routers))
@@ -155,7 +155,7 @@ def _one_method(routers: dict[str, BalancedTopKRouter]) -> Any:
 def _check(name: str, router: BalancedTopKRouter) -> None:
     if router.check_stepped is not None:
         raise ValueError(f"{name} is attached already: detach() the first Balancing before.")
-    if router.balance.method.charges and not router.weight.requires_grad:
+    if router.balance.method.traits.charges and not router.weight.requires_grad:
         raise ValueError(
             f"{name} is frozen, and {router.balance.method!r} works through its gradient: "
             "unfreeze the router, or take a method that prices selection such as LossFree."

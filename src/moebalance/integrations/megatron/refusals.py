@@ -76,7 +76,7 @@ def _check_expert_bias(config: Any, method: Method) -> None:
             "balanced router. Set moe_router_bias_update_rate=0, and balance by LossFree(speed=…), "
             "alone or as Together(…, LossFree(speed=…)); without it the bias stays as loaded."
         )
-    if method.selects and not method.prices_selection:
+    if method.traits.selects and not method.traits.has_selection_price:
         raise ValueError(
             f"{method!r} chooses experts by itself and would ignore the expert bias: set "
             "moe_router_enable_expert_bias=False."
@@ -85,5 +85,5 @@ def _check_expert_bias(config: Any, method: Method) -> None:
 
 def _has(method: Method, kind: type[Method]) -> bool:
     if isinstance(method, Together):
-        return _has(method.first, kind) or _has(method.second, kind)
+        return any(_has(part, kind) for part in method.methods)
     return isinstance(method, kind)

@@ -146,7 +146,7 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
             # Megatron lays tokens out position by position, methods read sequence by sequence.
             logits, experts = _by_sequence(logits, layout), _by_sequence(experts, layout)
             real = None if real is None else _by_sequence(real, layout)
-        carried = self.balance.inject(
+        carried = self.balance.tie(
             weights, logits, experts, mask=real, sequences=layout[1], weight=factor
         )
         if carried.requires_grad:

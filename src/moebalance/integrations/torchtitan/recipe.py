@@ -51,7 +51,7 @@ def balanced(config: Any, method: Method) -> Any:
         )
     for name, layer, _, _ in layers:
         layer.router = _derived(name, layer.router, method)
-        if method.prices_selection and layer.load_balance_coeff is None:
+        if method.traits.has_selection_price and layer.load_balance_coeff is None:
             # The stock rule is switched off later; this only makes the layer have a bias.
             layer.load_balance_coeff = _HAS_BIAS
     spec.post_optimizer_build_fn = partial(
@@ -132,7 +132,11 @@ def _exporting(adapter: Any, method: Method) -> Any:
         def __init__(self, model_config: Any, hf_assets_path: str | None) -> None:
             super().__init__(model_config, hf_assets_path)
             names = [str(name) for name in getattr(self, "from_hf_map", {}).values()]
-            if method.prices_selection and names and not any("expert_bias" in n for n in names):
+            if (
+                method.traits.has_selection_price
+                and names
+                and not any("expert_bias" in n for n in names)
+            ):
                 logger.warning(
                     "moebalance: %r trains a selection price, and %s has no name for it: exported "
                     "to Hugging Face, this model would route without it. Keep torchtitan's own "

@@ -128,7 +128,7 @@ class BalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
         if self.training and torch.is_grad_enabled():
             share = self.balance.share(flat.shape[0])
             sequences = logits.shape[0]
-            weights = self.balance.inject(weights, flat, chosen, sequences=sequences, weight=share)
+            weights = self.balance.tie(weights, flat, chosen, sequences=sequences, weight=share)
         elif not self.training:
             self.balance.watch(flat, chosen)
         return weights, experts, affinities

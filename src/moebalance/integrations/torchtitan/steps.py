@@ -56,7 +56,7 @@ def drive(
 
     layers = {name: owner.router.balance for name, owner in owners.items()}
     balancing = Balancing(method, layers, group=group)
-    if method.prices_selection:
+    if method.traits.has_selection_price:
         for owner in owners.values():
             owner.register_load_state_dict_post_hook(_adopt)
         balancing.on_step(partial(_publish, list(owners.values())))
@@ -96,7 +96,7 @@ def _owners(model_parts: Sequence[nn.Module]) -> dict[str, Any]:
 
 
 def _check_trained(name: str, owner: Any, method: Method) -> None:
-    if method.charges and not any(p.requires_grad for p in owner.router.gate.parameters()):
+    if method.traits.charges and not any(p.requires_grad for p in owner.router.gate.parameters()):
         raise ValueError(
             f"{name} is frozen, and {method!r} works through its gradient. Train the router's "
             "gate, or take a method that chooses experts, such as LossFree()."

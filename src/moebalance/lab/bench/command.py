@@ -74,7 +74,7 @@ def measure(
     routers = measure_routers(cases, methods, device=device, rounds=rounds, tell=tell)
     steps = []
     if step:
-        charging = {name: b for name, b in methods.items() if b.charges}
+        charging = {name: b for name, b in methods.items() if b.traits.charges}
         sizes = [StepCase(), StepCase(experts=32, top_k=4)]
         steps = measure_steps(sizes, charging, device=device, rounds=rounds, tell=tell)
     machine = describe_machine(device)

@@ -88,7 +88,7 @@ class Attached:
     def __call__(self, logits: Tensor) -> Outputs:
         """Weights, charged on the way back."""
         _, weights, experts = self.bare.route(logits)
-        return self.layer.inject(weights, logits, experts), None
+        return self.layer.tie(weights, logits, experts), None
 
 
 class LeanSwitch(BareRouter):

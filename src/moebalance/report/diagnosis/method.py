@@ -1,6 +1,6 @@
 """A logged method, read back from its `repr`: what it is made of and with which settings.
 
-A log holds `Together(first=PhiBalancing(potential=NegativeEntropy(), strength=0.01, rate=0.1), …)`;
+A log holds `Together(PhiBalancing(potential=NegativeEntropy(), strength=0.01, rate=0.1), …)`;
 the parts are read as Python reads a call, and nothing is evaluated.
 """
 
@@ -21,7 +21,7 @@ _CHARGING = {
     "EmaSwitchLoss",
 }
 _SELECTING = {"LossFree", "QuantileBalancing"}
-_INNER = {"first", "second", "method_repr"}  # what Together, Targeted and Scheduled hold
+_INNER = {"method"}  # what Together, Targeted and Scheduled hold
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Part:
 def parts(method_repr: str) -> tuple[Part, ...]:
     """The parts of a method, outermost first; none where its `repr` cannot be read.
 
-    >>> [part.kind for part in parts("Together(first=PhiBalancing(rate=0.1), second=LossFree())")]
+    >>> [part.kind for part in parts("Together(PhiBalancing(rate=0.1), LossFree())")]
     ['Together', 'PhiBalancing', 'LossFree']
     """
     try:
@@ -68,7 +68,7 @@ def parts(method_repr: str) -> tuple[Part, ...]:
 def _parts(node: ast.expr) -> Iterator[Part]:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         return
-    settings, inner = {}, []
+    settings, inner = {}, list(node.args)
     for keyword in node.keywords:
         if isinstance(keyword.value, ast.Constant):
             settings[str(keyword.arg)] = keyword.value.value
