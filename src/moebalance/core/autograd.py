@@ -10,16 +10,13 @@ T tokens, E experts, K chosen experts per token.
               charge   ∂/∂a = (q − ⟨p, q⟩) / Σ a (T,E), plus the task's gradient at the K places
               gate     ∂/∂z (T,E)
 
-A batch is counted in backward and nowhere else. Backward runs exactly once per batch in plain
-training, under both kinds of activation checkpointing and under torch.compile. Forward may run
-twice, or without gradient. So a batch is counted once, and evaluation never. (A second backward
-over the same graph, with `retain_graph`, counts twice. A second derivative, with `create_graph`,
-does not go through the nodes.)
+A batch is counted in backward and nowhere else. Backward runs once per batch in plain training,
+under both kinds of activation checkpointing and under torch.compile, but forward may run twice. So
+a batch is counted once, and evaluation never. (A second backward over the same graph counts twice.)
 
-A method whose price comes `from_sums` is charged from the affinities: the gradient of the
-affinities starts as the charge instead of zeros. To a bare router this adds one read of the scores
-and one of the choice, and keeps nothing more for backward. On a GPU it is one fused pass each way
-(`moebalance.kernels`). Every other method goes through `_from_routing`.
+A method whose price comes `from_sums` is charged from the affinities, whose gradient starts as the
+charge instead of zeros. This keeps nothing more for backward than a bare router does. On a GPU it
+is one fused pass each way (`moebalance.kernels`). Other methods go through `_from_routing`.
 """
 
 from collections.abc import Callable
@@ -329,9 +326,7 @@ def _from_affinities(
 ) -> Float[Tensor, "T E"] | None:
     """Count a batch and charge it from its affinities (0 in padded rows).
 
-    Returns:
-        Gradient of the affinities, arbitrary in padded rows, perhaps one row expanded; None if the
-        method charges nothing.
+    Returns the gradient of the affinities: arbitrary in padded rows, perhaps one row expanded.
     """
     row_scale = how.gate.row_scale(real)
     charge = _settle(how, count(real, row_scale, experts, mask), len(experts), mask)

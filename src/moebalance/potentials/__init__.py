@@ -19,8 +19,7 @@ Where loads shall not be equal, or not of experts, potentials compose (`composed
 `potential.relative_to(shares)`, `potential.grouped(groups)`, and sums with weights.
 """
 
-from moebalance.potentials.base import Potential, UnitSlope
-from moebalance.potentials.composed import Combined, Grouped, Relative
+from moebalance.potentials.composed import Combined, Grouped, Potential, Relative, UnitSlope
 from moebalance.potentials.entropies import NegativeEntropy, Renyi, Tsallis
 from moebalance.potentials.powers import Euclidean, LpNorm
 from moebalance.potentials.saturating import LogCosh, PseudoHuber, SoftL1, Softplus

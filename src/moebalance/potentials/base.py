@@ -1,30 +1,21 @@
-"""The interface of every potential, how they compose, and the rescaling to one slope at 1/E."""
-# ruff: noqa: D102 - `Potential` documents the methods; `UnitSlope`'s docstring gives its formulas.
+"""The mathematics that every potential offers: value, price, conjugate and slope."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.proportions import Proportions
 
-if TYPE_CHECKING:
-    from moebalance.potentials.composed import Combined, Grouped, Relative
 
-
-class Potential(ABC):
+class ConvexFunction(ABC):
     """A convex, differentiable function φ of a load; hyper-parameters only.
 
-    Those of the paper are strictly convex and symmetric; composed ones (`composed.py`) may be least
-    elsewhere than at the uniform load, or at more than one. Loads m and prices q are float tensors
-    with the expert axis last and any leading axes, and keep their dtype. Loads are not negative and
-    need not sum to one. Constructors raise ValueError where φ would not be convex.
+    Loads m and prices q are float tensors with the expert axis last and any leading axes, and keep
+    their dtype. Loads are not negative and need not sum to one. Constructors raise ValueError if φ
+    would not be convex.
     """
 
     @abstractmethod
@@ -67,108 +58,8 @@ class Potential(ABC):
         """The shares of the load at which φ is least; None where they are equal."""
         return None
 
-    def relative_to(self, proportions: Iterable[float]) -> Relative:
-        """Its divergence from given shares of the load: least there instead of at the uniform load.
 
-        >>> from moebalance.potentials import Euclidean
-        >>> Euclidean().relative_to((3, 1))
-        Relative(potential=Euclidean(), proportions=(3, 1))
-        """
-        from moebalance.potentials.composed import Relative
-
-        return Relative(self, tuple(proportions))
-
-    def grouped(self, groups: int | Iterable[int]) -> Grouped:
-        """This potential of the loads of groups of experts; see `Grouped`."""
-        from moebalance.potentials.composed import Grouped
-
-        return Grouped(self, groups if isinstance(groups, int) else tuple(groups))
-
-    def __add__(self, other: Potential) -> Combined:
-        """Both: prices add."""
-        from moebalance.potentials.composed import Combined
-
-        if not isinstance(other, Potential):
-            return NotImplemented
-        sides = [
-            (side.parts, side.weights) if isinstance(side, Combined) else ((side,), (1.0,))
-            for side in (self, other)
-        ]
-        return Combined(*(a + b for a, b in zip(*sides, strict=True)))
-
-    def __mul__(self, weight: float) -> Combined:
-        """So many times this potential: its price by that factor."""
-        from moebalance.potentials.composed import Combined
-
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            return NotImplemented
-        if isinstance(self, Combined):
-            return Combined(self.parts, tuple(weight * w for w in self.weights))
-        return Combined((self,), (float(weight),))
-
-    __rmul__ = __mul__
-
-    def unit_slope(self) -> UnitSlope:
-        """This potential divided by its slope at the uniform load, whatever E its input has.
-
-        At one strength potentials push with very different force, because their slopes differ by
-        factors of E; rescaled, they push alike near balance and differ in shape alone.
-
-        >>> from moebalance.potentials import NegativeEntropy
-        >>> NegativeEntropy().unit_slope()
-        UnitSlope(potential=NegativeEntropy())
-        """
-        return UnitSlope(self)
-
-
-@dataclass(frozen=True)
-class UnitSlope(Potential):
-    """φ/c, with c the slope of φ at the uniform load: its own slope there is 1 for every E.
-
-    Price ∇φ(m)/c, conjugate φ*(c q)/c, inverse ∇φ*(c q); the domain is that of φ* divided by c.
-    Methods raise ValueError where c underflows or overflows.
-
-    >>> import torch
-    >>> from moebalance.potentials import NegativeEntropy
-    >>> UnitSlope(NegativeEntropy()).grad(torch.tensor([0.5, 0.5]))
-    tensor([0.1534, 0.1534])
-    """
-
-    potential: Potential
-
-    def value(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-        return self.potential.value(m) / self._scale(m)
-
-    def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
-        return self.potential.grad(m) / self._scale(m)
-
-    def conjugate(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-        c = self._scale(q)
-        return self.potential.conjugate(c * q) / c
-
-    def conjugate_grad(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
-        return self.potential.conjugate_grad(self._scale(q) * q)
-
-    def slope(self, num_experts: int) -> float:
-        return 1.0
-
-    def check(self, num_experts: int) -> None:
-        self.potential.check(num_experts)
-
-    @property
-    def aim(self) -> Proportions | None:
-        return self.potential.aim
-
-    def _scale(self, x: Tensor) -> float:
-        c = self.potential.slope(x.shape[-1])
-        limits = (
-            f"slope {c} at {x.shape[-1]} experts cannot be rescaled to 1; use milder parameters."
-        )
-        require(0 < c < math.inf, self.potential, limits)
-        return c
-
-
-def require(possible: bool, given: Potential, text: str) -> None:
+def require(possible: bool, given: ConvexFunction, text: str) -> None:
     """Raise ValueError, naming the potential given and what to do, unless it is possible."""
     if not possible:
         raise ValueError(f"{given}: {text}")

@@ -1,4 +1,4 @@
-"""Potentials made of potentials: toward given shares, of groups of experts, on several levels.
+"""Potentials, and potentials made of potentials.
 
 Each is convex with price ∇φ as any other, so that φ-balancing, the plug-in loss and a goal on top
 of them work unchanged:
@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moebalance.potentials.base import Potential, require
+from moebalance.potentials.base import ConvexFunction, require
 from moebalance.proportions import (
     Proportions,
     check_proportions,
@@ -33,6 +34,106 @@ from moebalance.proportions import (
     fractions,
     settle_proportions,
 )
+
+
+class Potential(ConvexFunction):
+    """A convex φ that composes with others: `relative_to`, `grouped`, `+`, `*`, `unit_slope`.
+
+    The paper's potentials are strictly convex and symmetric. Composed ones may be least elsewhere
+    than at the uniform load, or at more than one load.
+    """
+
+    def relative_to(self, proportions: Iterable[float]) -> Relative:
+        """Its divergence from given shares of the load: least there instead of at the uniform load.
+
+        >>> from moebalance.potentials import Euclidean
+        >>> Euclidean().relative_to((3, 1))
+        Relative(potential=Euclidean(), proportions=(3, 1))
+        """
+        return Relative(self, tuple(proportions))
+
+    def grouped(self, groups: int | Iterable[int]) -> Grouped:
+        """This potential of the loads of groups of experts; see `Grouped`."""
+        return Grouped(self, groups if isinstance(groups, int) else tuple(groups))
+
+    def __add__(self, other: Potential) -> Combined:
+        """Both: prices add."""
+        if not isinstance(other, Potential):
+            return NotImplemented
+        sides = [
+            (side.parts, side.weights) if isinstance(side, Combined) else ((side,), (1.0,))
+            for side in (self, other)
+        ]
+        return Combined(*(a + b for a, b in zip(*sides, strict=True)))
+
+    def __mul__(self, weight: float) -> Combined:
+        """So many times this potential: its price by that factor."""
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            return NotImplemented
+        if isinstance(self, Combined):
+            return Combined(self.parts, tuple(weight * w for w in self.weights))
+        return Combined((self,), (float(weight),))
+
+    __rmul__ = __mul__
+
+    def unit_slope(self) -> UnitSlope:
+        """This potential divided by its slope at the uniform load, whatever E its input has.
+
+        At one strength potentials push with very different force, because their slopes differ by
+        factors of E; rescaled, they push alike near balance and differ in shape alone.
+
+        >>> from moebalance.potentials import NegativeEntropy
+        >>> NegativeEntropy().unit_slope()
+        UnitSlope(potential=NegativeEntropy())
+        """
+        return UnitSlope(self)
+
+
+@dataclass(frozen=True)
+class UnitSlope(Potential):
+    """φ/c, with c the slope of φ at the uniform load: its own slope there is 1 for every E.
+
+    Price ∇φ(m)/c, conjugate φ*(c q)/c, inverse ∇φ*(c q); the domain is that of φ* divided by c.
+    Methods raise ValueError where c underflows or overflows.
+
+    >>> import torch
+    >>> from moebalance.potentials import NegativeEntropy
+    >>> UnitSlope(NegativeEntropy()).grad(torch.tensor([0.5, 0.5]))
+    tensor([0.1534, 0.1534])
+    """
+
+    potential: Potential
+
+    def value(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        return self.potential.value(m) / self._scale(m)
+
+    def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        return self.potential.grad(m) / self._scale(m)
+
+    def conjugate(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        c = self._scale(q)
+        return self.potential.conjugate(c * q) / c
+
+    def conjugate_grad(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        return self.potential.conjugate_grad(self._scale(q) * q)
+
+    def slope(self, num_experts: int) -> float:
+        return 1.0
+
+    def check(self, num_experts: int) -> None:
+        self.potential.check(num_experts)
+
+    @property
+    def aim(self) -> Proportions | None:
+        return self.potential.aim
+
+    def _scale(self, x: Tensor) -> float:
+        c = self.potential.slope(x.shape[-1])
+        limits = (
+            f"slope {c} at {x.shape[-1]} experts cannot be rescaled to 1; use milder parameters."
+        )
+        require(0 < c < math.inf, self.potential, limits)
+        return c
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.potentials.base import Potential, require
+from moebalance.potentials.base import require
+from moebalance.potentials.composed import Potential
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.potentials.base import Potential, require
+from moebalance.potentials.base import require
+from moebalance.potentials.composed import Potential
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from moebalance.potentials.base import Potential, require
+from moebalance.potentials.base import require
+from moebalance.potentials.composed import Potential
 
 
 @dataclass(frozen=True)
