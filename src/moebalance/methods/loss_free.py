@@ -2,10 +2,10 @@
 
     choose by s − price, weight by s;        price_e ← price_e + u · sign(c_e − mean c)
 
-once per optimizer step, c the assignment counts of the whole step; with shares ρ, ρ_e Σ_j c_j in
-place of the mean. Source: Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for
-Mixture-of-Experts", arXiv 2408.15664, Algorithm 1 (their bias b is −price) and its proportional
-variant in the ablation.
+once per optimizer step. c (E,) are the assignment counts of the whole step. With proportions ρ,
+ρ_e Σ_j c_j replaces the mean. Source: Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing
+Strategy for Mixture-of-Experts", arXiv 2408.15664, Algorithm 1 (their bias b is −price), and the
+proportional variant in its ablation.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class SelectionPrice(NamedTuple):
     def inherit(self, lineage: Lineage, gate: Gate) -> "SelectionPrice":
         """The parent's price, in the unit of affinities.
 
-        Softmax affinities share a sum of one: with n times the experts they are an n-th each.
+        Softmax affinities sum to one, so n times as many experts have affinities and prices of 1/n.
         """
         price = lineage.price(self.price)
         if gate.sums_to_one:
@@ -48,11 +48,15 @@ class LossFree(Method):
     """Move each expert's selection price against its load, outside the gradient.
 
     Args:
-        speed: u ≥ 0, price step in units of the affinity (softmax probability or sigmoid). Softmax
-            affinities are 1/E in the mean: beside many experts the default may make loads swing.
+        speed: u ≥ 0, price step, in the unit of affinities (softmax probabilities or sigmoids).
+            Softmax affinities are 1/E on average: with many experts the default may make the load
+            swing.
         rule: "sign" moves by ±u; "proportional" by u times the relative excess c_e / mean c − 1.
         recentre: keep the prices' mean at 0, so that they cannot drift together.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+
+    Raises:
+        ValueError: speed, rule or proportions out of range.
     """
 
     speed: float = 1e-3
@@ -67,7 +71,7 @@ class LossFree(Method):
             raise ValueError(f"rule={self.rule!r}: must be 'sign' or 'proportional'.")
 
     def init(self, num_experts: int) -> SelectionPrice:
-        """Start with price 0 for all."""
+        """Price 0 for all experts."""
         check_proportions(self.proportions, num_experts)
         return SelectionPrice(torch.zeros(num_experts, dtype=torch.float32))
 
@@ -82,11 +86,11 @@ class LossFree(Method):
         return frozenset({"counts"})
 
     def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
-        """Raise the price of experts above their part of the load, lower it below."""
+        """Raise the price of experts above their part of the load, lower the others."""
         mean = sums.counts.mean(dim=-1, keepdim=True)
-        # Of counts per share, whose sign and relative size are those of c_e − ρ_e Σ c.
+        # c_e / (E ρ_e) − mean c has the sign and the relative size of c_e − ρ_e Σ c.
         excess = per_proportion(sums.counts, self.proportions) - mean
-        # clamp: an empty step has excess 0, not 0/0.
+        # clamp: in an empty step 0 / 0 would be NaN.
         move = torch.sign(excess) if self.rule == "sign" else excess / mean.clamp(min=1e-30)
         price = state.price + self.speed * move
         if self.recentre:
@@ -98,5 +102,5 @@ class LossFree(Method):
         return state.price
 
     def adopt(self, state: SelectionPrice, price: Float[Tensor, "E"]) -> SelectionPrice:
-        """Go on from the model's own price."""
+        """Continue from the model's own price."""
         return SelectionPrice(price)
