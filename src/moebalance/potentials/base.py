@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 
 class Potential(ABC):
-    """A convex, differentiable function φ of a load; hyper-parameters only.
+    """A convex, differentiable function φ of a load; it holds hyper-parameters only.
 
-    Those of the paper are strictly convex and symmetric; composed ones (`composed.py`) may be least
-    elsewhere than at the uniform load, or at more than one. Loads m and prices q are float tensors
-    with the expert axis last and any leading axes, and keep their dtype. Loads are not negative and
-    need not sum to one. Constructors raise ValueError where φ would not be convex.
+    The paper's potentials are strictly convex and symmetric. Composed ones (`composed.py`) may be
+    least elsewhere than at the uniform load, or at more than one load. Loads m and prices q are
+    float tensors (..., E) and keep their dtype. Loads are not negative and need not sum to one.
+
+    Raises:
+        ValueError: from constructors, if φ would not be convex.
     """
 
     @abstractmethod
@@ -33,42 +35,43 @@ class Potential(ABC):
 
     @abstractmethod
     def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
-        """∇φ(m), the prices (..., E) of loads (..., E); finite for every load, also at 0."""
+        """∇φ(m), the prices (..., E) of loads (..., E); finite for every load, 0 included."""
 
     @abstractmethod
     def conjugate(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-        """φ*(q) of prices (..., E); +∞ outside the domain that each class states."""
+        """φ*(q) (...) of prices (..., E); +∞ outside the domain that each class gives."""
 
     @abstractmethod
     def conjugate_grad(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """∇φ*(q), the loads (..., E) whose prices are q (..., E): the inverse of `grad`.
 
-        No meaning outside the interior of the conjugate's domain: nan, infinite or negative there.
+        Outside the interior of the conjugate's domain the result is meaningless: nan, infinite or
+        negative.
         """
 
     @abstractmethod
     def slope(self, num_experts: int) -> float:
-        """How fast the price rises with the load at 1/E, along directions that keep the sum.
+        """How fast the price rises with the load at 1/E, if the sum of the loads stays.
 
-        The eigenvalue of ∇²φ at the uniform load on sum-zero directions: by symmetry the only one
-        of the paper's potentials, the largest of composed ones.
+        This is the eigenvalue of ∇²φ at the uniform load on sum-zero directions. The paper's
+        potentials have one, by symmetry; for composed potentials it is the largest.
         """
 
     def check(self, num_experts: int) -> None:
-        """Say whether loads of so many experts fit.
+        """Check that loads of this many experts fit.
 
         Raises:
-            ValueError: they do not; says why.
+            ValueError: they do not fit; the message says why.
         """
         return
 
     @property
     def aim(self) -> Proportions | None:
-        """The shares of the load at which φ is least; None where they are equal."""
+        """The proportions at which φ is least; None for equal ones."""
         return None
 
     def relative_to(self, proportions: Iterable[float]) -> Relative:
-        """Its divergence from given shares of the load: least there instead of at the uniform load.
+        """The divergence from given proportions: least there, not at the uniform load.
 
         >>> from moebalance.potentials import Euclidean
         >>> Euclidean().relative_to((3, 1))
@@ -85,7 +88,7 @@ class Potential(ABC):
         return Grouped(self, groups if isinstance(groups, int) else tuple(groups))
 
     def __add__(self, other: Potential) -> Combined:
-        """Both: prices add."""
+        """The sum of both: prices add."""
         from moebalance.potentials.composed import Combined
 
         if not isinstance(other, Potential):
@@ -97,7 +100,7 @@ class Potential(ABC):
         return Combined(*(a + b for a, b in zip(*sides, strict=True)))
 
     def __mul__(self, weight: float) -> Combined:
-        """So many times this potential: its price by that factor."""
+        """`weight` times this potential, and its price."""
         from moebalance.potentials.composed import Combined
 
         if isinstance(weight, bool) or not isinstance(weight, int | float):
@@ -109,10 +112,10 @@ class Potential(ABC):
     __rmul__ = __mul__
 
     def unit_slope(self) -> UnitSlope:
-        """This potential divided by its slope at the uniform load, whatever E its input has.
+        """This potential divided by its slope at the uniform load, for any E.
 
-        At one strength potentials push with very different force, because their slopes differ by
-        factors of E; rescaled, they push alike near balance and differ in shape alone.
+        At equal strength, potentials push with very different force, because their slopes differ by
+        factors of E. Rescaled, they push alike near balance, and differ only in shape.
 
         >>> from moebalance.potentials import NegativeEntropy
         >>> NegativeEntropy().unit_slope()
@@ -123,10 +126,10 @@ class Potential(ABC):
 
 @dataclass(frozen=True)
 class UnitSlope(Potential):
-    """φ/c, with c the slope of φ at the uniform load: its own slope there is 1 for every E.
+    """φ/c, where c is the slope of φ at the uniform load: its own slope there is 1 for every E.
 
-    Price ∇φ(m)/c, conjugate φ*(c q)/c, inverse ∇φ*(c q); the domain is that of φ* divided by c.
-    Methods raise ValueError where c underflows or overflows.
+    Price ∇φ(m)/c, conjugate φ*(c q)/c, inverse ∇φ*(c q); its domain is the domain of φ* divided by
+    c. Methods raise ValueError if c underflows or overflows.
 
     >>> import torch
     >>> from moebalance.potentials import NegativeEntropy
@@ -169,6 +172,6 @@ class UnitSlope(Potential):
 
 
 def require(possible: bool, given: Potential, text: str) -> None:
-    """Raise ValueError, naming the potential given and what to do, unless it is possible."""
+    """Raise ValueError unless `possible`; the message names the potential and the remedy."""
     if not possible:
         raise ValueError(f"{given}: {text}")
