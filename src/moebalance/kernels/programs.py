@@ -31,7 +31,7 @@ TAKEN = tl.constexpr(-2147483648)
 LOW = tl.constexpr(4095)
 """Bits that are 0 in every bfloat16 or float16 widened to float32: room for the expert."""
 NOBODY = tl.constexpr(2147483647)
-"""Above every index; as a key, that of NaN."""
+"""Above every index; also the key of NaN."""
 
 
 @triton.jit(do_not_specialize=["rows", "zero"])
