@@ -74,7 +74,7 @@ def examine(family: str, *, brief: bool = False) -> Row:
     if EXPECTED[family].empty:
         with pytest.raises(ValueError, match=r"cannot be balanced by .* equal use of all would"):
             mb.attach(tiny(family), PHI)
-        verdict += ", given shares"
+        verdict += ", given proportions"
     checkpointing, compiling = check_checkpointing(family), "–" if brief else check_compile(family)
     return Row(family, found, gate, "yes", lever, checkpointing, compiling, resumes, verdict)
 

@@ -122,47 +122,50 @@ def page(rows: dict[str, str]) -> str:
 
 _TEXT = """# Families of Transformers {version}
 
-Made by `python tests/family_page.py`; `make test` checks every row anew, each on a tiny model
-with random weights. What the columns say was asserted, not looked up:
+Can you balance your model, and by which lever? Find its family in the table. `make test` checks
+every row, on a tiny model with random weights; `python tests/family_page.py` writes this page from
+those checks. The columns:
 
-- **found**: MoE routers found, of those that the model has, with their experts and K.
-- **loss lever**: the gradient that `attach` injects equals that of the explicit term, on every
-  parameter of every router; counts and scores equal a recomputation from the router's own output,
-  padding left out; `detach` gives bit-identical outputs.
-- **selection lever**: a price changes which experts are chosen, and the weights of those chosen are
-  what their affinities alone give. *native*: −price is written into the model's own selection
-  bias and is saved with it. *hook*: experts are chosen again after the router; the price is the
-  handle's.
-- **checkpointing**: reentrant and non-reentrant, counted once and charged alike.
-- **compile**: the whole model under Dynamo, counted once and charged alike, with no graph break but
-  the model's own.
-- **resumes**: what a Transformers Trainer that resumes loads of the model, with moebalance or not.
-  *without experts*, in {without} of {families} families: `save_pretrained` renames them, and
-  the Trainer hands them to `load_state_dict` as they are: they stay as the model has them. Load the
-  model with `from_pretrained` before resuming ([doctor.md](doctor.md#findings)).
+- **found**: MoE routers found, out of the routers in the model. Their experts and K are checked
+  too.
+- **loss lever**: the gradient that `attach` adds equals the gradient of the explicit term, on every
+  parameter of every router. Counts and scores equal a recomputation from the router's own output,
+  without padding. After `detach` the outputs are bit-identical.
+- **selection lever**: a [price](glossary.md#price) changes which experts are chosen, and their
+  weights still come from their affinities alone. *native*: moebalance writes −price into the
+  model's own selection bias, which is saved with the model. *hook*: experts are chosen again after
+  the router; the handle holds the price.
+- **checkpointing**: counted once and charged alike, reentrant or not.
+- **compile**: counted once and charged alike with the whole model under Dynamo. The only graph
+  breaks are the model's own.
+- **resumes**: how much a Transformers Trainer that resumes restores, with or without moebalance.
+  *without experts*, in {without} of {families} families: `save_pretrained` renames the experts, and
+  the Trainer does not undo this, so the model keeps its own experts. Load the model with
+  `from_pretrained` before you resume ([doctor.md](doctor.md#findings)).
 
 {header}
 |{rule}|
 {rows}
 
+## A family that is not here
+
+It works if its routers return `(logits, weights, experts)` and weigh by softmax, sigmoid or
+√softplus. moebalance finds this out by running the router, not from its name. Other routers are
+refused by name.
+
 ## Older Transformers
 
-The same checks under older releases (compiling and resuming left out), by
-`python tests/family_page.py --count` in environments with these installed; reasons and names lie
-in `benchmarks/results/families/`:
+The same checks with older releases, without *compile* and *resumes*, by
+`python tests/family_page.py --count`. Names and reasons are in `benchmarks/results/families/`.
 
 | release | of these it builds | every promise kept | router refused | no router | not judged |
 |---|---|---|---|---|---|
 {older}
 
-`attach` refuses a model for a router of unknown kind, and one without any. Two could not be judged:
-DBRX does not run under 5.6 and before, and ERNIE 4.5 starts with a gate of zeros under 5.16. Before
-5.6 softmax families put probabilities in the logits' place (a softmax of them would be the second
-one), which is noticed by running the router. Transformers 4 is not supported.
-
-A family that is not here works if its routers return `(logits, weights, experts)` and weigh by
-softmax, sigmoid or √softplus: that is found out by running the router, not by its name. Any other
-is refused by name.
+`attach` refuses a model without a router, or with a router of unknown kind. Two could not be
+judged: DBRX does not run with 5.6 and before, and ERNIE 4.5 starts with a gate of zeros with 5.16.
+Before 5.6, softmax families return probabilities instead of logits, so that another softmax would
+be the second one. moebalance notices this by running the router. Transformers 4 is not supported.
 """
 
 

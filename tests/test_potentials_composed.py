@@ -242,7 +242,7 @@ def test_the_price_copies_nothing_from_the_host_and_waits_for_nothing():
         (lambda: NegativeEntropy().grouped((0, 2)), "from 0 on"),
         (lambda: NegativeEntropy().grouped(3).grad(torch.rand(4)), "do not make 3 equal groups"),
         (lambda: NegativeEntropy().grouped((0, 1)).grad(torch.rand(4)), "of 2 experts, not 4"),
-        (lambda: NegativeEntropy().grouped((0, 1, 1)).slope(3), "no one slope"),
+        (lambda: NegativeEntropy().grouped((0, 1, 1)).slope(3), "no single slope"),
         (lambda: -1 * NegativeEntropy(), "above 0"),
         (lambda: Combined((), ()), "one or more"),
         (lambda: PhiBalancing(NegativeEntropy().relative_to((1, 2))).init(3), "2 experts .* of 3"),

@@ -1,14 +1,16 @@
-"""Fused forms of the router's arithmetic, each beside its plain form.
+"""Fused forms of the router's arithmetic, each with a plain form in torch.
 
-plain.py     what the fused router means, in a few lines of torch; the tests' oracle
-router.py    `choose` forward and `pull_back` backward: a router of ours
-attached.py  `count` and `pull`, both backward: what is attached to a router of somebody else's
-price.py     `charge` between two passes: a batch counted and its price formed; its plain form is
-             the method's own `charged`
-tiling.py    `supported`, which says when, and how rows lie in registers
+plain.py     the meaning of the fused router, in a few lines of torch; the tests' oracle
+router.py    `choose` forward and `pull_back` backward: for our own router
+attached.py  `count` and `pull`, both backward: for a router of another library
+price.py     `charge` between two passes: counts a batch and forms its price; its plain form is
+             the method's own
+tiling.py    `supported`: which inputs fit; and how rows lie in registers
 programs.py, attached_programs.py, price_program.py, launch.py
-             the Triton programs, and how they are started: not before the first launch are they
-             imported, for Triton is optional
+             the Triton programs, and how they start. Triton is optional, so they are imported at
+             the first launch.
+
+Shapes: T tokens, E experts, K top-k, L layers, B batch, S sequence; T = B · S.
 """
 
 from moebalance.kernels.attached import count, pull

@@ -1,7 +1,7 @@
-"""Launching what is attached to a router of somebody else's: two passes, both on the way back.
+"""Two fused passes for a router of another library, both in the backward pass.
 
-    count   z, chosen experts → packed sums (2E + 2,)
-    pull    z, charge q → ∂/∂z of ⟨q, Σ_t p_t⟩
+    count   z (T, E), chosen experts (T, K) → packed sums (2E + 2,)
+    pull    z (T, E), charge q (E,) → ∂/∂z of ⟨q, Σ_t p_t⟩, (T, E)
 
 Between them the batch's price is formed. Each pass reads the logits once, and the second writes
 their gradient: three times the logits' bytes in all. Their plain form is
@@ -17,7 +17,7 @@ from moebalance.gates import Gate, Sigmoid
 from moebalance.kernels.launch import launch
 from moebalance.kernels.tiling import bytes_of, next_power, row_of, tile
 
-_SLAB = 1024  # choices that a program counts at once
+_SLAB = 1024  # choices that a program counts at a time
 
 
 def count(
@@ -27,17 +27,17 @@ def count(
     *,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> Float[Tensor, "sums"]:
-    """Sum what a router did, in one pass over its logits.
+    """Sum scores and choices, in one pass over the logits.
 
     Args:
         logits: (T, E), as `supported` wants them.
-        experts: (T, K), the K different experts of each token. An index that names none is not
+        experts: (T, K), the K different experts of each token. An index outside 0 … E − 1 is not
             counted.
         gate: `Softmax()` or `Sigmoid()`.
-        mask: (T,) True for real tokens. Padded rows are not summed.
+        mask: (T,) True for real tokens; padded rows are not summed. None if all are real.
 
     Returns:
-        (2E + 2,) scores Σ_t p_t, counts, tokens and a 1 that counts the batch.
+        (2E + 2,): scores Σ_t p_t (E,), counts (E,), tokens, and a 1 that counts the batch.
     """
     rows, num_experts = logits.shape
     tiling = tile(logits, sums=True)
@@ -50,7 +50,7 @@ def count(
         rows,
         **tiling.options,
         top_k=experts.shape[1],
-        bins=next_power(num_experts + 1),  # one for choices that do not count
+        bins=next_power(num_experts + 1),  # + 1: a bin for choices that do not count
         slab=_SLAB,
         sigmoid=isinstance(gate, Sigmoid),
         has_mask=mask is not None,
@@ -65,13 +65,13 @@ def pull(
     *,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> Float[Tensor, "T E"]:
-    """Gradient of the logits of a charge on their scores, in one pass.
+    """Gradient of the logits from a charge on their scores, in one pass.
 
     Args:
         logits: (T, E), as given to `count`.
         gate: as given to `count`.
         charge: q (E,), gradient of the loss with respect to Σ_t p_t over real tokens.
-        mask: (T,) as given to `count`; padded rows are charged nothing.
+        mask: (T,) as given to `count`; padded rows get gradient 0.
 
     Returns:
         (T, E), contiguous, in the logits' dtype.

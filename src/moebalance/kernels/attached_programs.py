@@ -1,6 +1,9 @@
-"""The two Triton programs of `attached.py`, on tiles of registers as those of `programs.py` are."""
+"""The two Triton programs of `attached.py`, on register tiles as in `programs.py`.
+
+Shapes: T tokens (`rows`), E experts, K top-k; a tile is (chunks, block, width).
+"""
 # mypy: ignore-errors
-# Triton reads these functions as a language of its own, in which arguments carry no types.
+# Triton compiles these functions as its own language, in which arguments carry no types.
 
 import triton
 import triton.language as tl
@@ -36,7 +39,7 @@ def count(
     sigmoid: tl.constexpr,
     has_mask: tl.constexpr,
 ):
-    """Sum scores, counts and tokens per program; programs stride over the blocks of rows."""
+    """Sum scores, counts and tokens for each program; programs stride over blocks of rows."""
     scores = tl.zeros((chunks, block, width), tl.float32)
     tokens = tl.zeros((block,), tl.int32)
     for start in range(tl.program_id(0) * block, rows, tl.num_programs(0) * block):
@@ -48,13 +51,13 @@ def count(
         scores += tl.where(real[None, :, None], score, 0.0)
         tokens += real.to(tl.int32)
 
-    # The choices are a list of their own: which program counts which of them does not matter.
+    # Choices (T * K,) are counted as a flat list: any program may count any of them.
     counts = tl.zeros((bins,), tl.int32)
     for start in range(tl.program_id(0) * slab, rows * top_k, tl.num_programs(0) * slab):
         place = start + tl.arange(0, slab)
         real = place < rows * top_k
         choice = tl.load(experts + place, mask=real, other=num_experts).to(tl.int32)
-        # A histogram writes where it is told to: what names no expert must stay within it.
+        # A histogram does not check its input: send invalid choices to an extra bin.
         counted = (choice >= 0) & (choice < num_experts)
         if has_mask:
             counted &= tl.load(mask + place // top_k, mask=real, other=0) != 0
@@ -85,7 +88,7 @@ def pull(
     sigmoid: tl.constexpr,
     has_mask: tl.constexpr,
 ):
-    """Write p ∘ (q − ⟨p, q⟩) ∘ a'(z), 0 in padded rows."""
+    """Write p ∘ (q − ⟨p, q⟩) ∘ a'(z), (T, E); 0 in padded rows."""
     start = tl.program_id(0) * block
     row = start + tl.arange(0, block)
     z = load_tile(logits, start, rows, stride, chunks, step, width, block, num_experts)
@@ -96,7 +99,7 @@ def pull(
     if sigmoid:
         slope *= sigmoid_of(-z)
     if has_mask:
-        # Whatever a padded row holds: 0 · NaN would be NaN.
+        # tl.where, not a product: a padded row may hold NaN, and 0 · NaN is NaN.
         real = real_rows(mask, row, row < rows, has_mask)
         slope = tl.where(real[None, :, None], slope, 0.0)
     at, here = flat(start, rows, num_experts, chunks, step, width, block, num_experts)

@@ -1,4 +1,4 @@
-"""Starting a Triton program: the one place where they are imported, compiled and run."""
+"""Starts a Triton program: only here are they imported, compiled and run."""
 
 from functools import cache
 from importlib import import_module
@@ -13,11 +13,11 @@ def launch(
     """Start a Triton program on the device of its tensors.
 
     Args:
-        program: its file and itself, "programs.choose".
+        program: file and function, for example "programs.choose".
         grid: number of blocks.
-        tensors: its first arguments.
-        numbers: the arguments after those, of one type each and, if whole, not specialised on.
-        options: its compile-time arguments, and what Triton compiles it with.
+        tensors: the first arguments.
+        numbers: the next arguments. Each keeps one type; integers are not specialised on.
+        options: compile-time arguments and Triton's own compile options.
     """
     device = tensors[0].device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -35,8 +35,8 @@ def _start(
     numbers: tuple[float, ...],
     options: dict[str, Any],
 ) -> None:
-    # Triton looks up what it has compiled by every property of every argument, which takes the host
-    # longer than the work takes the device. Here dtypes and alignment are all that can change.
+    # Triton looks up compiled programs by every property of every argument. On the host this takes
+    # longer than the work on the device. Here only dtypes and alignment can change.
     dtypes = [tensor.dtype for tensor in tensors]
     aligned = [tensor.data_ptr() % 16 == 0 for tensor in tensors]
     key = (program, device, *options.values(), *dtypes, *aligned)
@@ -53,7 +53,7 @@ def _start(
 
 
 _compiled: dict[Any, tuple[Any, list[Any]]] = {}
-"""Programs by what they were compiled for, with the values of their compile-time arguments."""
+"""Compiled programs by key, with the values of their compile-time arguments."""
 
 
 @cache

@@ -1,10 +1,12 @@
-"""The meaning of the fused router, in torch: what `router.choose` computes in one pass.
+"""The fused router in plain torch: `router.choose` computes the same in one pass.
 
-    r = a(z) affinities − price,    experts = top-k of r (among the kept groups),
-    packed = [Σ_t p_t, counts, tokens, 1],    normaliser = log Σ_e exp a(z_e).
+    r = a(z) − price (T, E),            experts (T, K) = top-k of r (in the kept groups),
+    normaliser (T,) = log Σ_e exp a(z_e),   packed (2E + 2,) = [Σ_t p_t, counts, tokens, 1].
 
-The backward pass of the kernel is this function's, of `weights` and of the summed scores together:
-autograd of ⟨g, weights⟩ + ⟨q, packed[:E]⟩ is `router.pull_back` with upstream g and charge q.
+Autograd of ⟨g, weights⟩ + ⟨q, packed[:E]⟩ through this function is `router.pull_back` with upstream
+g (T, K) and charge q (E,).
+
+Shapes: T tokens, E experts, K top-k.
 """
 
 from typing import NamedTuple
@@ -18,14 +20,14 @@ from moebalance.routing import real_rows
 
 
 class Chosen(NamedTuple):
-    """What one pass over the logits finds.
+    """The results of one pass over the logits.
 
     Attributes:
-        weights: (T, K) in the logits' dtype, differentiable in the plain form.
-        experts: (T, K) int64, best first; of equals the lowest index first.
+        weights: (T, K) in the logits' dtype; differentiable in the plain form.
+        experts: (T, K) int64, best first; among equals the lowest index first.
         normaliser: (T,) log Σ_e exp a(z_e), kept for the backward pass.
-        packed: (2E + 2,) scores Σ_t p_t, counts, tokens and a 1 that counts the batch, laid out
-            as the body packs the sums of a method without sums of its own.
+        packed: (2E + 2,) scores Σ_t p_t, counts, tokens and a 1 that counts the batch. A layer
+            packs the sums of a method without extra sums in the same order.
     """
 
     weights: Float[Tensor, "T K"]
@@ -78,11 +80,11 @@ def ranking(
     price: Float[Tensor, "E"] | None,
     limit: GroupLimit | None,
 ) -> Int[Tensor, "T E"]:
-    """All experts, best first: of equals the lowest index first, and NaN above all numbers."""
+    """All experts (T, E), best first: the lowest index first among equals, NaN above all."""
     if limit is not None and not limit.narrows:
         limit = None
     if price is None and limit is None:
-        # Affinities grow with logits, which do not underflow.
+        # Affinities grow with the logits, and logits do not underflow.
         return logits.argsort(dim=-1, descending=True, stable=True)
     ranks = gate.affinities(logits)
     ranks = ranks if price is None else ranks - price

@@ -1,9 +1,10 @@
-"""The Triton program behind `price.charge`: a single block that holds every vector of E numbers.
+"""The Triton program of `price.charge`: one block that holds vectors of E numbers.
 
-Its plain form is `PhiBalancing.charged` with the average's `peek` and the body's `place`.
+It fuses φ-balancing's price (with the average's `peek`) and the sums of the step.
+Shapes: E experts, padded to `width`, a power of two.
 """
 # mypy: ignore-errors
-# Triton reads these functions as a language of its own, in which arguments carry no types.
+# Triton compiles these functions as its own language, in which arguments carry no types.
 
 import triton
 import triton.language as tl
@@ -32,7 +33,7 @@ def charge(
     in_tokens: tl.constexpr,
     has_multiplier: tl.constexpr,
 ):
-    """Add the batch's sums to those of its step, and write what its scores are charged."""
+    """Add the batch's sums to the step's, and write the charge (E,) on the batch's scores."""
     expert = tl.arange(0, width)
     here = expert < num_experts
     scores = tl.load(packed + expert, mask=here, other=0.0)
@@ -73,6 +74,6 @@ def charge(
 
 @triton.jit
 def _forgotten(x):
-    """1 − exp(−x), x ≥ 0, to rounding: by its series where the difference would lose digits."""
+    """1 − exp(−x), x ≥ 0, exact to rounding: by its series where the difference loses digits."""
     series = x * (1.0 - x / 2.0 * (1.0 - x / 3.0 * (1.0 - x / 4.0)))
     return tl.where(x < 0.05, series, 1.0 - tl.exp(-x))

@@ -1,36 +1,37 @@
-"""The fused router's two Triton programs: `plain.py` is their meaning, `router.py` launches them.
+"""The fused router's two Triton programs. `plain.py` is their meaning, `router.py` starts them.
 
-A program holds a block of rows as a tile (chunks, rows, width) of registers: expert = chunk · step
-+ lane. The tile is loaded flat, as (chunks · rows, width): Triton then gives the width to the lanes
-of a warp, the rows to the warps and the chunks to each thread's own registers, so that reducing
-over chunks is free and reducing over the width stays within a warp. With group-limited choice a
-chunk is a group. Positions that no expert has are dead: never chosen and never stored.
+Shapes: T tokens (`rows`), E experts, K top-k (padded to `slots`). A program holds `block` rows as a
+tile (chunks, block, width) of registers; expert = chunk · step + lane.
 
-Top-k is K rounds of arg-max on integer keys that sort as the floats do. Two integer reductions a
-round (the largest key, the lowest expert that has it) are one warp instruction each since Ampere,
-where a reduction of floats or of pairs takes five shuffles or ten. Logits of 16 bits leave room for
-the expert in the key, and need one. A NaN sorts above all numbers.
+The tile is loaded flat, as (chunks · block, width). Triton then spreads the width over the lanes of
+a warp, the rows over warps, and the chunks over each thread's own registers. So a reduction over
+chunks is free, and one over the width stays in a warp. With group-limited choice a chunk is a
+group. Positions without an expert are dead: never chosen and never stored.
+
+Top-k is K rounds of arg-max on integer keys that sort as the floats do, NaN above all numbers. A
+round needs two integer reductions: the largest key, then the lowest expert with it. Each is one
+warp instruction since Ampere; a reduction of floats or of pairs takes five or ten shuffles. 16-bit
+logits leave room for the expert inside the key, so they need one reduction.
 
 Arithmetic is float32. exp(min(z, 0)) / (1 + exp(−|z|)) is σ(z) without overflow; divided by its
-largest it does not underflow either.
+largest value it does not underflow either.
 
-This module, `attached_programs.py` and `price_program.py` import Triton; nothing else in the
-library does.
+Only this module, `attached_programs.py` and `price_program.py` import Triton.
 """
 # mypy: ignore-errors
-# Triton reads these functions as a language of its own, in which arguments carry no types.
+# Triton compiles these functions as its own language, in which arguments carry no types.
 
 import triton
 import triton.language as tl
 
 DEAD = tl.constexpr(-2147483647)
-"""Key of a position that cannot be chosen; below the key of every float."""
+"""Key of a dead position; below the key of every float."""
 TAKEN = tl.constexpr(-2147483648)
-"""Key of what has been chosen."""
+"""Key of a chosen position."""
 LOW = tl.constexpr(4095)
-"""Bits that are 0 in every bfloat16 or float16 widened to float32, enough to number the experts."""
+"""Bits that are 0 in every bfloat16 or float16 widened to float32: room for the expert."""
 NOBODY = tl.constexpr(2147483647)
-"""Above every index; as a key, that of NaN."""
+"""Above every index; also the key of NaN."""
 
 
 @triton.jit(do_not_specialize=["rows", "zero"])
@@ -61,15 +62,16 @@ def choose(
 ):
     """Choose and weigh the experts of every row; sum scores, counts and tokens per program.
 
-    `kept` groups of those that the chunks are, judged by their `best` ranks; kept = 0 for no
-    groups. Programs stride over the blocks of rows, and each writes one row of `partials`.
+    `kept`: number of groups (chunks) to keep, judged by the sum of their `best` ranks; 0 without
+    groups. Programs stride over blocks of rows. Each writes one row of `partials`,
+    (programs, 2E + 2).
     """
     if kept > 0:
-        # A zero that the compiler does not know to be one hides that addresses are aligned: each
-        # thread then loads one logit of a group at a time, and a warp holds one row, not four.
+        # The compiler does not know that this is zero, so it assumes no alignment. Each thread then
+        # loads one logit of a group at a time, and a warp holds one row instead of four.
         logits += zero
         price += zero
-    # The low bits of a float32 that was a shorter float are free to say which expert it is of.
+    # A 16-bit float widened to float32 has free low bits: they hold the expert.
     packs: tl.constexpr = (
         logits.dtype.element_ty.primitive_bitwidth == 16 and not has_price and kept == 0
     )
@@ -159,9 +161,9 @@ def pull_back(
     has_charge: tl.constexpr,
     has_mask: tl.constexpr,
 ):
-    """Write the gradient of the logits: of the weights and of the price charged on the scores.
+    """Write the gradient of the logits (T, E): from the weights and from the charge on the scores.
 
-    Every row is written once as if nothing had been chosen, then again at the K chosen places.
+    Every row is written once as if nothing had been chosen, then again at its K chosen places.
     """
     slot = tl.arange(0, slots)[None, :]
     start = tl.program_id(0) * block
@@ -169,7 +171,7 @@ def pull_back(
     inside = row < rows
     real = real_rows(mask, row, inside, has_mask)
     begin = row.to(tl.int64) * stride
-    # Weights that are scores themselves depend on all logits, the others on the chosen alone.
+    # Weights that are scores depend on all logits of a row, other weights on the chosen ones.
     of_scores: tl.constexpr = not (sigmoid or normalize)
     needs_scores: tl.constexpr = has_charge or of_scores
     norm = tl.zeros((block,), tl.float32)
@@ -217,21 +219,21 @@ def pull_back(
             slope *= sigmoid_of(-z)
             slope_chosen *= sigmoid_of(-z_chosen)
         if not of_scores:
-            # Whatever a padded row holds: 0 · NaN would be NaN.
+            # tl.where, not a product: a padded row may hold NaN, and 0 · NaN is NaN.
             slope = tl.where(real[None, :, None], slope, 0.0)
             slope_chosen = tl.where(real[:, None], slope_chosen, 0.0)
         at_chosen += slope_chosen
     out = row.to(tl.int64) * num_experts
     at, here = flat(start, rows, num_experts, chunks, step, width, block, num_experts)
     tl.store(gradient + at, tl.reshape(slope, (chunks * block, width)), mask=here)
-    # Other threads wrote these places a moment ago.
+    # Wait: other threads have just written these places.
     tl.debug_barrier()
     tl.store(gradient + (out[:, None] + choice), at_chosen, mask=wanted)
 
 
 @triton.jit
 def real_rows(mask, row, inside, has_mask: tl.constexpr):
-    """Which of these rows are real tokens."""
+    """Which of these rows (block,) are real tokens."""
     real = inside
     if has_mask:
         real = tl.load(mask + row, mask=inside, other=0) != 0
@@ -250,7 +252,7 @@ def load_tile(
     block: tl.constexpr,
     num_experts: tl.constexpr,
 ):
-    """The logits (chunks, block, width) from row `start` on, −∞ where there are none."""
+    """The logits (chunks, block, width) from row `start` on; −∞ at dead positions."""
     at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
     z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
     return tl.reshape(z, (chunks, block, width))
@@ -258,7 +260,7 @@ def load_tile(
 
 @triton.jit
 def write_tokens(own, tokens, num_experts: tl.constexpr):
-    """Write what follows scores and counts in a program's own sums: tokens, and a single batch."""
+    """Write the last two of a program's sums: its tokens, and 1 for the batch (once)."""
     tl.store(own + 2 * num_experts, tl.sum(tokens, axis=0).to(tl.float32))
     tl.store(own + 2 * num_experts + 1, (tl.program_id(0) == 0).to(tl.float32))
 
@@ -267,7 +269,7 @@ def write_tokens(own, tokens, num_experts: tl.constexpr):
 def experts_of(
     chunks: tl.constexpr, step: tl.constexpr, width: tl.constexpr, num_experts: tl.constexpr
 ):
-    """Which expert (chunks, 1, width) a position holds, and whether any."""
+    """The expert (chunks, 1, width) of each position, and whether it exists."""
     lane = tl.arange(0, width)[None, None, :]
     expert = tl.arange(0, chunks)[:, None, None] * step + lane
     return expert, (lane < step) & (expert < num_experts)
@@ -284,7 +286,7 @@ def flat(
     block: tl.constexpr,
     num_experts: tl.constexpr,
 ):
-    """Where the tile from row `start` on lies, (chunks * block, width), and what there exists."""
+    """Offsets (chunks * block, width) of the tile from row `start` on, and which exist."""
     line = tl.arange(0, chunks * block)[:, None]
     lane = tl.arange(0, width)[None, :]
     row = start + line % block
@@ -302,14 +304,14 @@ def on_every_row(
     block: tl.constexpr,
     num_experts: tl.constexpr,
 ):
-    """A row of values by expert, loaded for each row of the tile where that row lies."""
+    """A row of values (E,), as a tile (chunks, block, width)."""
     at, here = flat(0, block, 0, chunks, step, width, block, num_experts)
     return tl.reshape(tl.load(values + at, mask=here, other=0.0), (chunks, block, width))
 
 
 @triton.jit
 def _key(x):
-    """An int32 that sorts as the float32 does, NaN last; both zeros are one."""
+    """An int32 that sorts as the float32 does, NaN last; −0 and 0 are one."""
     bits = x.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(x == 0.0, 0, key)
@@ -326,7 +328,7 @@ def _float(key):
 def _limit(
     key, exists, chunks: tl.constexpr, width: tl.constexpr, kept: tl.constexpr, best: tl.constexpr
 ):
-    """Kill all experts but those of the `kept` best chunks, of equals the first."""
+    """Keep the experts of the `kept` best chunks, of equals the first; the others die."""
     lane = tl.arange(0, width)[None, None, :]
     rest = key
     largest = tl.max(rest, axis=2, keep_dims=True)
@@ -363,7 +365,7 @@ def _relative(z, peak, sigmoid: tl.constexpr):
 
 @triton.jit
 def scores_of(z, sigmoid: tl.constexpr):
-    """The scores of a tile of logits, and the normaliser of each of its rows."""
+    """The scores of a tile of logits (chunks, block, width), and the normaliser (block,)."""
     peak = tl.max(tl.max(z, axis=0), axis=1)
     relative = _relative(z, peak[None, :, None], sigmoid)
     total = tl.sum(tl.sum(relative, axis=0), axis=1)

@@ -1,14 +1,16 @@
-"""Launching the fused router: one pass forward, one pass backward, nothing (T, E) in between.
+"""The fused router: one pass forward, one pass backward, no (T, E) tensor in between.
 
-    forward   z → weights (T, K), experts (T, K), normaliser (T,), packed sums (2E + 2,)
-    backward  ∂/∂z of ⟨g, weights⟩ + ⟨q, Σ_t p_t⟩,   p ∘ (q − ⟨p, q⟩) ∘ a'(z) and the weights' own
+    forward   z (T, E) → weights (T, K), experts (T, K), normaliser (T,), packed sums (2E + 2,)
+    backward  ∂/∂z of ⟨g, weights⟩ + ⟨q, Σ_t p_t⟩: p ∘ (q − ⟨p, q⟩) ∘ a'(z) plus the weights' part
 
-The forward pass reads the logits once, the backward pass reads them and writes their gradient:
-three times the logits' bytes in all, which is the least for a router that keeps only its logits.
-The sums are there before the backward pass needs a price, so that a price may depend on them.
+The forward pass reads the logits. The backward pass reads them again and writes their gradient.
+This is three times the logits' bytes, the minimum for a router that keeps only its logits. The sums
+exist before the backward pass needs a price, so a price may depend on them.
 
 Sums are deterministic: each program adds its rows in order into its own row of a small table, and
-torch adds up the table. The number of programs depends on shapes alone, not on the device.
+torch sums the table. The number of programs depends on shapes only, not on the device.
+
+Shapes: T tokens, E experts, K top-k.
 """
 
 import torch
@@ -33,18 +35,18 @@ def choose(
 ) -> Chosen:
     """Choose experts, weigh them and sum what was done, in one pass over the logits.
 
-    Experts are ranked by their affinity minus the price, or by their logit where there is neither
-    price nor a limit to groups. Of equals the lowest index wins. NaN ranks above all numbers, so
-    that a broken row still names K experts, and shows in the sums.
+    Experts are ranked by affinity minus price; without price and group limit, by their logit. The
+    lowest index wins among equals. NaN ranks above all numbers, so a broken row still names K
+    experts, and shows in the sums.
 
     Args:
         logits: (T, E), as `supported` wants them.
         gate: `Softmax()` or `Sigmoid()`.
         top_k: K.
-        normalize: whether the weights of a token are divided by their sum; else affinities.
+        normalize: True divides a token's weights by their sum; False uses affinities.
         price: (E,), subtracted from the affinities before top-k, never from the weights.
         limit: the groups that a token may choose from; None for all experts.
-        mask: (T,) True for real tokens. Padded rows are routed but not summed.
+        mask: (T,) True for real tokens; padded rows are routed but not summed.
 
     Raises:
         ValueError: K out of 1..E, or a limit that does not fit.
@@ -99,17 +101,17 @@ def pull_back(
     charge: Float[Tensor, "E"] | None = None,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> Float[Tensor, "T E"]:
-    """Gradient of the logits, of the weights and of the charge, in one pass.
+    """Gradient of the logits from the weights and from the charge, in one pass.
 
     Args:
         upstream: (T, K) gradient of the loss with respect to the weights.
         logits: (T, E), as given to `choose`.
-        chosen_experts: (T, K), as `choose` returned them.
-        normaliser: (T,), as `choose` returned it.
+        chosen_experts: (T, K), from `choose`.
+        normaliser: (T,), from `choose`.
         gate: as given to `choose`.
         normalize: as given to `choose`.
         charge: q (E,), gradient of the loss with respect to Σ_t p_t over real tokens: price times
-            strength · E / tokens · scale of the loss. None for none.
+            strength · E / tokens · scale of the loss. None for no charge.
         mask: (T,) as given to `choose`; padded rows are charged nothing.
 
     Returns:

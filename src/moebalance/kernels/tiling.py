@@ -1,4 +1,7 @@
-"""What the programs take, and how a block of rows lies in the registers of one of them."""
+"""Which inputs the programs take, and how a block of rows lies in registers.
+
+Shapes: T tokens, E experts, K top-k.
+"""
 
 import os
 from functools import cache
@@ -16,12 +19,16 @@ MAX_TOP_K = 32
 
 
 def supported(logits: Tensor, gate: Gate, top_k: int) -> bool:
-    """Whether the fused router can take these logits; the plain form takes all.
+    """Whether the fused router takes these logits; the plain form takes all.
 
-    Wanted are rows (T, E) of float32, bfloat16 or float16 with neighbouring experts side by side,
-    on an NVIDIA GPU of compute capability 8.0 or later (or Triton's interpreter, with
-    TRITON_INTERPRET=1); E ≤ 2304, K ≤ 32; a softmax or sigmoid gate; and Triton. Not under
-    torch.compile, which fuses the plain form by itself.
+    Conditions:
+
+    - logits (T, E) in float32, bfloat16 or float16, with stride 1 along E;
+    - an NVIDIA GPU of compute capability 8.0 or later, with Triton; or Triton's interpreter
+      (TRITON_INTERPRET=1);
+    - E ≤ 2304, K ≤ 32;
+    - a softmax or sigmoid gate;
+    - not under torch.compile, which fuses the plain form by itself.
 
     >>> supported(torch.zeros(4, 8, dtype=torch.float64), Softmax(), 2)
     False
@@ -42,9 +49,9 @@ class Tiling(NamedTuple):
     """How a block of rows lies in the registers of one program; see `programs.py`.
 
     Attributes:
-        sizes: the programs' compile-time sizes.
+        sizes: compile-time sizes of the programs.
         warps: warps of one program.
-        programs: most programs of a launch that sums.
+        programs: the most programs of a launch that sums.
     """
 
     sizes: dict[str, int]
@@ -53,7 +60,7 @@ class Tiling(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a launch is given of it."""
+        """Keyword arguments for `launch`."""
         return {**self.sizes, "num_warps": self.warps, "enable_fp_fusion": True}
 
     def blocks(self, rows: int) -> int:
@@ -62,17 +69,17 @@ class Tiling(NamedTuple):
 
 
 def tile(logits: Float[Tensor, "T E"], limit: GroupLimit | None = None, *, sums: bool) -> Tiling:
-    """Lay out a block of rows: 8 to 64 logits a thread, and whole rows in a warp up to E = 1024.
+    """Lay out a block of rows: 8 to 64 logits in a thread; whole rows in a warp up to E = 1024.
 
     Few warps and many programs were fastest on an H200 (`benchmarks/tiles.py`).
 
     Args:
-        logits: (T, E), of which shape, strides and dtype matter.
+        logits: (T, E); only shape, strides and dtype matter.
         limit: as given to `router.choose`.
-        sums: whether the program holds sums beside the logits, and should hold few rows.
+        sums: whether the program also holds sums, and should hold fewer rows.
     """
     stride, offset = logits.stride(0), int(logits.storage_offset())
-    # What one thread loads at once: 16 bytes, or as much as the rows' alignment allows.
+    # Logits in one load of a thread: 16 bytes, or less if the rows' alignment is lower.
     vector = min(16 // logits.itemsize, _two_power_in(stride), _two_power_in(offset))
     return _tile(logits.shape[1], stride, vector, limit, sums)
 
@@ -106,12 +113,12 @@ def _tile(
 
 
 def row_of(values: Float[Tensor, "E"] | None, logits: Tensor) -> Tensor:
-    """A row of float32; any tensor stands in for none, which is never read."""
+    """Values (E,) as float32. Without values any tensor stands in; it is never read."""
     return logits if values is None else values.detach().float().contiguous()
 
 
 def bytes_of(mask: Bool[Tensor, "T"] | None, logits: Tensor) -> Tensor:
-    """A mask as bytes; any tensor stands in for none, which is never read."""
+    """A mask (T,) as bytes. Without a mask any tensor stands in; it is never read."""
     return logits if mask is None else mask.contiguous().view(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The methods, one file each, behind the one interface of `base.py`."""
+"""The balancing methods, one file each. `base.py` has their interface."""
 
 from moebalance.methods.base import Method, Traits, charge, observe
 from moebalance.methods.ema_switch import EmaSwitchLoss

@@ -1,30 +1,30 @@
-"""A memory whose rate is found from how the loads of steps vary: as long as their noise asks for.
+"""A moving average that measures its own rate from how the load varies between steps.
 
-The load of a step is taken as a level that walks, seen through noise,
+The load x_t of step t is modelled as a level μ that walks, plus noise:
 
-    x_t = μ_t + ε_t,        μ_t = μ_{t−1} + ν_t,        var ε = R,        var ν = Q,
+    x_t = μ_t + ε_t,        μ_t = μ_{t−1} + ν_t,        var ε = R,        var ν = Q.
 
-and an average m ← (1 − η) m + η x of it misses μ by R η / (2 − η) + Q (1 − η)² / (η (2 − η)) in
-the mean square: long memories are late, short ones noisy. The least is at
+An average m ← (1 − η) m + η x has the mean square error R η / (2 − η) + Q (1 − η)² / (η (2 − η)):
+a long memory is late, a short one is noisy. The error is least at
 
-    η² / (1 − η) = Q / R,        η = 2 / (1 + √(1 + 4 R / Q)),
+    η² / (1 − η) = Q / R,        η = 2 / (1 + √(1 + 4 R / Q)).
 
-which is also the steady gain of the Kalman filter (Muth 1960, J. Am. Stat. Assoc. 55, 299). What
-remains is to measure R and Q. Of two averages of the same x with rates a > b,
+This is also the steady gain of the Kalman filter (Muth 1960, J. Am. Stat. Assoc. 55, 299). R and Q
+are measured. Two averages of the same x with rates a > b have
 
-    E (m_a − m_b)² · (2 − a)(2 − b)(a + b − ab) / (2 (a − b)²)  =  R + Q · (1 + (1−a)(1−b)) / (2ab),
+    E (m_a − m_b)² · (2 − a)(2 − b)(a + b − ab) / (2 (a − b)²)  =  R + Q · (1 + (1−a)(1−b)) / (2ab).
 
-so two pairs of averages, one fast and one slow, give R and Q by a difference. (Left: noise and walk
-contribute to cov(m_a, m_b) ab R / (a + b − ab) and, as misses, (1−a)(1−b) Q / (a + b − ab).)
+One fast and one slow pair give R and Q by a difference. To derive the left side: cov(m_a, m_b) of
+the noise is ab R / (a + b − ab), and the covariance of the errors that the walk causes is
+(1−a)(1−b) Q / (a + b − ab).
 
-This reads the autocovariance of the loads at lags of 1/a to 1/c steps. If neighbouring steps come
-from one domain, ε has an autocorrelation ρ_k, and the averages see R (1 + 2 Σ ρ_k), the variance
-that averaging really has to fight. The lag-1 autocovariance alone would take such noise for a walk,
-and forget faster where it should remember longer. Noise that lasts much longer than 1/a = 4 steps
-looks like a walk here too.
+Noise with memory. If neighbouring steps come from one domain, ε has an autocorrelation ρ_k. The
+averages then see R (1 + 2 Σ ρ_k), and this is the variance that averaging has to reduce. The
+autocovariance at lag 1 alone would take such noise for a walk, and shorten the memory where it
+should be longer. Noise that lasts much longer than 1/a = 4 steps still looks like a walk.
 
-In tokens the memory comes out the same whatever the batch: with n tokens a step R is r/n and Q is
-q·n, hence n / η → √(r/q) where η is small.
+The memory in tokens does not depend on the batch size: with n tokens a step R is r/n and Q is q·n,
+hence n / η → √(r/q) for small η.
 """
 
 from typing import NamedTuple
@@ -37,16 +37,16 @@ from moebalance.gates import Gate
 from moebalance.methods.ema import Ema
 from moebalance.methods.lineage import Lineage
 
-START = 0.1  # the rate before there is anything to judge by; the default of φ-balancing
-SLOWEST, FASTEST = 1 / 256, 0.5  # what can be told from the three averages, and no more
+START = 0.1  # the rate before anything is measured; the default of φ-balancing
+SLOWEST, FASTEST = 1 / 256, 0.5  # the range that the three averages can resolve
 _SCALES = (1 / 4, 1 / 16, 1 / 64)  # in simulation within 25 % for gains of 0.02 to 0.2 (tests)
-_EVIDENCE = 1 / 64  # squares are averaged as long as the slowest of them
+_EVIDENCE = 1 / 64  # squares are averaged as long as the slowest average
 
 
 class Adaptive(NamedTuple):
-    """The average that is read, three more at fixed rates, and two mean squares, float32.
+    """The average that prices use, three more with fixed rates, and two mean squares; float32.
 
-    `near` and `far` are R + Q · g of the fast and of the slow pair, in squares of an even share.
+    `near` is R + Q · g of the fast pair, `far` of the slow pair, in squares of an even load.
     """
 
     average: Ema
@@ -58,7 +58,7 @@ class Adaptive(NamedTuple):
 
     @classmethod
     def empty(cls, num_experts: int) -> "Adaptive":
-        """Nothing seen."""
+        """A memory that has seen nothing."""
         means = [Ema.empty(num_experts) for _ in range(4)]
         squares = [Ema.empty(num_experts) for _ in range(2)]
         zero = torch.zeros((), dtype=torch.float32)
@@ -66,12 +66,12 @@ class Adaptive(NamedTuple):
 
     @property
     def mean(self) -> Float[Tensor, "E"]:
-        """The average that is read."""
+        """Mean load (E,), for prices."""
         return self.average.mean
 
     @property
     def rate(self) -> Float[Tensor, ""]:
-        """η for the next step: the start's at first, then more and more the one that was found."""
+        """η for the next step: `START` at first, then more and more the measured rate."""
         near_gain, far_gain = _gain(*_SCALES[:2]), _gain(*_SCALES[1:])
         tiny = torch.finfo(self.near.mean.dtype).tiny
         walk = ((self.far.mean - self.near.mean) / (far_gain - near_gain)).clamp(min=tiny)
@@ -82,7 +82,7 @@ class Adaptive(NamedTuple):
         return torch.lerp(start, found, self.near.weight).exp()
 
     def inherit(self, lineage: Lineage, gate: Gate) -> "Adaptive":
-        """Means follow the experts; noise and walk, in even shares, are the layer's."""
+        """The means follow the experts; noise and walk belong to the layer and stay."""
         return self._replace(
             average=self.average.inherit(lineage, gate),
             fast=self.fast.inherit(lineage, gate),
@@ -91,7 +91,7 @@ class Adaptive(NamedTuple):
         )
 
     def after(self, value: Float[Tensor, "E"], seen: Float[Tensor, ""]) -> "Adaptive":
-        """Advance by a step's load; nothing changes where `seen` is 0 instead of 1."""
+        """Advance by a step's load (E,). Nothing changes if `seen` is 0 instead of 1."""
         emas = (self.fast, self.middle, self.slow)
         fast, middle, slow = (
             ema.toward(value, seen * rate) for ema, rate in zip(emas, _SCALES, strict=True)
@@ -108,12 +108,12 @@ class Adaptive(NamedTuple):
 
 
 def _gain(a: float, b: float) -> float:
-    """What Q is multiplied by in the square of a pair."""
+    """Factor of Q in the square of a pair."""
     return (1 + (1 - a) * (1 - b)) / (2 * a * b)
 
 
 def _square(first: Ema, second: Ema, a: float, b: float) -> Float[Tensor, ""]:
-    """R + g Q as one step shows it, mean over experts, in squares of an even share."""
+    """R + g Q, estimated from one step; mean over experts, in squares of an even load."""
     num_experts = first.mean.shape[-1]
     apart = (num_experts * (first.mean - second.mean)).square().mean(dim=-1)
     return apart * ((2 - a) * (2 - b) * (a + b - a * b) / (2 * (a - b) ** 2))

@@ -1,11 +1,10 @@
-"""An exponential moving average that knows how much it has seen.
+"""An exponential moving average, corrected for how much it has seen.
 
-    w ← (1 − η) w + η,        m ← m + (η / w) (x − m),        w₀ = 0,
+    w ← (1 − η) w + η,        m ← m + (η / w) (x − m),        w₀ = 0.
 
-which is the bias-corrected mean of m ← (1 − η) m + η x with m₀ = 0, kept divided by its weight w
-(Kingma & Ba, 2015, §3). For negative entropy the price ∇φ of it differs from that of the plain
-average by the constant log w, which no gradient sees; for the other potentials the correction
-removes a warm-up that a zero start would add.
+m is the average m ← (1 − η) m + η x with m₀ = 0, divided by its weight w (Kingma & Ba, 2015, §3).
+For negative entropy the prices of both differ by the constant log w, which changes no gradient. For
+the other potentials the division removes the warm-up that a start at zero would cause.
 """
 
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from moebalance.routing import as_number
 
 
 class Ema(NamedTuple):
-    """Mean over the steps seen, `mean` (E,) or (), and its accumulated `weight` (), float32."""
+    """Mean over the steps seen, `mean` (E,) or (), and its `weight` w (); float32."""
 
     mean: Float[Tensor, "*E"]
     weight: Float[Tensor, ""]
@@ -29,11 +28,11 @@ class Ema(NamedTuple):
     def empty(cls, num_experts: int) -> "Ema":
         """Nothing seen: the mean is uniform until the first step replaces it."""
         uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float32)
-        # The least weight there is: nothing seen and nothing new is a gain of 0, not 0/0.
+        # The smallest weight, not 0: an empty step then has a gain of 0 instead of 0/0.
         return cls(uniform, torch.full((), _TINY, dtype=torch.float32))
 
     def toward(self, value: Float[Tensor, "*E"], rate: float | Tensor) -> "Ema":
-        """Move by `rate` toward `value`; a rate of 0 leaves all as it was."""
+        """Move by `rate` toward `value` (E,) or (); a rate of 0 changes nothing."""
         weight = (self.weight + rate * (1 - self.weight)).to(self.weight.dtype)
         gain = (rate / weight).to(self.mean.dtype)
         return Ema(torch.lerp(self.mean, value.to(self.mean.dtype), gain), weight)
@@ -45,7 +44,7 @@ class Ema(NamedTuple):
         return torch.lerp(self.mean, value.to(self.mean.dtype), gain)
 
     def inherit(self, lineage: Lineage, gate: Gate) -> "Ema":
-        """The mean is a mass; what has seen nothing stays empty."""
+        """The mean follows as a mass; an empty average stays empty."""
         if self.weight <= _TINY:
             return Ema(
                 torch.full_like(lineage.mass(self.mean), 1 / lineage.num_experts), self.weight

@@ -2,9 +2,8 @@
 
     m ← (1 − η) m + η f,        loss = task + α · E · ⟨m, P⟩.
 
-φ-balancing's closest rival explanation: the same memory, with the hard load as statistic and no
-potential (equivalently the Euclidean one). A comparison that leaves it out cannot tell whether the
-potential or the memory does the work.
+It has φ-balancing's memory, but the hard load and the Euclidean potential. Include it in every
+comparison with φ-balancing: it shows whether the potential or the memory does the work.
 """
 
 from dataclasses import dataclass
@@ -29,11 +28,13 @@ class EmaSwitchLoss(Method):
 
     Args:
         strength: α ≥ 0.
-        rate: η in (0, 1], weight of the newest step; at 1, where a step is one batch, this
-            is the Switch loss. "auto" measures it (`adaptive.py`). 0.3 if `memory_tokens` is not
-            given either.
-        memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M).
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        rate: η in (0, 1], weight of the newest step. At 1, with one batch a step, this is the
+            Switch loss. "auto" measures it (`adaptive.py`). Default 0.3 without `memory_tokens`.
+        memory_tokens: M > 0 instead of `rate`: a step of n tokens has η = 1 − exp(−n / M).
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+
+    Raises:
+        ValueError: strength, rate, memory or proportions out of range, or both rate and memory.
     """
 
     strength: float = 1e-2
@@ -58,7 +59,7 @@ class EmaSwitchLoss(Method):
         return readings(state)
 
     def init(self, num_experts: int) -> Memory:
-        """Start with an empty average."""
+        """An empty average."""
         check_proportions(self.proportions, num_experts)
         return begin(self, num_experts)
 

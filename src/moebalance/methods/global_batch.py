@@ -1,9 +1,9 @@
-"""Global-batch auxiliary loss: the Switch loss with the load taken over the whole step.
+"""Global-batch loss: the Switch loss with the load of the whole step.
 
     loss = task + α · E · Σ_e f_e^step P_e,
 
-f^step summed over the micro-batches of the step seen so far. Source: Qiu et al.,
-2025, arXiv 2501.11873, whose buffer over accumulation steps this follows.
+where f^step sums over the step's micro-batches so far. Source: Qiu et al., 2025, arXiv 2501.11873;
+this follows their buffer over accumulation steps.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ class GlobalBatchLoss(Method):
 
     Args:
         strength: α ≥ 0; 1e-3 in the paper's models.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+
+    Raises:
+        ValueError: strength or proportions out of range.
     """
 
     strength: float = 1e-3

@@ -1,8 +1,7 @@
-"""How even a load shall be: what `Targeted` steers a method's strength by.
+"""Goals for `Targeted`: how even the load should be.
 
-A goal measures a load as its metric does, and relative to what is allowed: 1 at the goal, more for
-a load that is less even, 0 for a perfectly even one. With shares ρ "even" means in their
-proportion: f_e / ρ_e is then the same for all experts.
+A goal's ratio is 1 when the goal is just met, larger for a load that is less even, and 0 for a
+perfectly even load. With proportions ρ, a load is even if f_e / ρ_e is the same for all experts.
 """
 
 import math
@@ -25,12 +24,12 @@ class Goal(ABC):
     """An upper bound on one measure of unevenness.
 
     Args:
-        at_most: the bound, greater than 0, in the metric's own unit.
-        load: "hard" for the assignments that top-k delivers, "soft" for the mean scores.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        at_most: the bound, greater than 0, in the metric's unit.
+        load: "hard" for the top-k assignments, "soft" for the mean scores.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
 
     Raises:
-        ValueError: the bound is not a positive number, or there is no such load.
+        ValueError: the bound is not a positive number, or `load` is neither "hard" nor "soft".
     """
 
     at_most: float
@@ -48,18 +47,18 @@ class Goal(ABC):
 
     @abstractmethod
     def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
-        """Unevenness of a load that sums to 1: 0 for an even one.
+        """Unevenness () of a load (E,) that sums to 1: 0 if it is even.
 
         Raises:
-            ValueError: the goal is for another number of experts.
+            ValueError: the goal does not fit this number of experts.
         """
 
     def ratio(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
-        """measure / at_most."""
+        """measure / at_most, (): at most 1 if the goal is met."""
         return self.measure(load) / self.at_most
 
     def of(self, sums: Sums) -> Float[Tensor, "E"]:
-        """The load that the goal is about."""
+        """The load (E,) that the goal is about."""
         return sums.soft_load if self.load == "soft" else sums.hard_load
 
     def _proportions(self, load: Float[Tensor, "E"]) -> Float[Tensor, "E"] | None:
@@ -73,7 +72,7 @@ class Goal(ABC):
 
 @dataclass(frozen=True, repr=False)
 class MaxVio(Goal):
-    """The busiest expert at most so far above its share: max_e f_e / ρ_e − 1, ρ_e = 1/E if even.
+    """The busiest expert at most this far above its part: max_e f_e / ρ_e − 1, ρ_e = 1/E if even.
 
     >>> import torch
     >>> MaxVio(0.5).ratio(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
@@ -87,7 +86,7 @@ class MaxVio(Goal):
 
 @dataclass(frozen=True, repr=False)
 class Gini(Goal):
-    """Inequality at most so large.
+    """The Gini coefficient of the load at most this large.
 
     >>> import torch
     >>> round(Gini(0.25).ratio(torch.tensor([0.5, 0.5, 0.0, 0.0])).item(), 6)
@@ -101,9 +100,9 @@ class Gini(Goal):
 
 @dataclass(frozen=True, repr=False)
 class EntropyDeficit(Goal):
-    """Entropy at most so far below its largest value: 1 − H(f) / log E.
+    """Entropy at most this far below its maximum: 1 − H(f) / log E.
 
-    With shares, the divergence from them in the same unit: Σ_e f_e log(f_e / ρ_e) / log E.
+    With proportions ρ: the divergence from them in the same unit, Σ_e f_e log(f_e / ρ_e) / log E.
 
     >>> import torch
     >>> round(EntropyDeficit(0.25).ratio(torch.tensor([0.5, 0.5, 0.0, 0.0])).item(), 6)
@@ -121,10 +120,13 @@ class EntropyDeficit(Goal):
 
 @dataclass(frozen=True, repr=False)
 class RankVio(Goal):
-    """The busiest of R expert-parallel ranks at most so far above its share.
+    """The busiest of R expert-parallel ranks at most this far above its part.
 
     Args:
-        ep_size: R; rank r holds the r-th block of E / R experts.
+        ep_size: R ≥ 2, number of ranks; rank r holds the r-th block of E / R experts.
+
+    Raises:
+        ValueError: fewer than two ranks.
 
     >>> import torch
     >>> RankVio(0.5, ep_size=2).ratio(torch.tensor([0.5, 0.25, 0.25, 0.0])).item()
@@ -144,7 +146,7 @@ class RankVio(Goal):
         """`metrics.max_violation` of the ranks' loads.
 
         Raises:
-            ValueError: the experts cannot be shared out equally.
+            ValueError: E is not a multiple of the number of ranks.
         """
         num_experts = load.shape[-1]
         if num_experts % self.ep_size:

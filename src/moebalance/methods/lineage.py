@@ -1,17 +1,16 @@
-"""Who descends from whom when a layer's experts change, and what becomes of their numbers.
+"""How a balancing state follows when a layer's experts change.
 
-A model gains experts by copying some (upcycling), loses some (pruning), or joins some (merging).
-What a balancing state holds of each expert follows in one of three ways:
+Experts are copied (upcycling), removed (pruning) or merged. Each number of a state follows in one
+of three ways:
 
-    a mass (a mean load)   is shared out equally among the children of an expert; what a lost
-                           expert had goes to all that remain in proportion, so that the sum stays
-    a price                is the parent's, the mean of several parents'
+    a mass (a mean load)   is divided equally among the copies of its expert; the mass of a lost
+                           expert goes to all others in proportion, so the sum stays the same
+    a price                is the parent's, or the mean of several parents' prices
     a number of the layer  stays
 
-so that copies of one expert start with one price, and a copied layer's state is the one that it
-would have had from the start. A new expert without a parent starts with an even part of the mass
-and the mean price. No expert's number changes under the identity, and merging what was copied
-gives back what there was.
+So copies of one expert start with one price, and a fully copied layer has the state that it would
+have had from the start. A new expert without a parent gets an even part of the mass and the mean
+price. The identity changes nothing, and merging copies restores the old numbers.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ class Lineage:
     """The parents of each new expert among the old ones.
 
     Args:
-        parents: for each new expert the old ones that it descends from: one if it is kept or
-            copied, several if they were merged, none if it is new. Old ones named nowhere are lost.
+        parents: old experts of each new expert: one if it was kept or copied, several if they were
+            merged, none if it is new. Old experts that are not named are lost.
         num_parents: number of old experts.
 
     Raises:
-        ValueError: fewer than two new experts, or a parent that there is not.
+        ValueError: fewer than two new experts, or a parent out of range.
 
     >>> Lineage.of([0, 1, 0, 1], 2).mass(torch.tensor([0.5, 0.5]))
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
@@ -62,7 +61,7 @@ class Lineage:
 
     @classmethod
     def of(cls, parents: Iterable[int | Iterable[int]], num_parents: int) -> Lineage:
-        """From a parent, or several, for each new expert."""
+        """From one parent, or several, for each new expert."""
         each = (p if isinstance(p, Iterable) else (p,) for p in parents)
         return cls(tuple(tuple(int(q) for q in p) for p in each), num_parents)
 
@@ -72,7 +71,7 @@ class Lineage:
         return len(self.parents)
 
     def mass(self, old: Float[Tensor, " old"]) -> Float[Tensor, " new"]:
-        """What parents had, shared out among their children; sums to what it did."""
+        """The parents' mass, divided among their children; the sum stays the same."""
         children = Counter(parent for each in self.parents for parent in set(each))
         rows = torch.zeros(self.num_experts, self.num_parents, dtype=torch.float64)
         for expert, each in enumerate(self.parents):
@@ -83,14 +82,14 @@ class Lineage:
         orphans = torch.tensor([not each for each in self.parents])
         even = total / self.num_experts
         if orphans.any() or len(children) < self.num_parents:
-            # What is inherited fills what the new ones leave; of nothing each gets an even part.
+            # New experts get even parts; inherited mass fills the rest, evenly if it is 0.
             room, inherited = total - even * orphans.sum(), after.sum()
             after = after * (room / inherited) if inherited > 0 else (~orphans) * even
             after = torch.where(orphans, even, after)
         return after.to(old)
 
     def price(self, old: Float[Tensor, " old"]) -> Float[Tensor, " new"]:
-        """The parent's; the mean of several, or of all for who has none."""
+        """The parent's price; the mean of several, or of all if there is no parent."""
         prices = old.double().cpu()
         each = [prices[list(parents)] if parents else prices for parents in self.parents]
         return torch.stack([own.mean() for own in each]).to(old)
@@ -98,20 +97,20 @@ class Lineage:
 
 @runtime_checkable
 class Inherits(Protocol):
-    """A state that says how its tensors follow the experts."""
+    """A state that knows how its tensors follow the experts."""
 
     def inherit(self, lineage: Lineage, gate: Gate) -> Any:
-        """The state of the new experts, of a layer with this gate."""
+        """The state of the new experts, for a layer with this gate."""
 
 
 def inherit(state: Any, lineage: Lineage, gate: Gate) -> Any:
-    """The state of a method after its layer's experts changed.
+    """A method's state after its layer's experts changed.
 
-    Numbers of the layer stay, parts of a state follow by themselves, and a state with a tensor for
-    the experts says itself how that does.
+    Scalars stay, parts of a tuple follow one by one, and a state with a tensor for the experts
+    has its own `inherit`.
 
     Raises:
-        TypeError: it does not.
+        TypeError: a state with a tensor for the experts has no `inherit`.
     """
     if isinstance(state, Inherits):
         return state.inherit(lineage, gate)

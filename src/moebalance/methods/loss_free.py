@@ -25,11 +25,15 @@ class LossFree(Selecting):
     """Move each expert's selection price against its load, outside the gradient.
 
     Args:
-        speed: u ≥ 0, price step in units of the affinity (softmax probability or sigmoid). Softmax
-            affinities are 1/E in the mean: beside many experts the default may make loads swing.
+        speed: u ≥ 0, price step, in the unit of affinities (softmax probabilities or sigmoids).
+            Softmax affinities are 1/E on average: with many experts the default may make the load
+            swing.
         rule: "sign" moves by ±u; "proportional" by u times the relative excess c_e / mean c − 1.
         recentre: keep the prices' mean at 0, so that they cannot drift together.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+
+    Raises:
+        ValueError: speed, rule or proportions out of range.
     """
 
     speed: float = 1e-3
@@ -49,11 +53,11 @@ class LossFree(Selecting):
         return super().traits._replace(from_sums=True, shared=frozenset({"counts"}))
 
     def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
-        """Raise the price of experts above their part of the load, lower it below."""
+        """Raise the price of experts above their part of the load, lower the others."""
         mean = sums.counts.mean(dim=-1, keepdim=True)
         # Of counts per proportion, whose sign and relative size are those of c_e − ρ_e Σ c.
         excess = per_proportion(sums.counts, self.proportions) - mean
-        # clamp: an empty step has excess 0, not 0/0.
+        # clamp: in an empty step 0 / 0 would be NaN.
         move = torch.sign(excess) if self.rule == "sign" else excess / mean.clamp(min=1e-30)
         price = state.price + self.speed * move
         if self.recentre:

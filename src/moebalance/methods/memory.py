@@ -1,13 +1,13 @@
-"""How long a method remembers: a rate, a number of tokens, or as long as the noise asks for.
+"""How long a method remembers: a rate, a number of tokens, or measured.
 
-The rate η of a method's moving average (`ema.py`) may be given as it is, or as a memory of M
-tokens: a step of n tokens then has
+The rate η of a moving average (`ema.py`) is the weight of the newest step. A memory of M tokens
+gives a step of n tokens the rate
 
-    η = 1 − exp(−n / M),
+    η = 1 − exp(−n / M).
 
-under which two steps of n tokens forget exactly as much as one of 2n. A recipe so keeps its meaning
-when the batch, the accumulation or the number of ranks changes. With `rate="auto"` it is measured
-while training goes on (`adaptive.py`).
+Two steps of n tokens then forget exactly as much as one step of 2n. So a recipe means the same for
+any batch size, accumulation and number of ranks. `rate="auto"` measures the rate during training
+(`adaptive.py`).
 """
 
 from typing import Literal, Protocol, runtime_checkable
@@ -29,7 +29,7 @@ Memory = Ema | Adaptive
 
 @runtime_checkable
 class Remembers(Protocol):
-    """A method with a memory: its rate, or the tokens that it remembers; the other is None."""
+    """A method with a memory: a rate, or a number of tokens; the other is None."""
 
     @property
     def rate(self) -> Rate | None:
@@ -41,14 +41,14 @@ class Remembers(Protocol):
 
 
 def settle_rate(method: Remembers, default: float) -> None:
-    """Check a frozen method's rate and memory, and fill in the default rate if it has neither.
+    """Check a frozen method's rate and memory; set the default rate if it has neither.
 
     Raises:
         ValueError: both are given, or one is out of range.
     """
     if method.rate is not None and method.memory_tokens is not None:
         raise ValueError(
-            f"rate={method.rate!r} and memory_tokens={method.memory_tokens!r}: give one of them; a "
+            f"rate={method.rate!r} and memory_tokens={method.memory_tokens!r}: give one of them. A "
             "memory of M tokens is a rate of 1 − exp(−n / M) in a step of n tokens."
         )
     if method.memory_tokens is not None:
@@ -70,7 +70,7 @@ def begin(method: Remembers, num_experts: int) -> Memory:
 def remember(
     method: Remembers, memory: Memory, load: Float[Tensor, "E"], tokens: Float[Tensor, ""]
 ) -> Memory:
-    """The memory after a step of this load; as it was if the step had no token."""
+    """The memory after a step with this load (E,); unchanged if the step has no token."""
     if isinstance(memory, Adaptive):
         return memory.after(load, (tokens > 0).to(memory.mean.dtype))
     return memory.toward(load, _step_rate(method, tokens))
@@ -79,18 +79,18 @@ def remember(
 def peek(
     method: Remembers, memory: Memory, load: Float[Tensor, "E"], batch: Batch
 ) -> Float[Tensor, "E"]:
-    """The mean as if one batch of a step, of this load, were a part of it already."""
+    """The mean (E,) as if one batch's load (E,) were already a part of it."""
     average = memory.average if isinstance(memory, Adaptive) else memory
     return average.peek(load, batch_rate(method, memory, batch))
 
 
 def readings(memory: Memory) -> dict[str, Float[Tensor, ""]]:
-    """The rate of the next step, where it is measured."""
+    """The rate of the next step, if it is measured."""
     return {"rate": memory.rate} if isinstance(memory, Adaptive) else {}
 
 
 def batch_rate(method: Remembers, memory: Memory, batch: Batch) -> float | Tensor:
-    """η of one batch of a step, for a method that looks at it before the step is over."""
+    """η of one batch, for a method that prices it before the step is over."""
     if isinstance(memory, Adaptive):
         return memory.rate * batch.fraction
     if method.memory_tokens is not None:
@@ -100,7 +100,7 @@ def batch_rate(method: Remembers, memory: Memory, batch: Batch) -> float | Tenso
 
 
 def _step_rate(method: Remembers, tokens: Float[Tensor, ""]) -> Tensor:
-    """η of a step of so many tokens; 0 if it has none."""
+    """η of a step with this many tokens; 0 without tokens."""
     if method.memory_tokens is not None:
         return -torch.expm1(-tokens / method.memory_tokens)
     assert isinstance(method.rate, float | int)

@@ -1,4 +1,4 @@
-"""No balancing: the control every comparison needs."""
+"""No balancing: the control of every comparison."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from moebalance.methods.base import Method, Traits
 
 @dataclass(frozen=True)
 class NoBalancing(Method):
-    """Watch the experts and change nothing."""
+    """Count the load and change nothing."""
 
     @property
     def traits(self) -> Traits:

@@ -1,16 +1,16 @@
 """φ-balancing: charge the gradient of a potential of the *expected* routing distribution.
 
 Source: Chen et al., "φ-Balancing for Mixture-of-Experts Training", ICML 2026, arXiv 2605.15403,
-Eq. 10 and Algorithm 1. Minimising φ(E[p]) over the router is, by convex duality, a min-max problem
-whose online mirror-ascent solution keeps one vector per layer:
+Eq. 10 and Algorithm 1. To minimise φ(E[p]) over the router is, by convex duality, a min-max
+problem. Online mirror ascent solves it with one vector per layer:
 
     m ← (1 − η) m + η p̄          (p̄: mean pre-top-k score of the step)
     q  = ∇φ(m)                   (no gradient; m already holds this step)
     loss = task + α · E · ⟨q, p̄⟩
 
-The dual step size of the mirror ascent is the averaging rate η. At a given price the term is
-linear in p̄, hence additive over micro-batches, which the bilinear Switch loss is not; with
-`peek=False` the price itself is the same for all of them.
+The averaging rate η is the dual step size of the mirror ascent. At a given price the term is linear
+in p̄, so it adds up over micro-batches; the bilinear Switch loss does not. With `peek=False` the
+price is the same for all micro-batches of a step.
 """
 
 from dataclasses import dataclass, field
@@ -27,30 +27,31 @@ from moebalance.routing import Batch, Sums
 
 @dataclass(frozen=True, repr=False)
 class PhiBalancing(Method):
-    """φ-balancing with any of the nine potentials, or what is composed of them.
+    """φ-balancing with any of the nine potentials, or a combination of them.
 
     Args:
-        potential: convex φ; its gradient is the price. `potential.relative_to(shares)` aims at
-            other than equal loads, `potential.grouped(groups)` at equal loads of groups.
+        potential: convex φ; its gradient is the price. `potential.relative_to(proportions)` aims at
+            unequal loads, `potential.grouped(groups)` at equal loads of groups.
         strength: α ≥ 0, the weight of the term. At equal α negative entropy pushes E times harder
-            than Euclidean; `potential.unit_slope()` removes that difference. The default was chosen
+            than Euclidean; `potential.unit_slope()` removes this difference. The default was chosen
             at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
-        rate: η in (0, 1], weight of the newest step in the average. The default was chosen at 1024
-            tokens a step; for steps of 2 million, 0.6 to 0.7 is reported. "auto" measures what the
-            noise of the loads asks for (`adaptive.py`). 0.1 if `memory_tokens` is not given either.
-        load: "soft" averages the scores p̄ as the paper does; "hard" averages the realised
-            load f while the gradient still goes through the scores (straight-through).
-        peek: whether the price already contains the batch it is charged on, as in Algorithm 1. With
-            a batch that is only a share s of its step, the price is ∇φ(m + η·s·(p̄ − m)). Without
-            peeking the price comes from finished steps alone and is the same for every batch.
-        memory_tokens: M > 0 in place of `rate`: a step of n tokens has η = 1 − exp(−n / M), and a
-            batch of n tokens peeks with the same.
+        rate: η in (0, 1], weight of the newest step in the average. The default 0.1 was chosen at
+            1024 tokens a step; for steps of 2 million, 0.6 to 0.7 is reported. "auto" measures it
+            from the noise of the load (`adaptive.py`). Used if `memory_tokens` is not given.
+        load: "soft" averages the scores p̄, as the paper does. "hard" averages the top-k load f;
+            the gradient still goes through the scores (straight-through).
+        peek: whether the price contains the batch that it is charged on, as in Algorithm 1. For a
+            batch with a fraction s of its step's tokens, the price is ∇φ(m + η·s·(p̄ − m)).
+            With False the price comes from finished steps only, and is the same for every batch.
+        memory_tokens: M > 0 instead of `rate`: a step, or a peek at a batch, of n tokens has
+            η = 1 − exp(−n / M).
 
-    Departs from the paper: the price is centred, q − ⟨m, q⟩, which changes no gradient while
-    scores sum to one; the average is bias-corrected (`ema.py`), in the peek as well.
+    Differences from the paper: the price is centred, q − ⟨m, q⟩, which changes no gradient while
+    scores sum to one. The average is bias-corrected (`ema.py`), in the peek too.
 
     Raises:
-        ValueError: strength, rate, memory or statistic out of range, or both rate and memory.
+        TypeError: `potential` is not a `Potential`.
+        ValueError: strength, rate, memory or load out of range, or both rate and memory.
 
     >>> PhiBalancing(peek=False).rate, PhiBalancing(memory_tokens=10_000).rate
     (0.1, None)
@@ -88,7 +89,7 @@ class PhiBalancing(Method):
         return readings(state)
 
     def init(self, num_experts: int) -> Memory:
-        """Start with an empty average."""
+        """An empty average."""
         self.potential.check(num_experts)
         return begin(self, num_experts)
 

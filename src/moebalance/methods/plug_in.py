@@ -1,13 +1,12 @@
-"""Plug-in loss: the potential of a load that is counted in the batch itself, without a memory.
+"""Plug-in loss: charge the potential of the load counted in the batch itself, without memory.
 
     loss = task + α · E · ⟨∇φ(l), p̄⟩,        l: the load of the batch, or of the step so far.
 
-This is what φ-balancing improves on: φ of an estimate is no estimate of φ, since by Jensen
-E[φ(l)] ≥ φ(E[l]), so a batch that is a biased sample is pushed to look like none
-(arXiv 2605.15403, §3). With the Euclidean potential and the hard load it is the Switch loss, and
-over the step so far the global-batch loss; together with φ-balancing and EMA-Switch it spans
-{hard, soft} × {batch, step, moving average} × {linear, log}, so that a comparison can tell which
-ingredient helps.
+φ-balancing improves on this. By Jensen E[φ(l)] ≥ φ(E[l]), so φ of a batch's load is biased: a batch
+that is not representative is still pushed to be even (arXiv 2605.15403, §3). With the Euclidean
+potential and the hard load this is the Switch loss, or the global-batch loss over the step so far.
+Together with φ-balancing and EMA-Switch it covers {hard, soft} × {batch, step, moving average} ×
+{linear, log}, so that a comparison can show which of them helps.
 """
 
 from dataclasses import dataclass, field
@@ -26,16 +25,17 @@ class PlugInLoss(Method):
     """Charge ∇φ of the load of the batch, or of the step so far.
 
     Args:
-        potential: convex φ, of the paper's nine or composed; its gradient is the price.
+        potential: convex φ; its gradient is the price.
         strength: α ≥ 0.
-        load: "soft" takes the mean scores p̄, "hard" the realised load f while the gradient
-            still goes through the scores.
+        load: "soft" takes the mean scores p̄; "hard" takes the top-k load f, and the gradient still
+            goes through the scores.
         window: "batch" for the micro-batch alone, "step" for the step so far, within a process.
-        pseudo_count: assignments added to every expert's count before the hard load is taken: a
-            price with a pole at an empty expert (negative entropy) needs one in a small batch.
+        pseudo_count: assignments added to every expert's count for the hard load. A price with a
+            pole at an empty expert (negative entropy) needs one in a small batch.
 
     Raises:
-        ValueError: strength, pseudo-count, statistic or window out of range.
+        TypeError: `potential` is not a `Potential`.
+        ValueError: strength, pseudo-count, load or window out of range.
 
     >>> PlugInLoss(window="step").traits.coupling
     'step'
@@ -65,7 +65,7 @@ class PlugInLoss(Method):
         return super().traits._replace(from_sums=True, coupling=self.window, aim=self.potential.aim)
 
     def init(self, num_experts: int) -> State:
-        """Nothing to remember."""
+        """No state."""
         self.potential.check(num_experts)
         return ()
 

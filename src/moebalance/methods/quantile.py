@@ -1,16 +1,16 @@
-"""Quantile balancing: set each expert's price where it admits exactly its share of tokens.
+"""Quantile balancing: set each expert's price so that it admits exactly its part of the tokens.
 
-With affinities a and the price b in force, α_t is the (K+1)-th largest of a_t − b: what a token
-must beat to win a place (limits on groups of experts are not seen). Expert e admits its fair share
-if its price is
+With affinities a (T, E) and the current price b (E,), let α_t be the (K+1)-th largest of a_t − b:
+an expert must beat it to be chosen by token t. (Limits on groups of experts are ignored.) Expert e
+admits its part of the tokens if
 
-    price_e = the upper K/E quantile over tokens of (a_te − α_t),
+    price_e = the upper K/E quantile over tokens of (a_te − α_t).
 
-centred, and used in the next step; with shares ρ, K ρ_e takes the place of K/E. The quantile is
-read from a histogram, which adds exactly over micro-batches and ranks.
+The prices are centred and used in the next step. With proportions ρ, K ρ_e replaces K/E. The
+quantile comes from a histogram, which adds exactly over micro-batches and ranks.
 
-Bins are spaced as a signed cube on [−2, 2], which contains every a − α of affinities in [0, 1]:
-fine near 0, where the quantiles lie, and coarse where nothing is decided.
+Bins are spaced as a signed cube on [−2, 2], which contains every a − α of affinities in [0, 1].
+They are fine near 0, where the quantiles lie, and coarse elsewhere.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,11 @@ class QuantileBalancing(Selecting):
     """Selection prices from quantiles of the last step, without a rate to tune.
 
     Args:
-        bins: number of histogram bins per expert; the sums grow by E · bins numbers.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        bins: histogram bins for each expert, at least 2; the sums grow by E · bins numbers.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+
+    Raises:
+        ValueError: bins or proportions out of range.
     """
 
     bins: int = 1000
@@ -53,7 +56,7 @@ class QuantileBalancing(Selecting):
         return ((num_experts, self.bins),)
 
     def extra(self, state: SelectionPrice, routing: Routing) -> tuple[Tensor, ...]:
-        """Histogram over tokens of a − α, one row an expert."""
+        """Histogram over tokens of a − α, (E, bins)."""
         affinities = routing.gate.affinities(routing.logits)
         experts, top_k = routing.num_experts, routing.top_k
         ranked = (affinities - state.price).topk(min(top_k + 1, experts), dim=-1).values
@@ -68,7 +71,7 @@ class QuantileBalancing(Selecting):
         return (filled.view(experts, self.bins),)
 
     def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
-        """Read the quantiles, interpolating within a bin, and centre them."""
+        """Read the quantiles, interpolate within a bin, and centre them."""
         histogram = sums.extra[0].flip(-1)  # from the largest margin down
         above = histogram.cumsum(dim=-1)
         total = sums.counts.sum(dim=-1)  # tokens · K
@@ -79,7 +82,7 @@ class QuantileBalancing(Selecting):
         index = (above < share).sum(dim=-1, keepdim=True).clamp(max=self.bins - 1)
         inside = histogram.gather(-1, index)
         before = above.gather(-1, index) - inside
-        # clamp: an empty step has empty bins; its result is discarded below.
+        # clamp: in an empty step 0 / 0 would be NaN; its result is discarded below.
         fraction = ((share - before) / inside.clamp(min=1)).clamp(0, 1)
         position = 1 - (index + fraction) / self.bins
         price = _expand(position).squeeze(-1)

@@ -1,15 +1,14 @@
-"""A strength that rises at the start of training and is relaxed late in it, in tokens.
+"""A strength that rises at the start of training and falls late in it, counted in tokens.
 
-    α(n) = α · min(1, n / W) · (1 − (1 − φ) · clip((n − R) / D, 0, 1)),
+    α(n) = α · min(1, n / W) · (1 − (1 − φ) · clip((n − R) / D, 0, 1))
 
-n the tokens that the layer has seen in finished steps, W the warm-up, R where the relaxation
-begins, D how long it takes and φ the part that is left. Large trainings do the like by hand:
-DeepSeek-V3 (arXiv 2412.19437, §4.2) balances its last 500 of 14 800 billion tokens with a bias
-speed of 0.
+n: tokens that the layer has seen in finished steps; W: length of the warm-up; R: start of the fall;
+D: length of the fall; φ: the fraction that is left. For example, DeepSeek-V3 (arXiv 2412.19437,
+§4.2) sets its bias speed to 0 for the last 500 of 14 800 billion tokens.
 
-Counted in tokens, it means the same at another batch size, accumulation or number of ranks. All
-micro-batches of a step are charged at one strength, that of the tokens before the step, so that it
-couples nothing that the method does not.
+Tokens make the schedule independent of batch size, accumulation and number of ranks. All
+micro-batches of a step use one strength, from the tokens before the step. So the schedule adds no
+coupling.
 """
 
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ from moebalance.routing import Sums
 
 
 class Progress(NamedTuple):
-    """State of the method, and the tokens seen (), float32.
+    """State of the inner method, and the tokens seen (), float32.
 
-    A count of S equal steps is off by at most a part of S / 2²⁵, and stops where adding a step
-    changes nothing: after some 10⁷ of them.
+    After S equal steps the count is off by at most a fraction S / 2²⁵. After some 10⁷ steps it
+    stops, because adding one step changes nothing.
     """
 
     inner: Any
@@ -37,17 +36,18 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Scheduled(Scaled):
-    """A loss-lever method whose strength follows a schedule.
+    """A method that charges in the loss, with a scheduled strength.
 
     Args:
         method: any method that charges in the loss; its own strength is the full one.
-        warmup_tokens: W ≥ 0, over which the strength rises from 0; 0 for a start at full strength.
-        relax_after: R ≥ W, the tokens after which it falls; None for never.
+        warmup_tokens: W ≥ 0, over which the strength rises from 0; 0 starts at full strength.
+        relax_after: R ≥ W, tokens after which it falls; None for never.
         relax_tokens: D ≥ 0, over which it falls; 0 for at once.
-        floor: φ in [0, 1], the part of the strength that is left in the end.
+        floor: φ in [0, 1], the fraction of the strength that is left.
 
     Raises:
-        TypeError, ValueError: not a method that charges, or a number out of range.
+        TypeError: the method does not charge in the loss.
+        ValueError: a number out of range.
 
     >>> from moebalance.methods.phi import PhiBalancing
     >>> method = Scheduled(PhiBalancing(), warmup_tokens=1000, relax_after=4000, relax_tokens=1000)
@@ -66,12 +66,14 @@ class Scheduled(Scaled):
         check_positive("relax_tokens", self.relax_tokens)
         check_positive("floor", self.floor)
         if self.floor > 1:
-            raise ValueError(f"floor={self.floor!r}: a part of the strength, from 0 to 1.")
+            raise ValueError(
+                f"floor={self.floor!r}: must be a fraction of the strength, from 0 to 1."
+            )
         if self.relax_after is None:
             if self.relax_tokens or self.floor:
                 raise ValueError(
                     f"relax_tokens={self.relax_tokens!r} and floor={self.floor!r} say how the "
-                    "strength falls: give relax_after, the tokens after which it does."
+                    "strength falls: also give relax_after, the tokens after which it falls."
                 )
         else:
             check_positive("relax_after", self.relax_after)
@@ -82,11 +84,11 @@ class Scheduled(Scaled):
                 )
 
     def init(self, num_experts: int) -> Progress:
-        """Nothing seen."""
+        """No token seen."""
         return Progress(self.method.init(num_experts), torch.zeros((), dtype=torch.float32))
 
     def update(self, state: Progress, sums: Sums) -> Progress:
-        """Advance the method, and count."""
+        """Advance the inner method, and count tokens."""
         tokens = state.tokens + sums.tokens.to(state.tokens.dtype)
         return Progress(self.method.update(state.inner, sums), tokens)
 
@@ -100,7 +102,7 @@ class Scheduled(Scaled):
         if self.warmup_tokens:
             factor = (tokens / self.warmup_tokens).clamp(max=1.0)
         if self.relax_after is not None:
-            # At once is over less than a token.
+            # "At once" means over half a token: no division by 0.
             fallen = (tokens - self.relax_after) / max(self.relax_tokens, 0.5)
             factor = factor * (1 - (1 - self.floor) * fallen.clamp(0.0, 1.0))
         return factor

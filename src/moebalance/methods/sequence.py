@@ -1,9 +1,9 @@
-"""Sequence-wise auxiliary loss: the Switch loss within each sequence.
+"""Sequence-wise loss: the Switch loss within each sequence.
 
     loss = task + α · mean_s E · Σ_e f_e^s P_e^s,
 
-f^s and P^s taken over the tokens of sequence s, on normalised scores. Source: DeepSeek-AI, 2024,
-"DeepSeek-V3", arXiv 2412.19437, Eq. 17–20.
+where f^s and P^s are the hard load and the mean normalised score of sequence s. Source:
+DeepSeek-AI, 2024, "DeepSeek-V3", arXiv 2412.19437, Eq. 17–20.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,16 @@ from moebalance.routing import Batch
 
 @dataclass(frozen=True, repr=False)
 class SequenceLoss(Method):
-    """Guard against extreme imbalance within single sequences; usually beside a bias method.
+    """Prevent extreme imbalance within single sequences; usually combined with a selection bias.
 
     Sequences without a real token are left out of the mean.
 
     Args:
         strength: α ≥ 0; 1e-4 in DeepSeek-V3.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+
+    Raises:
+        ValueError: strength or proportions out of range.
     """
 
     strength: float = 1e-4
@@ -53,10 +56,10 @@ class SequenceLoss(Method):
         chosen = routing.experts.reshape(sequences, -1)
         counts = real.new_zeros(sequences, experts).scatter_add(1, chosen, assignments)
         lengths = real.sum(dim=1, keepdim=True)
-        # clamp: a sequence of padding has load 0 and no say, not 0/0.
+        # clamp: for a sequence of padding 0 / 0 would be NaN; it has load 0 and no weight.
         load = counts / (lengths * routing.top_k).clamp(min=1)
         present = (lengths > 0).sum().clamp(min=1)
-        # The charge divides by all tokens; undo that, then divide by this sequence's own.
+        # The charge divides by all tokens: multiply by them, then divide by the sequence's own.
         fair = batch.sums.tokens / (present * lengths.clamp(min=1))
         price = self.strength * fair * per_proportion(load, self.proportions)
         return torch.repeat_interleave(price, length, dim=0)

@@ -1,13 +1,13 @@
-"""Sinkhorn routing: choose by a plan in which tokens and experts both have equal mass.
+"""Sinkhorn routing: choose by a plan in which all tokens and all experts have equal mass.
 
-The plan π = diag(e^u) exp(a(z)/τ) diag(e^v) has unit rows and equal columns; alternating
+The plan π = diag(e^u) exp(a(z)/τ) diag(e^v), (T, E), has unit rows and equal columns. Alternate
 
     u_t ← −logsumexp_e(a_te/τ + v_e),        v_e ← log(T/E) − logsumexp_t(a_te/τ + u_t)
 
-converges to it; with shares ρ a column's mass is T ρ_e instead of T/E. Top-k of a row of π does
-not depend on u_t, so the choice ranks a(z)/τ + v: again a price, −v, but one made afresh from each
-batch. Weights stay the router's own. Source: Cuturi, 2013, arXiv 1306.0895 (iteration); Clark et
-al., 2022, "S-BASE", arXiv 2202.01169 (routing).
+until it converges. With proportions ρ a column has the mass T ρ_e instead of T/E. Top-k of a row of
+π does not depend on u_t, so the choice ranks a(z)/τ + v. This is a selection price −v, made anew
+for each batch. Weights stay the router's own. Source: Cuturi, 2013, arXiv 1306.0895 (iteration);
+Clark et al., 2022, "S-BASE", arXiv 2202.01169 (routing).
 """
 
 import math
@@ -24,15 +24,18 @@ from moebalance.proportions import Proportions, fractions, settle_proportions
 
 @dataclass(frozen=True, repr=False)
 class Sinkhorn(Method):
-    """Balance the choice within each training batch; evaluation routes by plain top-k.
+    """Balance the choice within each training batch; evaluation uses plain top-k.
 
-    Looks at a whole batch before any token is routed, so a token's route depends on its neighbours
-    (and, in a causal model, on later ones).
+    It looks at a whole batch before it routes a token, so a token's route depends on its neighbours
+    (and, in a causal model, on later tokens).
 
     Args:
-        iterations: number of column updates.
-        temperature: τ > 0; lower follows the router more closely and balances more slowly.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        iterations: number of column updates, at least 1.
+        temperature: τ > 0; a lower one stays closer to the router and balances more slowly.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+
+    Raises:
+        ValueError: iterations, temperature or proportions out of range.
     """
 
     iterations: int = 8
@@ -68,9 +71,9 @@ class Sinkhorn(Method):
     def _column_potential(
         self, kernel: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None
     ) -> Float[Tensor, "E"]:
-        """v after the last iteration, from the real tokens of the batch."""
+        """v (E,) after the last iteration, from the real tokens of the batch."""
         if mask is not None:
-            # A padded row of −inf in the column sums carries no mass.
+            # A padded row is −inf in the column sums: it has no mass.
             kernel_columns = kernel.masked_fill(~mask.unsqueeze(-1), -torch.inf)
         else:
             kernel_columns = kernel
@@ -81,6 +84,6 @@ class Sinkhorn(Method):
         for _ in range(self.iterations):
             u = -(kernel + v).logsumexp(dim=-1, keepdim=True)
             v = mass - (kernel_columns + u).logsumexp(dim=0)
-        # Equal for all experts, hence harmless to the choice: log T is left out of the column mass.
-        # A batch of padding only has no finite potential; it also has no choice that counts.
+        # log T is left out of the column mass: it is equal for all experts and changes no choice.
+        # A batch of padding only has no finite potential, and none of its choices counts.
         return torch.nan_to_num(v, posinf=0.0, neginf=0.0)

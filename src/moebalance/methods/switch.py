@@ -1,10 +1,10 @@
 """Switch / GShard / ST-MoE auxiliary loss: hard load of the batch times mean score.
 
-    loss = task + α · E · Σ_e f_e P_e,
+    loss = task + α · E · Σ_e f_e P_e
 
-f_e the fraction of this batch's assignments that went to expert e (no gradient), P_e the mean
-score; with shares ρ, f_e / (E ρ_e) in place of f_e, least where f = P = ρ. Source: Fedus et al.,
-2021, arXiv 2101.03961, Eq. 4–6; Zoph et al., 2022, arXiv 2202.08906.
+f_e: fraction of this batch's assignments that went to expert e (no gradient); P_e: mean score. With
+proportions ρ, f_e / (E ρ_e) replaces f_e; the loss is then least at f = P = ρ. Source: Fedus et
+al., 2021, arXiv 2101.03961, Eq. 4–6; Zoph et al., 2022, arXiv 2202.08906.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,18 @@ from moebalance.routing import Batch
 
 @dataclass(frozen=True, repr=False)
 class SwitchLoss(Method):
-    """The auxiliary loss most models are trained with.
+    """The auxiliary loss that most models are trained with.
 
-    Bilinear in one batch's statistics: its effect changes when a step is split into micro-batches
-    or ranks, and batches from one domain are pushed to use all experts.
+    It is bilinear in one batch's statistics. So its effect changes when you split a step into
+    micro-batches or over ranks, and a batch from one domain is pushed to use all experts.
 
     Args:
-        strength: α ≥ 0; 1e-2 in Switch, 1e-3 in Qwen. f sums to one here; Transformers' function
+        strength: α ≥ 0; 1e-2 in Switch, 1e-3 in Qwen. Here f sums to one. Transformers' function
             counts each of the K assignments as a whole, so its loss is K times this one.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+
+    Raises:
+        ValueError: strength or proportions out of range.
     """
 
     strength: float = 1e-2

@@ -1,25 +1,24 @@
-"""Set the balance you want instead of a coefficient: a controller on a method's strength.
+"""Set the balance you want instead of a strength: a controller on a method's strength.
 
-Minimise the task loss subject to v(load) ≤ v*, v a measure of unevenness. The strength is the
-multiplier λ of that constraint, braked where the load is more even than it must be; it moves once
-a step and for every layer by itself:
+It minimises the task loss subject to v(load) ≤ v*, where v measures unevenness. λ, the multiplier
+of that constraint, scales the method's strength. It moves once a step, for each layer separately:
 
     l ← (1 − η) l + η f                             the load, averaged
-    r = clip(v(l) / v*, 1/e, e)                     how many times what is allowed
+    r = clip(v(l) / v*, 1/e, e)                     unevenness, in multiples of the goal
     log λ ← clip(log λ + κ h log r)                 exponentiated dual ascent, from λ = 1
-    strength ← min(r, 1) λ · that of the method
+    strength ← min(r, 1) λ · the method's own
 
-In the logarithm, because the right strength differs by orders of magnitude between layers, models
-and stages of training; clipped, so that one bad step does little, and at `ceiling`, so that a goal
-out of reach cannot wind λ up; at its lower end λ is 0, and a layer that is balanced anyway is left
-alone. λ alone would oscillate: it is an integral, and the router that it steers is nearly one as
-well. r brakes, and does not push: a young router misses every goal, and a strength that answers
-it at once costs loss (docs/targets.md).
-
-A router moves only so fast, however hard it is pushed (Adam divides by the size of the gradient),
-and takes hundreds of steps. λ would wind up all that time. So h in [0, 1] holds it while the load
-is already on its way: 1 while log v stays where it was of late, 0 once it moves toward the goal by
-a tenth or more.
+- λ moves in the logarithm, because the right strength differs by orders of magnitude between
+  layers, models and stages of training. r is clipped, so that one bad step does little. λ is
+  clipped at `ceiling`, so that a goal out of reach cannot wind it up. At its lower end λ is 0: a
+  layer that is balanced anyway is left alone.
+- min(r, 1) brakes where the load is more even than needed. λ alone would oscillate: it is an
+  integral, and the router that it steers is nearly one too. r does not push, because a young router
+  misses every goal, and a strength that responds at once costs loss (docs/targets.md).
+- h in [0, 1] holds λ while the load is already moving toward the goal. A router takes hundreds of
+  steps however hard it is pushed (Adam divides by the size of the gradient), and λ would wind up
+  all that time. h is 1 while log v is steady, and 0 when it moves toward the goal by a tenth or
+  more.
 """
 
 from dataclasses import dataclass, replace
@@ -36,16 +35,16 @@ from moebalance.methods.goals import Goal
 from moebalance.methods.scaled import Scaled
 from moebalance.routing import Sums
 
-_FLOOR = 1e-2  # of the method's own strength: as good as nothing
-_LEAST = 0.1  # of what is allowed: far below it all loads are alike
-_LATELY = 0.01  # what the last 100 steps or so were like
-_MOVING = 0.1  # of log v: a load that moves toward its goal by a tenth is on its way
+_FLOOR = 1e-2  # of the method's own strength; counts as 0
+_LEAST = 0.1  # of the goal: loads that are more even than this count the same
+_LATELY = 0.01  # rate of the recent log v: about 100 steps
+_MOVING = 0.1  # change of log v at which λ is held completely
 
 
 class Steered(NamedTuple):
-    """State of the method, the averaged load, log v of late (), log λ () and min(r, 1) λ ().
+    """State of the inner method, averaged load, recent log v (), log λ () and min(r, 1) λ ().
 
-    Both are relative to the method's own strength.
+    λ is relative to the method's own strength.
     """
 
     inner: Any
@@ -57,19 +56,19 @@ class Steered(NamedTuple):
 
 @dataclass(frozen=True)
 class Targeted(Scaled):
-    """A loss-lever method whose strength is steered to a goal, layer by layer.
+    """A method that charges in the loss, with a strength steered to a goal, layer by layer.
 
     Args:
         method: any method that charges in the loss. λ starts at 1, its own strength.
-        goal: what is allowed, for example `MaxVio(0.3)`. A goal without shares takes over those
-            that the method aims at.
+        goal: for example `MaxVio(0.3)`. A goal without proportions takes the method's.
         gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
-            `metrics.sampling_floor` at (2 − η) / η steps' tokens.
-        ceiling: the largest λ, at least 1; the least is a hundredth, and counts as 0.
+            see `metrics.sampling_floor` for (2 − η) / η steps' tokens.
+        ceiling: the largest λ, at least 1. The smallest is a hundredth, and counts as 0.
 
     Raises:
-        TypeError, ValueError: not a method that charges, not a goal, or a number out of range.
+        TypeError: the method does not charge in the loss, or `goal` is not a goal.
+        ValueError: a number out of range.
 
     >>> from moebalance.methods.goals import MaxVio
     >>> from moebalance.methods.phi import PhiBalancing
@@ -95,8 +94,8 @@ class Targeted(Scaled):
         check_positive("ceiling", self.ceiling, zero=False)
         if self.ceiling < 1:
             raise ValueError(
-                f"ceiling={self.ceiling!r}: must be at least 1, where λ starts; give the method a "
-                "smaller strength."
+                f"ceiling={self.ceiling!r}: must be at least 1, where λ starts. For less, give the "
+                "method a smaller strength."
             )
         check_rate("rate", self.rate)
 
@@ -107,16 +106,16 @@ class Targeted(Scaled):
         return own._replace(shared=own.shared | {self.goal.reads})
 
     def init(self, num_experts: int) -> Steered:
-        """λ starts at 1: the method's own strength."""
+        """λ = 1: the method's own strength."""
         load = Ema.empty(num_experts)
-        self.goal.measure(load.mean)  # raises where the goal is for other layers
+        self.goal.measure(load.mean)  # raises if the goal does not fit the layer
         zero, one = torch.zeros((), dtype=torch.float32), torch.ones((), dtype=torch.float32)
         return Steered(self.method.init(num_experts), load, zero, zero, one)
 
     def update(self, state: Steered, sums: Sums) -> Steered:
-        """Advance the method and the load, then λ and its brake by what the load misses."""
+        """Advance the inner method and the averaged load, then λ and its brake."""
         seen = (sums.tokens > 0).to(state.multiplier.dtype)
-        first = state.load.weight < self.rate / 2  # it is the rate itself after one step
+        first = state.load.weight < self.rate / 2  # after one step it is the rate itself
         load = state.load.toward(self.goal.of(sums), self.rate * seen)
         now = self.goal.ratio(load.mean).clamp(min=_LEAST).log()
         lately = torch.where(first, now, state.lately + _LATELY * (now - state.lately))
@@ -135,5 +134,5 @@ class Targeted(Scaled):
         )
 
     def multiplier(self, state: Steered) -> Float[Tensor, ""]:
-        """min(r, 1) λ, as a multiple of the method's strength; 0 at the lower end of λ."""
+        """min(r, 1) λ, (), relative to the method's strength; 0 at the lower end of λ."""
         return state.multiplier

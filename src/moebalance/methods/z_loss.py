@@ -1,9 +1,9 @@
 """Router z-loss: keep the router's logits small.
 
-    loss = task + β · mean_t logsumexp(z_t)².
+    loss = task + β · mean_t logsumexp(z_t)²
 
-It does not balance; it steadies. Compose it: `Together(PhiBalancing(), ZLoss())`. Source: Zoph et
-al., 2022, "ST-MoE", arXiv 2202.08906, Eq. 5.
+It does not balance; it keeps training stable. Combine it with a method that balances:
+`Together(PhiBalancing(), ZLoss())`. Source: Zoph et al., 2022, "ST-MoE", arXiv 2202.08906, Eq. 5.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,13 @@ from moebalance.routing import Batch, Routing, real_rows
 
 @dataclass(frozen=True)
 class ZLoss(Method):
-    """Penalise the squared log-partition of the router's logits.
+    """Penalise the squared log-sum-exp of the router's logits.
 
     Args:
         strength: β ≥ 0; 1e-3 in ST-MoE.
+
+    Raises:
+        ValueError: strength out of range.
     """
 
     strength: float = 1e-3

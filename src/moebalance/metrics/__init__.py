@@ -1,9 +1,9 @@
-"""Metrics of expert load: how even it is, how experts specialise, and what imbalance costs.
+"""Metrics of the load: how even it is, how experts specialise, and the cost of imbalance.
 
-load.py             evenness of a load, and the gap between soft and hard load
-specialisation.py   who serves which domain; how choices change and go together
+load.py             how even a load is; the gap between soft and hard load
+specialisation.py   which expert serves which domain; how choices change and go together
 summary.py          a model's layers in about ten numbers
-expert_parallel.py  what imbalance costs where experts are spread over ranks; imports no torch
+expert_parallel.py  the cost of imbalance when experts are spread over ranks; imports no torch
 
 Names are imported on first use, so that the report reads `expert_parallel` without torch.
 """

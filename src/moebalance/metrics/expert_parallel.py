@@ -1,18 +1,18 @@
-"""What imbalance costs where experts are spread over ranks (expert parallelism).
+"""The cost of imbalance when experts are spread over ranks (expert parallelism).
 
-Each rank holds E/R of the E experts, and each MoE layer waits for the rank with the most tokens:
+E experts on R ranks, E/R on each. Each MoE layer waits for the rank with the most tokens:
 
     RankVio = max_r load_r · R − 1,    load_r = Σ_{e on r} f_e,    f_e = load_e / Σ_j load_j.
 
-With f the share of a balanced step's time that grows with the tokens a rank receives, a step takes
+Let f be the fraction of a balanced step's time that grows with the tokens a rank receives. Relative
+to a balanced step, a step takes
 
-    S = 1 + f · mean over layers of RankVio
+    S = 1 + f · mean over layers of RankVio,
 
-times as long as a balanced one, and the share 1 − 1/S of the machines' time is spent waiting. A
-rank's load evens out its experts' loads, so RankVio is at most MaxVio, and equal to it with one
-expert a rank. Without expert parallelism (R = 1) there is nobody to wait for.
+and machines wait for the fraction 1 − 1/S of the time. A rank averages over its experts, so RankVio
+is at most MaxVio; they are equal with one expert on each rank. With one rank nobody waits.
 
-A load averaged over batches gives a lower bound: each batch has a busiest rank of its own. Plain
+A load averaged over batches gives a lower bound, because each batch has its own busiest rank. Plain
 numbers only, so that a report can compute this from a run log.
 """
 
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Placement:
-    """Which rank holds which expert, equally many on each.
+    """Which rank holds which expert; all ranks hold equally many.
 
     Args:
         rank_of: (E,) the rank of every expert, in 0..ep_size − 1.
@@ -52,22 +52,22 @@ class Placement:
             )
 
     def experts_on(self, rank: int) -> tuple[int, ...]:
-        """The experts that a rank holds."""
+        """The experts on a rank."""
         return tuple(expert for expert, at in enumerate(self.rank_of) if at == rank)
 
 
 Place = Callable[[Sequence[float], int], Placement]
-"""A rule of placement: from a layer's load (E,) and the number of ranks."""
+"""A rule of placement: takes a layer's load (E,) and the number of ranks."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the imbalance of some layers costs on R ranks.
+    """Cost of the imbalance of some layers on R ranks.
 
     Attributes:
         rank_violation: RankVio, mean over layers; 0 is even.
-        step_factor: S, time of a step over that of a balanced one; at least 1.
-        wasted_share: 1 − 1/S, the share of machine time that is spent waiting.
+        step_factor: S, time of a step relative to a balanced one; at least 1.
+        wasted_share: 1 − 1/S, the fraction of machine time spent waiting.
     """
 
     rank_violation: float
@@ -76,7 +76,7 @@ class Cost:
 
 
 def contiguous(load: Sequence[float], ep_size: int) -> Placement:
-    """Experts 0 … E/R − 1 on rank 0, the next ones on rank 1: what frameworks do unasked.
+    """Experts 0 … E/R − 1 on rank 0, the next ones on rank 1, …: the frameworks' default.
 
     >>> contiguous([1.0, 1.0, 1.0, 1.0], 2).rank_of
     (0, 0, 1, 1)
@@ -86,7 +86,7 @@ def contiguous(load: Sequence[float], ep_size: int) -> Placement:
 
 
 def shuffled(load: Sequence[float], ep_size: int, *, seed: int) -> Placement:
-    """Experts dealt to ranks at random, the same way for the same seed.
+    """Experts on random ranks, the same for the same seed.
 
     >>> sorted(shuffled([1.0] * 4, 2, seed=0).rank_of)
     [0, 0, 1, 1]
@@ -97,10 +97,10 @@ def shuffled(load: Sequence[float], ep_size: int, *, seed: int) -> Placement:
 
 
 def greedy(load: Sequence[float], ep_size: int) -> Placement:
-    """The largest load first, each onto the least loaded rank that has room.
+    """Largest load first, each onto the least loaded rank with room.
 
-    It looks at the very load that it is judged by, as no placement chosen in advance can. Being
-    greedy it is nearly, not always, the best.
+    It sees the same load that it is judged by, unlike a placement chosen in advance. It is nearly
+    the best placement, but not always.
 
     >>> greedy([4.0, 2.0, 1.0, 1.0], 2).rank_of
     (0, 1, 1, 0)
@@ -121,29 +121,29 @@ def greedy(load: Sequence[float], ep_size: int) -> Placement:
 def rank_violation(load: Sequence[float], placement: Placement) -> float:
     """RankVio, the excess of the busiest rank: max_r load_r · R − 1, in [0, R − 1].
 
-    0 is even; 1 means that the busiest rank receives twice its share, and the others wait as long
+    0 is even. At 1 the busiest rank has twice an even load, and on average the others wait as long
     as they work.
 
     Args:
-        load: (E,) counts or shares of one layer's experts.
-        placement: where the experts are.
+        load: (E,) counts or fractions of one layer's experts.
+        placement: the ranks of the experts.
 
     Raises:
         ValueError: another number of experts than was placed, or a load that is negative, not
-            finite or zero throughout.
+            finite or zero for all.
 
     >>> rank_violation([4.0, 2.0, 1.0, 1.0], contiguous([4.0, 2.0, 1.0, 1.0], 2))
     0.5
     """
     if len(load) != len(placement.rank_of):
         raise ValueError(
-            f"A load of {len(load)} experts under a placement of {len(placement.rank_of)}: make "
-            "the placement for this load."
+            f"A load of {len(load)} experts, but a placement of {len(placement.rank_of)}: make the "
+            "placement for this load."
         )
     by_rank: list[list[float]] = [[] for _ in range(placement.ep_size)]
     for rank, share in zip(placement.rank_of, _shares(load), strict=True):
         by_rank[rank].append(share)
-    # Rounding may take an even load an ulp below 0.
+    # Rounding may put an even load an ulp below 0.
     return max(max(map(math.fsum, by_rank)) * placement.ep_size - 1, 0.0)
 
 
@@ -154,17 +154,17 @@ def imbalance_cost(
     expert_share: float,
     place: Place = contiguous,
 ) -> Cost:
-    """What the imbalance of a model's layers would cost on `ep_size` ranks.
+    """Cost of the imbalance of a model's layers on `ep_size` ranks.
 
     Args:
-        loads: (L, E) hard load of every MoE layer, counts or shares.
-        ep_size: R, the number of ranks that share out the experts; a divisor of E.
-        expert_share: f, the share of a balanced step's time that grows with the tokens a rank
-            receives: the experts' and that of sending tokens to them.
+        loads: (L, E) hard load of every MoE layer, counts or fractions.
+        ep_size: R, the number of ranks that hold the experts; a divisor of E.
+        expert_share: f, the fraction of a balanced step's time that grows with the tokens a rank
+            receives: the experts' work, and sending tokens to them.
         place: how each layer's experts are placed.
 
     Raises:
-        ValueError: no layer, a share outside [0, 1], or what `rank_violation` refuses.
+        ValueError: no layer, f outside [0, 1], or a reason of `rank_violation`.
 
     >>> imbalance_cost([[4, 2, 1, 1], [2, 2, 2, 2]], 2, expert_share=0.4)
     Cost(rank_violation=0.25, step_factor=1.1, wasted_share=0.09090909090909091)
@@ -173,7 +173,7 @@ def imbalance_cost(
         raise ValueError("imbalance_cost needs the load of at least one layer.")
     if not 0 <= expert_share <= 1:
         raise ValueError(
-            f"expert_share={expert_share}: must lie in [0, 1]; it is the experts' share of a "
+            f"expert_share={expert_share}: must lie in [0, 1]. It is the experts' fraction of a "
             "balanced step's time."
         )
     each = [rank_violation(load, place(load, ep_size)) for load in loads]
@@ -186,8 +186,8 @@ def _shares(load: Sequence[float]) -> list[float]:
     total = math.fsum(load)
     if not (math.isfinite(total) and total > 0 and min(load) >= 0):
         raise ValueError(
-            f"A load of {len(load)} experts that sums to {total}, the least of them "
-            f"{min(load, default=math.nan)}: give counts or shares, at least 0 and not all 0."
+            f"A load of {len(load)} experts sums to {total}, with minimum "
+            f"{min(load, default=math.nan)}: give counts or fractions, at least 0 and not all 0."
         )
     return [value / total for value in load]
 

@@ -1,4 +1,7 @@
-"""Metrics of specialisation: who serves which domain, and how choices change and go together."""
+"""Metrics of specialisation: experts and their domains; how choices change and go together.
+
+Shapes: T tokens, E experts, K top-k, D domains (in `router_similarity`: width of the router).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from moebalance.metrics.load import _share
 def purity(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor, "*batch"]:
     """Load-weighted mean of `expert_purity`: Σ_e max_D N_{D,e} / N, in [1/D, 1].
 
-    The share of assignments that come from their expert's main domain. Routing blind to domains
-    scores the share of the largest domain, not 0: report that next to it.
+    The fraction of assignments that come from their expert's main domain. A router that ignores
+    domains scores the fraction of the largest domain, not 0: report both.
 
     Args:
         domain_load: (..., D, E) assignments of each domain's tokens to each expert.
@@ -29,7 +32,7 @@ def purity(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor, "*batch"]:
 def expert_purity(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor, "*batch E"]:
     """max_D N_{D,e} / N_e of each expert, in [1/D, 1]; nan for an expert without load.
 
-    1 is an expert of one domain. Source: the specialisation study of arXiv 2605.15403.
+    At 1 the expert serves one domain only. Source: the specialisation study of arXiv 2605.15403.
 
     Args:
         domain_load: (..., D, E) assignments of each domain's tokens to each expert.
@@ -46,9 +49,9 @@ def expert_purity(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor, "*ba
 def mutual_information(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor, "*batch"]:
     """I(domain; expert) = H(D) + H(E) − H(D, E) in nats, in [0, min(log D, log E)].
 
-    0: the expert tells nothing about the domain. Domains weigh as counted: normalise the rows
-    first to weigh them alike. Counts of N independent assignments already show about
-    (D − 1)(E − 1)/(2N).
+    At 0 the expert says nothing about the domain. Domains weigh as counted; to weigh them alike,
+    normalise the rows first. Chance alone gives about (D − 1)(E − 1)/(2N) for N independent
+    assignments.
 
     Args:
         domain_load: (..., D, E) assignments of each domain's tokens to each expert.
@@ -61,24 +64,24 @@ def mutual_information(domain_load: Real[Tensor, "*batch D E"]) -> Float[Tensor,
     information: Tensor = (
         entr(joint.sum(-1)).sum(-1) + entr(joint.sum(-2)).sum(-1) - entr(joint).sum((-2, -1))
     )
-    # Rounding takes the difference just below 0 where domain and expert are independent.
+    # Rounding may put the difference just below 0 if domain and expert are independent.
     return information.clamp(min=0)
 
 
 def churn(
     before: Int[Tensor, "*batch T K"], after: Int[Tensor, "*batch T K"]
 ) -> Float[Tensor, "*batch"]:
-    """Share of tokens whose set of experts changed, whatever the order, in [0, 1].
+    """Fraction of tokens whose set of experts changed, in any order, in [0, 1].
 
-    Route the same tokens at two checkpoints. High early and falling is healthy; staying high late
-    in training means that experts keep losing what they learnt to others.
+    Route the same tokens at two checkpoints. High early and then falling is healthy. If it stays
+    high late in training, experts keep losing learnt tokens to others.
 
     Args:
         before: (..., T, K) expert ids of each token.
         after: (..., T, K) expert ids of the same tokens later.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: the shapes differ.
 
     >>> churn(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1, 0], [2, 4]]))
     tensor(0.5000)
@@ -86,16 +89,16 @@ def churn(
     if before.shape != after.shape:
         raise ValueError(
             f"churn: experts before {tuple(before.shape)} and after {tuple(after.shape)} must "
-            "have one shape (..., T, K); route the same tokens with the same top_k."
+            "have one shape (..., T, K): route the same tokens with the same top_k."
         )
     changed = (before.sort(-1).values != after.sort(-1).values).any(-1)
     return changed.float().mean(-1)
 
 
 def coactivation(experts: Int[Tensor, "T K"], num_experts: int) -> Float[Tensor, "E E"]:
-    """N_ij / N_i, how often expert j serves a token that expert i serves; diagonal 1.
+    """N_ij / N_i (E, E): how often expert j serves a token that expert i serves; diagonal 1.
 
-    Rows sum to K. Pairs near 1 act as one larger expert; even mixing gives about
+    Rows sum to K. A pair near 1 acts as one larger expert; even mixing gives about
     (K − 1)/(E − 1). Source: OLMoE, arXiv 2409.02060.
 
     Args:
@@ -103,7 +106,7 @@ def coactivation(experts: Int[Tensor, "T K"], num_experts: int) -> Float[Tensor,
         num_experts: E.
 
     Returns:
-        (E, E) shares; nan in the row of an expert that served nobody.
+        (E, E) fractions; nan in the row of an expert that served nobody.
 
     >>> coactivation(torch.tensor([[0, 1], [0, 2]]), num_experts=3)
     tensor([[1.0000, 0.5000, 0.5000],
@@ -119,11 +122,11 @@ def coactivation(experts: Int[Tensor, "T K"], num_experts: int) -> Float[Tensor,
 def router_similarity(weight: Float[Tensor, "*batch E D"]) -> Float[Tensor, "*batch"]:
     """Mean |cosine| between two experts' rows of the router's weight, in [0, 1].
 
-    1: all experts ask for the same tokens; random rows of width D show about √(2 / (π D)), below
-    which rows avoid one another. The quantity that SimBal (arXiv 2506.14038) drives to 0.
+    At 1 all experts ask for the same tokens. Random rows of width D give about √(2 / (π D)); below
+    it, rows avoid one another. SimBal (arXiv 2506.14038) drives this number to 0.
 
     Args:
-        weight: (..., E, D) the router's weight, a row an expert.
+        weight: (..., E, D) the router's weight, one row for each expert.
 
     Returns:
         (...) means over pairs; nan for a single expert.

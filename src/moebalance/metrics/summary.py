@@ -19,18 +19,18 @@ from moebalance.routing import Sums
 
 @torch.no_grad()
 def summary(layers: Sequence[Sums | None], aim: Proportions | None = None) -> dict[str, float]:
-    """Means over layers, with the worst MaxVio.
+    """Means over layers, and the worst MaxVio.
 
-    Layers without a token, or without sums, are left out; empty if none is left.
+    Layers without tokens, or without sums, are left out; the result is empty if none is left.
 
     Args:
-        layers: the sums of each.
-        aim: the shares of the load that the method aims at; None for equal ones.
+        layers: the sums of each layer.
+        aim: the proportions that the method aims at; None for equal ones.
 
     Returns:
         `maxvio`, `maxvio_worst`, `minvio`, `cv`, `gini`, `entropy` and `dead` of the hard load;
-        `soft_maxvio` and `soft_hard_gap`; with an aim `aim_maxvio`, relative to it, and `aim_gap`,
-        the total variation distance of the hard load from it; `tokens` a layer.
+        `soft_maxvio` and `soft_hard_gap`; `tokens` a layer. With an aim also `aim_maxvio`, MaxVio
+        relative to it, and `aim_gap`, the hard load's total variation distance from it.
     """
     rows = []
     for sums in layers:
@@ -56,7 +56,7 @@ def summary(layers: Sequence[Sums | None], aim: Proportions | None = None) -> di
         rows.append(torch.stack(list(measured.values())))
     if not rows:
         return {}
-    # One wait for the device, whatever the number of layers.
+    # One table (layers, metrics): one wait for the device for any number of layers.
     table = torch.stack([row.to(rows[0].device) for row in rows]).cpu()
     table = table[table[:, -1] > 0]
     if not len(table):

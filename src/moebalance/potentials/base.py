@@ -11,11 +11,13 @@ from moebalance.proportions import Proportions
 
 
 class ConvexFunction(ABC):
-    """A convex, differentiable function φ of a load; hyper-parameters only.
+    """A convex, differentiable function φ of a load; it holds hyper-parameters only.
 
-    Loads m and prices q are float tensors with the expert axis last and any leading axes, and keep
-    their dtype. Loads are not negative and need not sum to one. Constructors raise ValueError if φ
-    would not be convex.
+    Loads m and prices q are float tensors (..., E) and keep their dtype. Loads are not negative and
+    need not sum to one.
+
+    Raises:
+        ValueError: from constructors, if φ would not be convex.
     """
 
     @abstractmethod
@@ -24,42 +26,43 @@ class ConvexFunction(ABC):
 
     @abstractmethod
     def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
-        """∇φ(m), the prices (..., E) of loads (..., E); finite for every load, also at 0."""
+        """∇φ(m), the prices (..., E) of loads (..., E); finite for every load, 0 included."""
 
     @abstractmethod
     def conjugate(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-        """φ*(q) of prices (..., E); +∞ outside the domain that each class states."""
+        """φ*(q) (...) of prices (..., E); +∞ outside the domain that each class gives."""
 
     @abstractmethod
     def conjugate_grad(self, q: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """∇φ*(q), the loads (..., E) whose prices are q (..., E): the inverse of `grad`.
 
-        No meaning outside the interior of the conjugate's domain: nan, infinite or negative there.
+        Outside the interior of the conjugate's domain the result is meaningless: nan, infinite or
+        negative.
         """
 
     @abstractmethod
     def slope(self, num_experts: int) -> float:
-        """How fast the price rises with the load at 1/E, along directions that keep the sum.
+        """How fast the price rises with the load at 1/E, if the sum of the loads stays.
 
-        The eigenvalue of ∇²φ at the uniform load on sum-zero directions: by symmetry the only one
-        of the paper's potentials, the largest of composed ones.
+        This is the eigenvalue of ∇²φ at the uniform load on sum-zero directions. The paper's
+        potentials have one, by symmetry; for composed potentials it is the largest.
         """
 
     def check(self, num_experts: int) -> None:
-        """Say whether loads of so many experts fit.
+        """Check that loads of this many experts fit.
 
         Raises:
-            ValueError: they do not; says why.
+            ValueError: they do not fit; the message says why.
         """
         return
 
     @property
     def aim(self) -> Proportions | None:
-        """The shares of the load at which φ is least; None where they are equal."""
+        """The proportions at which φ is least; None for equal ones."""
         return None
 
 
 def require(possible: bool, given: ConvexFunction, text: str) -> None:
-    """Raise ValueError, naming the potential given and what to do, unless it is possible."""
+    """Raise ValueError unless `possible`; the message names the potential and the remedy."""
     if not possible:
         raise ValueError(f"{given}: {text}")

@@ -1,17 +1,16 @@
-"""Potentials, and potentials made of potentials.
+"""Potentials made of potentials: for given proportions, groups of experts, several levels.
 
-Each is convex with price ∇φ as any other, so that φ-balancing, the plug-in loss and a goal on top
-of them work unchanged:
+All are convex with price ∇φ, so φ-balancing, the plug-in loss and goals take them unchanged:
 
     Relative    D_φ(m ‖ ρ) = φ(m) − φ(ρ) − ⟨∇φ(ρ), m − ρ⟩      price ∇φ(m) − ∇φ(ρ)
-    Grouped     φ(A m), A (G, E) summing the experts of a group   price Aᵀ ∇φ(A m)
-    Combined    Σ_i w_i φ_i(m)                                     price Σ_i w_i ∇φ_i(m)
+    Grouped     φ(A m), A (G, E) sums the experts of a group     price Aᵀ ∇φ(A m)
+    Combined    Σ_i w_i φ_i(m)                                   price Σ_i w_i ∇φ_i(m)
 
-D_φ is the Bregman divergence of φ, least at m = ρ and nowhere else: the Kullback–Leibler divergence
-for negative entropy, half the squared distance for Euclidean. With equal shares ∇φ(ρ) is constant,
-which no centred price shows, and with one group an expert A is the identity: both are then the
-potential itself. Groups and moving averages commute, A·m is the average of the groups' own loads;
-one group of all experts has a constant price, hence no gradient.
+D_φ is the Bregman divergence of φ, least only at m = ρ. For example, it is the Kullback–Leibler
+divergence for negative entropy, and half the squared distance for Euclidean. With equal
+proportions ∇φ(ρ) is constant, which no centred price shows; with one group for each expert A is the
+identity. Both are then the potential itself. Groups and moving averages commute: A·m is the average
+of the groups' own loads. One group of all experts has a constant price, so no gradient.
 """
 # ruff: noqa: D102 - `Potential` documents the methods; each class's docstring gives its formulas.
 
@@ -44,7 +43,7 @@ class Potential(ConvexFunction):
     """
 
     def relative_to(self, proportions: Iterable[float]) -> Relative:
-        """Its divergence from given shares of the load: least there instead of at the uniform load.
+        """The divergence from given proportions: least there, not at the uniform load.
 
         >>> from moebalance.potentials import Euclidean
         >>> Euclidean().relative_to((3, 1))
@@ -57,7 +56,7 @@ class Potential(ConvexFunction):
         return Grouped(self, groups if isinstance(groups, int) else tuple(groups))
 
     def __add__(self, other: Potential) -> Combined:
-        """Both: prices add."""
+        """The sum of both: prices add."""
         if not isinstance(other, Potential):
             return NotImplemented
         sides = [
@@ -67,7 +66,7 @@ class Potential(ConvexFunction):
         return Combined(*(a + b for a, b in zip(*sides, strict=True)))
 
     def __mul__(self, weight: float) -> Combined:
-        """So many times this potential: its price by that factor."""
+        """`weight` times this potential, and its price."""
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             return NotImplemented
         if isinstance(self, Combined):
@@ -77,10 +76,10 @@ class Potential(ConvexFunction):
     __rmul__ = __mul__
 
     def unit_slope(self) -> UnitSlope:
-        """This potential divided by its slope at the uniform load, whatever E its input has.
+        """This potential divided by its slope at the uniform load, for any E.
 
-        At one strength potentials push with very different force, because their slopes differ by
-        factors of E; rescaled, they push alike near balance and differ in shape alone.
+        At equal strength, potentials push with very different force, because their slopes differ by
+        factors of E. Rescaled, they push alike near balance, and differ only in shape.
 
         >>> from moebalance.potentials import NegativeEntropy
         >>> NegativeEntropy().unit_slope()
@@ -91,10 +90,10 @@ class Potential(ConvexFunction):
 
 @dataclass(frozen=True)
 class UnitSlope(Potential):
-    """φ/c, with c the slope of φ at the uniform load: its own slope there is 1 for every E.
+    """φ/c, where c is the slope of φ at the uniform load: its own slope there is 1 for every E.
 
-    Price ∇φ(m)/c, conjugate φ*(c q)/c, inverse ∇φ*(c q); the domain is that of φ* divided by c.
-    Methods raise ValueError where c underflows or overflows.
+    Price ∇φ(m)/c, conjugate φ*(c q)/c, inverse ∇φ*(c q); its domain is the domain of φ* divided by
+    c. Methods raise ValueError if c underflows or overflows.
 
     >>> import torch
     >>> from moebalance.potentials import NegativeEntropy
@@ -138,14 +137,17 @@ class UnitSlope(Potential):
 
 @dataclass(frozen=True)
 class Relative(Potential):
-    """D_φ(m ‖ ρ), 0 at the shares ρ and positive elsewhere, for experts of unequal parts.
+    """D_φ(m ‖ ρ), 0 at the proportions ρ and positive elsewhere.
 
-    φ_ρ*(q) = φ*(q + ∇φ(ρ)) − φ*(∇φ(ρ)) and its gradient ∇φ*(q + ∇φ(ρ)): the domain is that of φ*
-    shifted. The slope at the uniform load is φ's, for the Hessians are the same.
+    Conjugate φ_ρ*(q) = φ*(q + ∇φ(ρ)) − φ*(∇φ(ρ)), with gradient ∇φ*(q + ∇φ(ρ)); its domain is the
+    domain of φ*, shifted. The Hessian is φ's, so the slope at the uniform load is too.
 
     Args:
         potential: φ.
-        proportions: ρ (E,), positive; only the proportions matter.
+        proportions: ρ (E,), positive; only their ratios matter.
+
+    Raises:
+        ValueError: a proportion is not positive.
 
     >>> from moebalance.potentials import NegativeEntropy
     >>> aimed = NegativeEntropy().relative_to((2, 1, 1))
@@ -191,17 +193,20 @@ class Relative(Potential):
 
 @dataclass(frozen=True)
 class Grouped(Potential):
-    """φ(A m): balance between groups of experts (devices, nodes), free within each.
+    """φ(A m): balance between groups of experts (devices, nodes), with freedom inside each.
 
-    Convex, not strictly: it does not see how a group's load is shared out. φ_G*(Aᵀ λ) = φ*(λ), and
-    +∞ for prices that differ within a group. Of the loads with prices Aᵀ λ `conjugate_grad` gives
-    the one that is even within the groups, which is the smallest. So grad ∘ conjugate_grad is the
-    identity, and conjugate_grad ∘ grad makes a load even within groups.
+    It is convex, not strictly: it does not see how the load of a group is divided inside it.
+    φ_G*(Aᵀ λ) = φ*(λ), and +∞ for prices that differ inside a group. Many loads have the prices
+    Aᵀ λ; `conjugate_grad` gives the one that is even inside the groups, which is the smallest. So
+    grad ∘ conjugate_grad is the identity; conjugate_grad ∘ grad makes a load even inside groups.
 
     Args:
         potential: φ, of the groups' loads (G,).
-        groups: G for as many blocks of E / G neighbours, as frameworks lay experts out on ranks; or
-            the group, 0 … G − 1, of each expert.
+        groups: G, for G blocks of E / G neighbours, as frameworks place experts on ranks; or the
+            group number, 0 … G − 1, of each expert.
+
+    Raises:
+        ValueError: no group, or group numbers that skip one.
 
     >>> from moebalance.potentials import Euclidean
     >>> Euclidean().grouped(2).grad(torch.tensor([0.5, 0.25, 0.25, 0.0]))
@@ -217,7 +222,7 @@ class Grouped(Potential):
             return
         object.__setattr__(self, "groups", tuple(self.groups))
         numbers = set(range(len(set(self.groups))))
-        named = "number the groups of all experts from 0 on, leaving none out."
+        named = "number the groups from 0 on, without gaps, one number for each expert."
         require(set(self.groups) == numbers != set(), self, named)
 
     def value(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
@@ -239,13 +244,17 @@ class Grouped(Potential):
         return self._spread(of_group / sizes, q.shape[-1])
 
     def slope(self, num_experts: int) -> float:
-        """That between groups, of one size; within them it is 0."""
+        """The slope between groups of one size; inside groups it is 0."""
         self.check(num_experts)
         count = self._count
         sizes = {num_experts // count}
         if not isinstance(self.groups, int):
             sizes = set(Counter(self.groups).values())
-        require(len(sizes) == 1, self, "groups of unequal size have no one slope at uniform load.")
+        require(
+            len(sizes) == 1,
+            self,
+            "groups of unequal size have no single slope at the uniform load.",
+        )
         return sizes.pop() * self.potential.slope(count) if count > 1 else 0.0
 
     def check(self, num_experts: int) -> None:
@@ -254,16 +263,16 @@ class Grouped(Potential):
             require(even, self, f"{num_experts} experts do not make {self.groups} equal groups.")
         else:
             named = len(self.groups)
-            wrong = f"it names groups of {named} experts, not {num_experts}."
+            wrong = f"it names the groups of {named} experts, but the layer has {num_experts}."
             require(named == num_experts, self, wrong)
         self.potential.check(self._count)
 
     def loads(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch G"]:
-        """A m, the load of each group."""
+        """A m, the load of each group (..., G)."""
         self.check(m.shape[-1])
         if isinstance(self.groups, int):
             return m.reshape(*m.shape[:-1], self.groups, -1).sum(-1)
-        # A product and a sum rather than a matrix product, which may be taken in lower precision.
+        # A product and a sum, because a matrix product may be taken in lower precision.
         return (self._membership(m) * m.unsqueeze(-2)).sum(-1)
 
     @property
@@ -271,14 +280,14 @@ class Grouped(Potential):
         return self.groups if isinstance(self.groups, int) else max(self.groups) + 1
 
     def _spread(self, of_group: Tensor, num_experts: int) -> Tensor:
-        """Aᵀ u: each expert gets what its group has."""
+        """Aᵀ u: each expert gets the value of its group."""
         if isinstance(self.groups, int):
             size = num_experts // self.groups
             return of_group.unsqueeze(-1).expand(*of_group.shape, size).flatten(-2)
         return of_group.index_select(-1, self._index(of_group))
 
     def _membership(self, like: Tensor) -> Tensor:
-        """A (G, E), as truth values."""
+        """A (G, E), as bool."""
         groups = torch.arange(self._count, device=like.device).unsqueeze(-1)
         return groups == self._index(like)
 
@@ -291,14 +300,18 @@ class Grouped(Potential):
 
 @dataclass(frozen=True)
 class Combined(Potential):
-    """Σ_i w_i φ_i: several levels at once, such as strong between nodes and weak within.
+    """Σ_i w_i φ_i: several levels at once, for example strong between nodes and weak inside.
 
-    What `+` and `*` of potentials make. Of a sum the conjugate has no closed form; of one weighted
-    potential it is w φ*(q / w).
+    `+` and `*` of potentials make it. One weighted potential has the conjugate w φ*(q / w); a sum
+    has none in closed form.
 
     Args:
         parts: the potentials.
-        weights: w_i > 0, one a part.
+        weights: w_i > 0, one for each part.
+
+    Raises:
+        ValueError: no part, another number of weights, or a weight that is not positive.
+        NotImplementedError: from the conjugates of a sum.
 
     >>> from moebalance.potentials import Euclidean, NegativeEntropy
     >>> levels = NegativeEntropy().grouped(4) + 0.1 * Euclidean()
@@ -336,7 +349,7 @@ class Combined(Potential):
         return part.conjugate_grad(q / weight)
 
     def slope(self, num_experts: int) -> float:
-        """The largest, between the coarsest groups, where each level divides up the one above."""
+        """The largest slope: between the coarsest groups, if each level divides the one above."""
         pairs = zip(self.weights, self.parts, strict=True)
         return sum(weight * part.slope(num_experts) for weight, part in pairs)
 
@@ -346,7 +359,7 @@ class Combined(Potential):
 
     @property
     def aim(self) -> Proportions | None:
-        """That of the parts that have one, if it is one."""
+        """The proportions of the parts that have some, if they agree."""
         found = {part.aim for part in self.parts if part.aim is not None}
         return found.pop() if len(found) == 1 else None
 

@@ -1,4 +1,4 @@
-"""Negative entropies: the price has a pole at an empty expert, but for Tsallis above 1."""
+"""Negative entropies: an empty expert is a pole of the price, except for Tsallis above 1."""
 # ruff: noqa: D102 - `Potential` documents the methods; each class's docstring gives its formulas.
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moebalance.potentials.composed import Potential
 
 @dataclass(frozen=True)
 class NegativeEntropy(Potential):
-    """φ = Σ m_e log m_e, price log m_e + 1: the paper's choice. φ* = Σ exp(q_e − 1), all finite.
+    """φ = Σ m_e log m_e, price log m_e + 1: the paper's choice. φ* = Σ exp(q_e − 1), finite.
 
     >>> NegativeEntropy().grad(torch.tensor([1.0, 0.0]))
     tensor([  1.0000, -86.3365])
@@ -40,11 +40,18 @@ class NegativeEntropy(Potential):
 
 @dataclass(frozen=True)
 class Tsallis(Potential):
-    """φ = Σ (m_e^a − m_e)/(a − 1), price (a m_e^(a−1) − 1)/(a − 1), for positive a other than 1.
+    """φ = Σ (m_e^a − m_e)/(a − 1), price (a m_e^(a−1) − 1)/(a − 1), for a > 0 except 1.
 
-    φ* = Σ b_e^(a/(a−1)), b_e = 1 + (a − 1)(q_e − 1)/a. For a > 1 finite everywhere, and constant in
-    q_e below −1/(a − 1), the price of an empty expert; for a < 1 finite for q_e < 1/(1 − a).
-    As a → 1 all of it becomes `NegativeEntropy`, without loss of precision.
+    φ* = Σ b_e^(a/(a−1)), b_e = 1 + (a − 1)(q_e − 1)/a. For a > 1 it is finite everywhere, and
+    constant in q_e below −1/(a − 1), the price of an empty expert. For a < 1 it is finite for
+    q_e < 1/(1 − a).
+    As a → 1 everything becomes `NegativeEntropy`, without loss of precision.
+
+    Args:
+        alpha: a.
+
+    Raises:
+        ValueError: a is not a finite number above 0, or is 1.
 
     >>> Tsallis(alpha=2.0).grad(torch.tensor([0.25, 0.75]))
     tensor([-0.5000,  0.5000])
@@ -63,7 +70,7 @@ class Tsallis(Potential):
 
     def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         excess = self.alpha - 1
-        # Above 1 the price of an empty expert is finite by itself: log 0 = −∞ and expm1 of it −1.
+        # Above 1 the price of an empty expert is finite: log 0 = −∞, and expm1 of it is −1.
         load = m if excess > 0 else _resolved(m)
         return self.alpha * torch.expm1(excess * load.log()) / excess + 1
 
@@ -77,20 +84,26 @@ class Tsallis(Potential):
         return float(self.alpha * num_experts ** (2 - self.alpha))
 
     def _log_load(self, q: Tensor) -> Tensor:
-        # b = 0 closes the domain on both sides of a = 1: there log b/(a − 1) is −∞ or +∞.
+        # b = 0 is the end of the domain, for a > 1 and a < 1: there log b/(a − 1) is −∞ or +∞.
         excess = self.alpha - 1
         return torch.log1p((excess * (q - 1) / self.alpha).clamp(min=-1)) / excess
 
 
 @dataclass(frozen=True)
 class Renyi(Potential):
-    """φ = log(Σ m_e^a)/(a − 1), price −r m_e^(a−1)/Σ_j m_j^a with r = a/(1 − a), for 0 < a < 1.
+    """φ = log(Σ m_e^a)/(a − 1), price −r m_e^(a−1)/Σ_j m_j^a, r = a/(1 − a), for 0 < a < 1.
 
-    Strictly convex: minus the logarithm of a strictly concave sum. Scaling a load by s divides its
-    price by s, so ⟨m, q⟩ = −r always, which fixes the scale of the inverse: with powers
-    (−q_e)^(−r), ∇φ* = r/(−q_e) · their shares, φ* = log(their sum) + r log r − r, finite for
-    q_e < 0. A load that sums to s, as an average started from zero does, is priced 1/s times as
-    high.
+    Strictly convex: minus the logarithm of a strictly concave sum. If you multiply a load by s, its
+    price is divided by s. So ⟨m, q⟩ = −r always, which fixes the scale of the inverse: with the
+    powers w_e = (−q_e)^(−r), ∇φ*_e = r/(−q_e) · w_e / Σ_j w_j and φ* = log Σ_j w_j + r log r − r,
+    finite for q_e < 0. An average that started from zero sums to s < 1, so its price is 1/s times
+    as high.
+
+    Args:
+        alpha: a.
+
+    Raises:
+        ValueError: a is not between 0 and 1.
 
     >>> Renyi(alpha=0.5).grad(torch.tensor([0.5, 0.5]))
     tensor([-1., -1.])
@@ -118,7 +131,7 @@ class Renyi(Potential):
         return -self._ratio * self._log_powers(q).softmax(-1) / q
 
     def slope(self, num_experts: int) -> float:
-        # a E from the Hessian's diagonal part; the rest is parallel to the all-ones direction.
+        # The Hessian's diagonal part gives a E; the rest acts on the all-ones direction only.
         return self.alpha * num_experts
 
     @property
@@ -130,10 +143,10 @@ class Renyi(Potential):
 
 
 def _normal(m: Tensor) -> Tensor:
-    """m raised to the smallest normal number, so that no logarithm is −∞ and no power overflows."""
+    """m raised to the smallest normal number: then no logarithm is −∞ and no power overflows."""
     return m.clamp(min=torch.finfo(m.dtype).tiny)
 
 
 def _resolved(m: Tensor) -> Tensor:
-    """m raised to machine epsilon, so that a price with a power pole stays usable in a gradient."""
+    """m raised to machine epsilon: then a price with a power pole stays usable in a gradient."""
     return m.clamp(min=torch.finfo(m.dtype).eps)

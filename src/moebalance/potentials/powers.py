@@ -1,4 +1,4 @@
-"""Powers of the loads: potentials whose price is a power too, 0 for an empty expert."""
+"""Powers of the loads: the price is a power too, 0 for an empty expert."""
 # ruff: noqa: D102 - `Potential` documents the methods; each class's docstring gives its formulas.
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class LpNorm(Potential):
     """φ = (1/p) Σ |m_e|^p, price sgn(m_e) |m_e|^(p−1), for p > 1; p = 2 is `Euclidean`.
 
     The conjugate is the same with p' in place of p, 1/p + 1/p' = 1: finite everywhere.
+
+    Raises:
+        ValueError: p is not a finite number above 1.
 
     >>> import torch
     >>> LpNorm(3.0).grad(torch.tensor([0.5, 0.5]))

@@ -1,4 +1,4 @@
-"""Potentials whose price saturates: however high a load, the price only tends to 1."""
+"""Potentials whose price saturates: it never exceeds 1, however high the load."""
 # ruff: noqa: D102 - `Potential` documents the methods; each class's docstring gives its formulas.
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from moebalance.potentials.composed import Potential
 class SoftL1(Potential):
     """φ = Σ (|m_e| − δ log(1 + |m_e|/δ)), price m_e/(|m_e| + δ), half its limit 1 at a load of δ.
 
-    φ* = −δ Σ (|q_e| + log(1 − |q_e|)), finite for |q_e| < 1. Loads are of the order of 1/E: a delta
-    far above that is nearly Euclidean, one far below hardly tells loads apart.
+    φ* = −δ Σ (|q_e| + log(1 − |q_e|)), finite for |q_e| < 1. Loads are about 1/E. With a much
+    larger δ this is nearly Euclidean; with a much smaller δ the price hardly depends on the load.
+
+    Args:
+        delta: δ.
+
+    Raises:
+        ValueError: δ is not a finite number above 0.
 
     >>> SoftL1(delta=0.5).grad(torch.tensor([0.5, 0.0]))
     tensor([0.5000, 0.0000])
@@ -50,9 +56,15 @@ class SoftL1(Potential):
 
 @dataclass(frozen=True)
 class PseudoHuber(Potential):
-    """φ = Σ (√(m_e² + δ²) − δ), price m_e/√(m_e² + δ²): linear up to about δ, then turning to 1.
+    """φ = Σ (√(m_e² + δ²) − δ), price m_e/√(m_e² + δ²): linear up to about δ, then close to 1.
 
-    φ* = Σ (δ − δ √(1 − q_e²)), finite for |q_e| ≤ 1. Both are written without the cancellation.
+    φ* = Σ (δ − δ √(1 − q_e²)), finite for |q_e| ≤ 1. The code writes both without cancellation.
+
+    Args:
+        delta: δ.
+
+    Raises:
+        ValueError: δ is not a finite number above 0.
 
     >>> PseudoHuber(delta=0.75).value(torch.tensor([1.0, 0.0]))
     tensor(0.5000)
@@ -82,10 +94,16 @@ class PseudoHuber(Potential):
 
 @dataclass(frozen=True)
 class LogCosh(Potential):
-    """φ = Σ log cosh(β m_e)/β, price tanh(β m_e): linear up to about 1/β, then turning to 1.
+    """φ = Σ log cosh(β m_e)/β, price tanh(β m_e): linear up to about 1/β, then close to 1.
 
     φ* = Σ ((1 + q_e) log(1 + q_e) + (1 − q_e) log(1 − q_e))/(2β), finite for |q_e| ≤ 1. From
     β m_e = 10 on (20 in float64) the price rounds to 1 and has no inverse.
+
+    Args:
+        beta: β.
+
+    Raises:
+        ValueError: β is not a finite number above 0.
 
     >>> LogCosh(beta=1.0).grad(torch.tensor([0.0, 1.0]))
     tensor([0.0000, 0.7616])
@@ -117,7 +135,7 @@ class LogCosh(Potential):
 
 @dataclass(frozen=True)
 class Softplus(Potential):
-    """φ = Σ log(1 + exp m_e), price sigmoid(m_e); alone in that an empty expert adds log 2.
+    """φ = Σ log(1 + exp m_e), price sigmoid(m_e). Only here does an empty expert add log 2.
 
     φ* = Σ (q_e log q_e + (1 − q_e) log(1 − q_e)), finite for 0 ≤ q_e ≤ 1.
 
@@ -126,7 +144,7 @@ class Softplus(Potential):
     """
 
     def value(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-        # F.softplus turns linear at 20, an error of 2e-9; logsigmoid is exact throughout.
+        # F.softplus is linear above 20, an error of 2e-9; logsigmoid is exact everywhere.
         return -F.logsigmoid(-m).sum(-1)
 
     def grad(self, m: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
