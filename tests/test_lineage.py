@@ -17,6 +17,7 @@ from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Softmax
 from moebalance.methods import (
+    SMEBU,
     LossFree,
     PhiBalancing,
     QuantileBalancing,
@@ -111,11 +112,13 @@ def test_a_state_that_does_not_say_how_it_follows_is_refused():
 
 # --- every method -------------------------------------------------------------------------------
 
-AVERAGING = {
-    name: method
-    for name, method in METHODS.items()
-    if "loss-free" not in name and "quantile" not in name
-}
+
+def keeps_a_price(method) -> bool:
+    return method.traits.selects and bool(tensors(method.init(8)))
+
+
+# A selection price keeps its step, whatever the number of experts: it would have gone another way.
+AVERAGING = {name: method for name, method in METHODS.items() if not keeps_a_price(method)}
 
 
 @pytest.mark.parametrize("name", AVERAGING)
@@ -137,7 +140,15 @@ def test_the_state_of_a_copied_layer_is_the_one_it_would_have_had_from_the_start
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
-    "method", [LossFree(speed=0.05), QuantileBalancing()], ids=["loss-free", "quantile"]
+    "method",
+    [
+        LossFree(speed=0.05),
+        LossFree(scale="nats", speed=0.3),
+        QuantileBalancing(),
+        QuantileBalancing(scale="nats"),
+        SMEBU(speed=0.2),
+    ],
+    ids=["loss-free", "loss-free in nats", "quantile", "quantile in nats", "smebu"],
 )
 def test_tokens_go_to_the_copies_of_the_experts_that_they_went_to(method, gate):
     gate = GATES[gate]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import moebalance as mb
 from cases import one_batch, random_routing, skewed_state
-from moebalance.methods import Scheduled
+from moebalance.methods import Scheduled, observe
 from moebalance.routing import Sums
 from moebalance.words.methods import build_method
 
@@ -41,7 +41,7 @@ def after(method: Scheduled, steps: list[float]):
     [(0, 0), (250, 0.25), (1000, 1), (5000, 1), (6000, 0.625), (7000, 0.25), (1e9, 0.25)],
 )
 def test_the_strength_rises_stays_and_falls_as_written(tokens, share):
-    assert METHOD.share(torch.tensor(float(tokens))).item() == pytest.approx(share)
+    assert METHOD.factor(torch.tensor(float(tokens))).item() == pytest.approx(share)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -60,8 +60,8 @@ def test_at_full_strength_it_is_the_method_itself():
     torch.testing.assert_close(state.inner, alone, rtol=0, atol=0)
     expected = plain.penalty_gradient(alone, batch)
     assert torch.equal(method.penalty_gradient(state, batch), expected)
-    assert method.traits.coupling == plain.coupling
-    assert method.traits.shared == plain.reads
+    assert method.traits.coupling == plain.traits.coupling
+    assert method.traits.shared == plain.traits.shared
 
 
 def test_the_method_learns_at_its_own_pace_whatever_is_charged():
@@ -82,7 +82,7 @@ def test_a_step_without_tokens_moves_no_schedule():
 
 def test_relaxing_at_once_is_a_step():
     method = Scheduled(mb.SwitchLoss(), relax_after=100)
-    shares = [method.share(torch.tensor(n)).item() for n in (99.0, 100.0, 101.0)]
+    shares = [method.factor(torch.tensor(n)).item() for n in (99.0, 100.0, 101.0)]
     assert shares == [1, 1, 0]
 
 
@@ -114,7 +114,7 @@ def test_one_schedule_a_layer_goes_on_where_it_was_saved():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Scheduled(mb.LossFree(), warmup_tokens=10), "no strength to steer"),
+        (lambda: Scheduled(mb.Sinkhorn(), warmup_tokens=10), "no strength to steer"),
         (lambda: Scheduled(mb.PhiBalancing(), warmup_tokens=-1), "warmup_tokens=-1"),
         (lambda: Scheduled(mb.PhiBalancing(), relax_after=10, floor=2.0), r"floor=2\.0"),
         (lambda: Scheduled(mb.PhiBalancing(), floor=0.5), "give relax_after"),
@@ -137,9 +137,46 @@ def test_a_schedule_in_words():
         ("phi(schedule={'warm_up': 1})", "Did you mean 'warmup_tokens'"),
         ("phi(schedule=20)", "must be a table"),
         ("phi(target=0.3, schedule={'warmup_tokens': 1})", "give one of them"),
-        ("loss-free(schedule={'warmup_tokens': 1})", "no strength to steer"),
+        ("sinkhorn(schedule={'warmup_tokens': 1})", "no strength to steer"),
     ],
 )
 def test_a_misspelt_schedule_is_refused(words, says):
     with pytest.raises(ValueError, match=says):
         build_method(words)
+
+
+SELECTING = [
+    mb.LossFree(speed=0.02),
+    mb.LossFree(scale="nats"),
+    mb.SMEBU(speed=0.02),
+    mb.QuantileBalancing(bins=64),
+]
+
+
+@pytest.mark.parametrize("method", SELECTING, ids=repr)
+def test_a_selection_price_warms_up_and_freezes(method):
+    slow = Scheduled(method, warmup_tokens=100, relax_after=200)
+    state = slow.init(8)
+    batch = random_routing(50, 8, seed=4)
+    first = slow.update(state, observe(slow, state, batch))
+    assert torch.equal(first.inner.price, torch.zeros(8))  # at no token seen, no speed
+    second = slow.update(first, observe(slow, first, batch))
+    full = method.update(first.inner, observe(slow, first, batch))
+    torch.testing.assert_close(second.inner.price, 0.5 * full.price)
+    late = second._replace(tokens=torch.tensor(200.5))
+    frozen = slow.update(late, observe(slow, late, batch))
+    assert torch.equal(frozen.inner.price, second.inner.price)
+    assert frozen.inner.price.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", SELECTING, ids=repr)
+def test_a_scheduled_selection_price_acts_as_the_method_does(method):
+    slow = Scheduled(method, warmup_tokens=0)
+    state, alone = skewed_state(slow, 8), skewed_state(method, 8)
+    torch.testing.assert_close(state.inner.price, alone.price)
+    logits = random_routing(24, 8).logits
+    for gate in (mb.Softmax(), mb.Sigmoid()):
+        wanted = method.preference(alone, gate, logits, mask=None, training=True)
+        found = slow.preference(state, gate, logits, mask=None, training=True)
+        torch.testing.assert_close(found, wanted)
+    assert slow.traits == method.traits

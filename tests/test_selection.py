@@ -10,8 +10,8 @@ import torch
 from cases import add, random_logits, random_routing, skewed_state, to_double
 from moebalance import metrics
 from moebalance.gates import Sigmoid, Softmax
-from moebalance.methods import LossFree, QuantileBalancing, Sinkhorn, observe
-from moebalance.methods.loss_free import SelectionPrice
+from moebalance.methods import SMEBU, LossFree, QuantileBalancing, Sinkhorn, observe
+from moebalance.methods.selection import SelectionPrice
 from moebalance.routing import Sums, measure, route
 
 # --- loss-free --------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_recentring_keeps_the_mean_price_at_zero_and_the_choice_as_it_was():
 
 
 def exact_quantile_price(affinities, price, top_k):
-    """K/E upper quantiles over tokens of a − α, α the (K+1)-th largest of a − price."""
+    """K/E upper quantiles over tokens of a − α, α_t the (K+1)-th largest of a_t − price."""
     num_experts = affinities.shape[-1]
     ranked = np.sort(affinities - price, axis=-1)
     margin = affinities - ranked[:, -(top_k + 1)][:, None]
@@ -125,7 +125,7 @@ def test_quantile_price_is_within_a_bin_of_the_exact_quantile(gate, bins):
     routing = route(logits, experts, gate)
     found = method.update(state, observe(method, state, routing)).price.numpy()
     exact = exact_quantile_price(gate.affinities(logits).numpy(), state.price.numpy(), 2)
-    width = bin_width(exact, bins)
+    width = bin_width(exact - state.price.numpy(), bins)  # bins lie around the price in force
     # Centring mixes the errors of all experts, each at most a bin, into every price.
     error = np.abs(found - (exact - exact.mean()))
     assert (error <= width + width.mean()).all()
@@ -178,6 +178,80 @@ def test_quantile_takes_a_router_that_uses_all_experts():
     routing = random_routing(num_experts=4, top_k=4)
     state = method.update(method.init(4), observe(method, method.init(4), routing))
     assert torch.isfinite(state.price).all()
+
+
+def violation(scores: torch.Tensor, price: torch.Tensor, top_k: int) -> float:
+    counts = torch.bincount((scores - price).topk(top_k).indices.flatten(), minlength=len(price))
+    return metrics.max_violation(counts).item()
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "spread", "gate", "scale"),
+    [
+        (64, 4, 3.0, Softmax(), "nats"),
+        (128, 8, 2.0, Softmax(), "nats"),
+        (128, 8, 1.0, Sigmoid(), "affinity"),
+    ],
+    ids=str,
+)
+def test_quantiles_of_a_histogram_end_within_0_02_of_exact_ones(
+    experts, top_k, spread, gate, scale
+):
+    """Fixed scores of 16384 tokens, 7 updates; more experts in `evidence`."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(16384, experts, generator=generator)
+    logits = logits + spread * torch.randn(experts, generator=generator)
+    method = QuantileBalancing(scale=scale)
+    scores = method.ranked(gate, logits)
+    state, exact = method.init(experts), torch.zeros(experts)
+    for _ in range(7):
+        routing = route(logits, (scores - state.price).topk(top_k).indices, gate)
+        state = method.update(state, observe(method, state, routing))
+        bar = (scores - exact).topk(top_k + 1).values[:, -1:]
+        exact = (scores - bar).topk(16384 * top_k // experts, dim=0).values[-1]
+        exact = exact - exact.mean()
+    found, best = (violation(scores, price, top_k) for price in (state.price, exact))
+    assert violation(scores, torch.zeros(experts), top_k) > 2
+    assert found <= best + 0.02
+
+
+def test_quantile_memory_moves_the_price_a_part_of_the_way():
+    routing = random_routing(200, 8)
+    whole, part = (QuantileBalancing(memory=memory) for memory in (1.0, 0.25))
+    state = SelectionPrice(torch.linspace(-0.1, 0.1, 8))
+    sums = observe(whole, state, routing)
+    moved = whole.update(state, sums).price - state.price
+    torch.testing.assert_close(part.update(state, sums).price - state.price, 0.25 * moved)
+
+
+@pytest.mark.parametrize("build", [LossFree, QuantileBalancing, SMEBU], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("gate", [Softmax(), Sigmoid()], ids=repr)
+def test_a_price_in_nats_is_a_factor_on_the_affinity(build, gate):
+    method = build(scale="nats")
+    state = method.adopt(method.init(8), torch.linspace(-1, 1, 8))
+    logits = random_logits(50, 8)
+    ranked = method.preference(state, gate, logits, mask=None, training=True)
+    weighed = gate.affinities(logits) * torch.exp(-state.price)
+    assert torch.equal(ranked.topk(2).indices, weighed.topk(2).indices)
+    assert method.selection_price(state) is None
+    assert not method.traits.has_selection_price
+    assert method.traits.selects
+    assert method.readings(state)["price_nats"] > 0
+
+
+def test_one_step_in_nats_moves_the_same_part_of_tokens_for_any_number_of_experts():
+    """The affinity's step does not: 0.001 is 0.8 % of 1/8 and 38 % of 1/384."""
+    shifted = {}
+    for experts in (8, 384):
+        for scale in ("nats", "affinity"):
+            method = LossFree(scale=scale, speed=0.1 if scale == "nats" else 0.002)
+            logits = random_logits(4000, experts, seed=3)
+            state = method.init(experts)._replace(price=method.speed * (torch.arange(experts) % 2))
+            ranked = method.ranked(Softmax(), logits)
+            before, after = ranked.argmax(-1), (ranked - state.price).argmax(-1)
+            shifted[experts, scale] = (before != after).float().mean().item()
+    assert 0.5 < shifted[8, "nats"] / shifted[384, "nats"] < 2
+    assert shifted[384, "affinity"] > 2 * shifted[8, "affinity"]
 
 
 # --- Sinkhorn ---------------------------------------------------------------------------------

@@ -1,23 +1,24 @@
 """Loss-free balancing: a selection price that rises with an expert's load.
 
-    choose by s − price, weight by s;        price_e ← price_e + u · sign(c_e − mean c)
+    choose by a − price, weight by a;        price_e ← price_e + u · sign(c_e − mean c)
 
-once per optimizer step, with c the assignment counts of the whole step. With proportions ρ the mean
-is replaced by ρ_e Σ_j c_j.
-
-Source: Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
-arXiv 2408.15664, Algorithm 1 (their bias b is −price) and its proportional variant in the ablation.
+once per optimizer step. c (E,) are the assignment counts of the whole step. With proportions ρ,
+ρ_e Σ_j c_j replaces the mean. Source: Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing
+Strategy for Mixture-of-Experts", arXiv 2408.15664, Algorithm 1 (their bias b is −price), and the
+proportional variant in its ablation.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
-from moebalance.methods.base import Traits, check_positive, where_seen
-from moebalance.methods.selection import Selecting, SelectionPrice
-from moebalance.proportions import Proportions, per_proportion, settle_proportions
+from moebalance.methods.base import State, Traits, check_positive, where_seen
+from moebalance.methods.selection import Selecting
+from moebalance.proportions import per_proportion
 from moebalance.routing import Sums
+
+_SPEED = {"affinity": 1e-3, "nats": 0.02}
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,41 +26,48 @@ class LossFree(Selecting):
     """Move each expert's selection price against its load, outside the gradient.
 
     Args:
-        speed: u ≥ 0, price step, in the unit of affinities (softmax probabilities or sigmoids).
-            Softmax affinities are 1/E on average: with many experts the default may make the load
-            swing.
+        speed: u ≥ 0, step of a price, in units of the scale: 0.001 of the affinity (softmax
+            probability or sigmoid) or 0.02 nats if not given. Softmax affinities are 1/E in the
+            mean: with many experts 0.001 may make loads swing, and nats do not.
         rule: "sign" moves by ±u; "proportional" by u times the relative excess c_e / mean c − 1.
-        recentre: keep the prices' mean at 0, so that they cannot drift together.
+        recentre: keep the mean of the prices at 0; if not given, for a price in nats.
         proportions: (E,) positive, target parts of the load; None for equal parts.
+        scale: "affinity" or "nats"; see `Selecting`.
 
     Raises:
-        ValueError: speed, rule or proportions out of range.
+        ValueError: speed, rule, scale or proportions out of range.
+
+    >>> LossFree().speed, LossFree(scale="nats").speed
+    (0.001, 0.02)
     """
 
-    speed: float = 1e-3
+    speed: float | None = None
     rule: Literal["sign", "proportional"] = "sign"
-    recentre: bool = False
-    proportions: Proportions | None = None
+    recentre: bool | None = None
 
     def __post_init__(self) -> None:
-        check_positive("speed", self.speed)
-        settle_proportions(self)
+        super().__post_init__()
+        if self.speed is None:
+            object.__setattr__(self, "speed", _SPEED[self.scale])
+        if self.recentre is None:
+            object.__setattr__(self, "recentre", self.scale == "nats")
+        check_positive("speed", self.speed)  # type: ignore[arg-type]
         if self.rule not in ("sign", "proportional"):
             raise ValueError(f"rule={self.rule!r}: must be 'sign' or 'proportional'.")
 
     @property
     def traits(self) -> Traits:
-        """The update reads the hard load."""
-        return super().traits._replace(from_sums=True, shared=frozenset({"counts"}))
+        """Counted the fast way."""
+        return super().traits._replace(from_sums=True)
 
-    def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
+    def update(self, state: State, sums: Sums) -> State:
         """Raise the price of experts above their part of the load, lower the others."""
         mean = sums.counts.mean(dim=-1, keepdim=True)
-        # Of counts per proportion, whose sign and relative size are those of c_e − ρ_e Σ c.
+        # c_e / (E ρ_e) − mean c has the sign and the relative size of c_e − ρ_e Σ c.
         excess = per_proportion(sums.counts, self.proportions) - mean
         # clamp: in an empty step 0 / 0 would be NaN.
         move = torch.sign(excess) if self.rule == "sign" else excess / mean.clamp(min=1e-30)
-        price = state.price + self.speed * move
+        price = state.price + cast(float, self.speed) * move
         if self.recentre:
             price = price - price.mean(dim=-1, keepdim=True)
-        return SelectionPrice(where_seen(sums.tokens, price, state.price))
+        return state._replace(price=where_seen(sums.tokens, price, state.price))

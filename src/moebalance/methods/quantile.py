@@ -1,16 +1,21 @@
 """Quantile balancing: set each expert's price so that it admits exactly its part of the tokens.
 
-With affinities a (T, E) and the current price b (E,), let α_t be the (K+1)-th largest of a_t − b:
-an expert must beat it to be chosen by token t. (Limits on groups of experts are ignored.) Expert e
-admits its part of the tokens if
+Let s (T, E) be the affinities or their logarithms, b (E,) the price in force, and α_t the (K+1)-th
+largest of s_t − b: an expert must beat it to be chosen by token t. Expert e admits its part of the
+tokens at
 
-    price_e = the upper K/E quantile over tokens of (a_te − α_t).
+    price_e = b_e + the upper K/E quantile over tokens of (s_te − α_t − b_e).
 
-The prices are centred and used in the next step. With proportions ρ, K ρ_e replaces K/E. The
-quantile comes from a histogram, which adds exactly over micro-batches and ranks.
+The price is centred and used in the next step; with memory γ it moves γ of the way. With
+proportions ρ, K ρ_e replaces K/E. (Limits on groups of experts are ignored.)
 
-Bins are spaced as a signed cube on [−2, 2], which contains every a − α of affinities in [0, 1].
-They are fine near 0, where the quantiles lie, and coarse elsewhere.
+The quantile comes from a histogram, which adds exactly over micro-batches and ranks. Its bins lie
+around the price in force, spaced as a signed cube: they are finest where the quantile is once the
+prices have settled, 1000 bins being as good as the exact quantile (docs/mathematics.md).
+
+Source: J. Su, 2026, kexue.fm/archives/11619, which derives the price from the dual of the balanced
+assignment; Kimi K3, arXiv 2607.24653, with sigmoid affinities and a histogram. For softmax gates
+marin and Megatron-Core (#5349) rank the logits, which is `scale="nats"`.
 """
 
 from dataclasses import dataclass
@@ -18,84 +23,80 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebalance.methods.base import Traits, where_seen
-from moebalance.methods.selection import Selecting, SelectionPrice
-from moebalance.proportions import Proportions, fractions, settle_proportions
+from moebalance.methods.base import State, check_rate, where_seen
+from moebalance.methods.selection import Selecting
+from moebalance.proportions import fractions
 from moebalance.routing import Routing, Sums
 
-_REACH = 2.0
+_REACH = {"affinity": 2.0, "nats": 16.0}  # from the price in force; a step can move it no farther
 
 
 @dataclass(frozen=True, repr=False)
 class QuantileBalancing(Selecting):
-    """Selection prices from quantiles of the last step, without a rate to tune.
+    """Selection prices from quantiles of the last step.
 
     Args:
         bins: histogram bins for each expert, at least 2; the sums grow by E · bins numbers.
+        memory: γ in (0, 1], the part of the way that the price moves in a step; 1 keeps no memory.
+            For example 0.1 averages over about ten steps, for steps of few tokens.
         proportions: (E,) positive, target parts of the load; None for equal parts.
+        scale: "affinity" or "nats"; see `Selecting`. Take nats for softmax gates.
 
     Raises:
-        ValueError: bins or proportions out of range.
+        ValueError: bins, memory, scale or proportions out of range.
     """
 
     bins: int = 1000
-    proportions: Proportions | None = None
+    memory: float = 1.0
 
     def __post_init__(self) -> None:
-        settle_proportions(self)
+        super().__post_init__()
         if self.bins < 2:
             raise ValueError(f"bins={self.bins!r}: must be at least 2.")
-
-    @property
-    def traits(self) -> Traits:
-        """The update reads the number of assignments and its histogram."""
-        return super().traits._replace(shared=frozenset({"counts"}))
+        check_rate("memory", self.memory)
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
         """One histogram (E, bins)."""
         return ((num_experts, self.bins),)
 
-    def extra(self, state: SelectionPrice, routing: Routing) -> tuple[Tensor, ...]:
-        """Histogram over tokens of a − α, (E, bins)."""
-        affinities = routing.gate.affinities(routing.logits)
+    def extra(self, state: State, routing: Routing) -> tuple[Tensor, ...]:
+        """Histogram over tokens of s − α − b, one row for each expert."""
         experts, top_k = routing.num_experts, routing.top_k
-        ranked = (affinities - state.price).topk(min(top_k + 1, experts), dim=-1).values
-        margin = affinities - ranked[:, -1:]
-        position = _compress(margin) * self.bins
+        excess = self.ranked(routing.gate, routing.logits) - state.price  # (T,E)
+        bar = excess.topk(min(top_k + 1, experts), dim=-1).values[:, -1:]  # α_t (T,1)
+        position = self._compress(excess - bar) * self.bins
         bins = position.long().clamp(0, self.bins - 1)
         cells = bins + self.bins * torch.arange(experts, device=bins.device)
         weights = routing.token_weights
-        ones = affinities.new_ones(()) if weights is None else weights.unsqueeze(-1)
-        empty = affinities.new_zeros(experts * self.bins)
+        ones = excess.new_ones(()) if weights is None else weights.unsqueeze(-1)
+        empty = excess.new_zeros(experts * self.bins)
         filled = empty.scatter_add(0, cells.reshape(-1), ones.expand_as(cells).reshape(-1))
         return (filled.view(experts, self.bins),)
 
-    def update(self, state: SelectionPrice, sums: Sums) -> SelectionPrice:
-        """Read the quantiles, interpolate within a bin, and centre them."""
-        histogram = sums.extra[0].flip(-1)  # from the largest margin down
+    def update(self, state: State, sums: Sums) -> State:
+        """Read the quantiles, interpolate within a bin, and centre the price."""
+        histogram = sums.extra[0].flip(-1)  # from the largest excess down
         above = histogram.cumsum(dim=-1)
         total = sums.counts.sum(dim=-1)  # tokens · K
         if self.proportions is None:
-            share = total / sums.counts.shape[-1]
+            part = total / sums.counts.shape[-1]
         else:
-            share = (total * fractions(self.proportions, sums.counts)).unsqueeze(-1)
-        index = (above < share).sum(dim=-1, keepdim=True).clamp(max=self.bins - 1)
+            part = (total * fractions(self.proportions, sums.counts)).unsqueeze(-1)
+        index = (above < part).sum(dim=-1, keepdim=True).clamp(max=self.bins - 1)
         inside = histogram.gather(-1, index)
         before = above.gather(-1, index) - inside
-        # clamp: in an empty step 0 / 0 would be NaN; its result is discarded below.
-        fraction = ((share - before) / inside.clamp(min=1)).clamp(0, 1)
-        position = 1 - (index + fraction) / self.bins
-        price = _expand(position).squeeze(-1)
+        # clamp: an empty step has empty bins; its result is discarded below.
+        fraction = ((part - before) / inside.clamp(min=1)).clamp(0, 1)
+        move = self._expand(1 - (index + fraction) / self.bins).squeeze(-1)
+        price = state.price + self.memory * move
         price = price - price.mean(dim=-1, keepdim=True)
-        return SelectionPrice(where_seen(sums.tokens, price, state.price))
+        return state._replace(price=where_seen(sums.tokens, price, state.price))
 
+    def _compress(self, excess: Tensor) -> Tensor:
+        """[−reach, reach] → [0, 1] by the signed cube root."""
+        root = torch.sign(excess) * (excess.abs() / _REACH[self.scale]).pow(1 / 3)
+        return (root + 1) / 2
 
-def _compress(margin: Tensor) -> Tensor:
-    """[−2, 2] → [0, 1] by the signed cube root."""
-    root = torch.sign(margin) * (margin.abs() / _REACH).pow(1 / 3)
-    return (root + 1) / 2
-
-
-def _expand(position: Tensor) -> Tensor:
-    """[0, 1] → [−2, 2], the inverse of `_compress`."""
-    return _REACH * (2 * position - 1).pow(3)
+    def _expand(self, position: Tensor) -> Tensor:
+        """[0, 1] → [−reach, reach], the inverse of `_compress`."""
+        return _REACH[self.scale] * (2 * position - 1).pow(3)

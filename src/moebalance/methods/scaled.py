@@ -35,11 +35,15 @@ class Scaled(Method):
                 f"{type(self).__name__}({self.method!r}, …): give a method first, such as "
                 "PhiBalancing()."
             )
-        if not self.method.traits.charges or self.method.traits.selects:
+        if not self._accepts(self.method):
             raise ValueError(
                 f"{self.method!r} has no strength to steer: give a method that charges in the "
                 "loss alone, and compose it with Together afterwards."
             )
+
+    @staticmethod
+    def _accepts(method: Method) -> bool:
+        return method.traits.charges and not method.traits.selects
 
     @property
     def traits(self) -> Traits:

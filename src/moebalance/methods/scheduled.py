@@ -1,10 +1,13 @@
-"""A strength that rises at the start of training and falls late in it, counted in tokens.
+"""A strength, or the speed of a selection price, that follows a schedule in tokens.
 
     α(n) = α · min(1, n / W) · (1 − (1 − φ) · clip((n − R) / D, 0, 1))
 
 n: tokens that the layer has seen in finished steps; W: length of the warm-up; R: start of the fall;
 D: length of the fall; φ: the fraction that is left. For example, DeepSeek-V3 (arXiv 2412.19437,
 §4.2) sets its bias speed to 0 for the last 500 of 14 800 billion tokens.
+
+The speed of a selection price follows the same course: of each step's move the price takes the part
+α(n)/α. So a warm-up starts slowly, and a floor of 0 freezes the price, which stays in force.
 
 Tokens make the schedule independent of batch size, accumulation and number of ranks. All
 micro-batches of a step use one strength, from the tokens before the step. So the schedule adds no
@@ -15,11 +18,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.methods.base import check_positive
+from moebalance.gates import Gate
+from moebalance.methods.base import Method, check_positive
 from moebalance.methods.scaled import Scaled
+from moebalance.methods.selection import Selecting
 from moebalance.routing import Sums
 
 
@@ -36,18 +41,19 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Scheduled(Scaled):
-    """A method that charges in the loss, with a scheduled strength.
+    """A method with a scheduled strength, or with a scheduled speed of its selection price.
 
     Args:
-        method: any method that charges in the loss; its own strength is the full one.
+        method: a method that charges in the loss, or one that keeps a selection price. Its own
+            strength or speed is the full one.
         warmup_tokens: W ≥ 0, over which the strength rises from 0; 0 starts at full strength.
         relax_after: R ≥ W, tokens after which it falls; None for never.
         relax_tokens: D ≥ 0, over which it falls; 0 for at once.
         floor: φ in [0, 1], the fraction of the strength that is left.
 
     Raises:
-        TypeError: the method does not charge in the loss.
-        ValueError: a number out of range.
+        TypeError: not a method.
+        ValueError: a number out of range, or a method without strength and without speed.
 
     >>> from moebalance.methods.phi import PhiBalancing
     >>> method = Scheduled(PhiBalancing(), warmup_tokens=1000, relax_after=4000, relax_tokens=1000)
@@ -90,7 +96,35 @@ class Scheduled(Scaled):
     def update(self, state: Progress, sums: Sums) -> Progress:
         """Advance the inner method, and count tokens."""
         tokens = state.tokens + sums.tokens.to(state.tokens.dtype)
-        return Progress(self.method.update(state.inner, sums), tokens)
+        inner = self.method.update(state.inner, sums)
+        if isinstance(self.method, Selecting):
+            part = self.factor(state.tokens)
+            inner = self.method.priced(inner, torch.lerp(state.inner.price, inner.price, part))
+        return Progress(inner, tokens)
+
+    def selection_price(self, state: Progress) -> Float[Tensor, "E"] | None:
+        """The method's own."""
+        return self.method.selection_price(state.inner)
+
+    def preference(
+        self,
+        state: Progress,
+        gate: Gate,
+        logits: Float[Tensor, "T E"],
+        *,
+        mask: Bool[Tensor, "T"] | None,
+        training: bool,
+    ) -> Float[Tensor, "T E"] | None:
+        """The method's own."""
+        return self.method.preference(state.inner, gate, logits, mask=mask, training=training)
+
+    def adopt(self, state: Progress, price: Float[Tensor, "E"]) -> Progress:
+        """Hand the price to the method."""
+        return state._replace(inner=self.method.adopt(state.inner, price))
+
+    @staticmethod
+    def _accepts(method: Method) -> bool:
+        return Scaled._accepts(method) or isinstance(method, Selecting)
 
     def multiplier(self, state: Progress) -> Float[Tensor, ""]:
         """The part of the strength in force."""

@@ -12,7 +12,7 @@ Momentum Expert Bias Updates (their bias b is −price), for 256 experts and sig
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -21,20 +21,28 @@ from torch import Tensor
 from moebalance.gates import Gate
 from moebalance.methods.base import Traits, check_positive, where_seen
 from moebalance.methods.lineage import Lineage
-from moebalance.methods.selection import Selecting, inherited_price
-from moebalance.proportions import Proportions, per_proportion, settle_proportions
+from moebalance.methods.selection import NatsPrice, Selecting, SelectionPrice
+from moebalance.proportions import per_proportion
 from moebalance.routing import Sums
+
+_SPEED = {"affinity": 5e-4, "nats": 0.01}
 
 
 class MovingPrice(NamedTuple):
-    """The selection price (E,) and its momentum w (E,), float32."""
+    """The selection price, and its momentum w (E,), float32."""
 
-    price: Float[Tensor, "E"]
+    held: SelectionPrice | NatsPrice
     momentum: Float[Tensor, "E"]
 
+    @property
+    def price(self) -> Float[Tensor, "E"]:
+        """The price (E,)."""
+        return self.held.price
+
     def inherit(self, lineage: Lineage, gate: Gate) -> "MovingPrice":
-        """Both follow the parents, in the unit of affinities."""
-        return MovingPrice(*(inherited_price(part, lineage, gate) for part in self))
+        """The price follows its parents, and the momentum as a price would."""
+        momentum = self.held._replace(price=self.momentum).inherit(lineage, gate).price
+        return MovingPrice(self.held.inherit(lineage, gate), momentum)
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,10 +50,12 @@ class SMEBU(Selecting):
     """Soft-clamped momentum updates of a selection price.
 
     Args:
-        speed: λ ≥ 0, the largest step of a price, in units of the affinity.
+        speed: λ ≥ 0, the largest step of a price, in units of the scale: 0.0005 of the affinity or
+            0.01 nats if not given.
         momentum: β in [0, 1); 0 for none.
         clamp: κ > 0, how soon the clamp is reached: at κ v = 1 the step is 76 % of λ.
-        proportions: (E,) positive, the part of the load of each expert; None for equal parts.
+        proportions: (E,) positive, target parts of the load; None for equal parts.
+        scale: "affinity" or "nats"; see `Selecting`.
 
     Raises:
         ValueError: a number out of range.
@@ -54,38 +64,46 @@ class SMEBU(Selecting):
     0.0005
     """
 
-    speed: float = 5e-4
+    speed: float | None = None
     momentum: float = 0.5
     clamp: float = 2.0
-    proportions: Proportions | None = None
 
     def __post_init__(self) -> None:
-        check_positive("speed", self.speed)
+        super().__post_init__()
+        if self.speed is None:
+            object.__setattr__(self, "speed", _SPEED[self.scale])
+        check_positive("speed", self.speed)  # type: ignore[arg-type]
         check_positive("momentum", self.momentum)
         check_positive("clamp", self.clamp, zero=False)
-        settle_proportions(self)
         if self.momentum >= 1:
             raise ValueError(f"momentum={self.momentum!r}: must be below 1, or no price moves.")
 
     @property
     def traits(self) -> Traits:
-        """The update reads the hard load."""
-        return super().traits._replace(from_sums=True, shared=frozenset({"counts"}))
+        """Counted the fast way."""
+        return super().traits._replace(from_sums=True)
 
     def init(self, num_experts: int) -> MovingPrice:
         """Price and momentum 0 for all experts."""
-        price = super().init(num_experts).price
-        return MovingPrice(price, torch.zeros_like(price))
+        held = super().init(num_experts)
+        return MovingPrice(held, torch.zeros_like(held.price))
+
+    def adopt(self, state: MovingPrice, price: Float[Tensor, "E"]) -> MovingPrice:
+        """Go on from the model's own price, without momentum."""
+        return MovingPrice(state.held._replace(price=price), torch.zeros_like(price))
+
+    def priced(self, state: MovingPrice, price: Float[Tensor, "E"]) -> MovingPrice:
+        """The state with this price in place of its own; the momentum stays."""
+        return state._replace(held=state.held._replace(price=price))
 
     def update(self, state: MovingPrice, sums: Sums) -> MovingPrice:
         """Move the price by the smoothed error of the step's load."""
         mean = sums.counts.mean(dim=-1, keepdim=True)
         # clamp: an empty step has excess 0, not 0/0; its result is discarded below.
         excess = (per_proportion(sums.counts, self.proportions) - mean) / mean.clamp(min=1e-30)
-        step = self.speed * torch.tanh(self.clamp * excess)
+        step = cast(float, self.speed) * torch.tanh(self.clamp * excess)
         step = step - step.mean(dim=-1, keepdim=True)
         momentum = self.momentum * state.momentum + (1 - self.momentum) * step
-        return MovingPrice(
-            where_seen(sums.tokens, state.price + momentum, state.price),
-            where_seen(sums.tokens, momentum, state.momentum),
-        )
+        price = where_seen(sums.tokens, state.price + momentum, state.price)
+        held = state.held._replace(price=price)
+        return MovingPrice(held, where_seen(sums.tokens, momentum, state.momentum))
