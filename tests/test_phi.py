@@ -84,7 +84,7 @@ def assert_same_gradients(found, expected, tolerance=1e-12):
 @every_potential
 def test_gradients_follow_algorithm_1_over_thirty_steps(name):
     steps = drifting_logits()
-    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=0.3)
+    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=0.3, unit="paper")
     expected = algorithm_1(steps, PRICES[name], strength=0.02, rate=0.3, corrected=True)
     assert_same_gradients(run(method, steps), expected)
 
@@ -95,12 +95,12 @@ def test_negative_entropy_needs_no_bias_correction():
     expected = algorithm_1(
         steps, PRICES["negative-entropy"], strength=0.02, rate=0.3, corrected=False
     )
-    assert_same_gradients(run(PhiBalancing(strength=0.02, rate=0.3), steps), expected)
+    assert_same_gradients(run(PhiBalancing(strength=0.02, rate=0.3, unit="paper"), steps), expected)
 
 
 def test_bias_correction_changes_the_other_potentials_start():
     steps = drifting_logits()
-    method = PhiBalancing(Euclidean(), strength=0.02, rate=0.3)
+    method = PhiBalancing(Euclidean(), strength=0.02, rate=0.3, unit="paper")
     plain = algorithm_1(steps, PRICES["euclidean"], strength=0.02, rate=0.3, corrected=False)
     found, expected = np.stack(list(run(method, steps))), np.stack(list(plain))
     np.testing.assert_allclose(found[0], expected[0] / 0.3, rtol=1e-10)
@@ -111,7 +111,7 @@ def test_bias_correction_changes_the_other_potentials_start():
 @pytest.mark.parametrize("share", [0.25, 0.6])
 def test_a_batch_that_is_a_share_of_its_step_moves_the_price_by_that_share(name, share):
     steps = drifting_logits(1)
-    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=0.5)
+    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=0.5, unit="paper")
     expected = algorithm_1(
         steps, PRICES[name], strength=0.02, rate=0.5, corrected=True, share=share
     )
@@ -123,7 +123,7 @@ def test_hard_statistic_averages_the_realised_load_and_charges_the_scores(name):
     steps = drifting_logits(2)
     # An expert that no token has ever chosen has a price of its own: keep all of them in use.
     steps = steps * 0.2
-    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=0.3, load="hard")
+    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=0.3, load="hard", unit="paper")
     expected = algorithm_1(
         steps, PRICES[name], strength=0.02, rate=0.3, corrected=True, load="hard"
     )
@@ -132,7 +132,7 @@ def test_hard_statistic_averages_the_realised_load_and_charges_the_scores(name):
 
 
 def test_without_peeking_the_price_comes_from_finished_steps_alone():
-    method = PhiBalancing(strength=0.02, peek=False)
+    method = PhiBalancing(strength=0.02, peek=False, unit="paper")
     state = skewed_state(method, EXPERTS)
     a, b = (one_batch(method, state, random_routing(seed=seed)) for seed in (1, 2))
     assert torch.equal(method.loss_price(state, a), method.loss_price(state, b))
@@ -142,13 +142,13 @@ def test_without_peeking_the_price_comes_from_finished_steps_alone():
 
 
 def test_the_first_step_without_peeking_charges_nothing():
-    method = PhiBalancing(peek=False)
+    method = PhiBalancing(peek=False, unit="paper")
     batch = one_batch(method, method.init(EXPERTS), random_routing())
     assert method.penalty_gradient(method.init(EXPERTS), batch).abs().max() < 1e-8
 
 
 def test_penalty_is_strength_times_number_of_experts_times_price_times_mean_score():
-    method = PhiBalancing(strength=0.02, rate=0.3)
+    method = PhiBalancing(strength=0.02, rate=0.3, unit="paper")
     state = to_double(skewed_state(method, EXPERTS))
     routing = random_routing(dtype=torch.float64)
     batch = one_batch(method, state, routing)
@@ -160,7 +160,7 @@ def test_penalty_is_strength_times_number_of_experts_times_price_times_mean_scor
 
 
 def test_no_gradient_flows_through_the_price():
-    method = PhiBalancing(strength=0.02, rate=0.3)
+    method = PhiBalancing(strength=0.02, rate=0.3, unit="paper")
     state = to_double(skewed_state(method, EXPERTS))
     logits = random_routing(dtype=torch.float64).logits.requires_grad_()
     routing = random_routing()._replace(logits=logits, scores=logits.softmax(-1))
@@ -181,7 +181,7 @@ def test_no_gradient_flows_through_the_price():
 @every_potential
 def test_without_memory_the_term_descends_the_potential_of_the_batch(name):
     """At rate 1 the price is ∇φ(p̄), so the gradient is that of α·E·φ(p̄), the plug-in objective."""
-    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=1.0)
+    method = PhiBalancing(POTENTIALS[name], strength=0.02, rate=1.0, unit="paper")
     state = to_double(skewed_state(method, EXPERTS))
     logits = random_routing(dtype=torch.float64).logits.requires_grad_()
     objective = 0.02 * EXPERTS * POTENTIALS[name].value(logits.softmax(-1).mean(0))
@@ -193,13 +193,13 @@ def test_without_memory_the_term_descends_the_potential_of_the_batch(name):
 
 def test_ema_switch_is_hard_euclidean_phi_balancing():
     steps = drifting_logits(3)
-    phi = PhiBalancing(Euclidean(), strength=0.02, rate=0.4, load="hard")
+    phi = PhiBalancing(Euclidean(), strength=0.02, rate=0.4, load="hard", unit="paper")
     assert_same_gradients(run(EmaSwitchLoss(strength=0.02, rate=0.4), steps), run(phi, steps))
 
 
 def test_switch_is_hard_euclidean_phi_balancing_without_memory():
     steps = drifting_logits(4)
-    phi = PhiBalancing(Euclidean(), strength=0.02, rate=1.0, load="hard")
+    phi = PhiBalancing(Euclidean(), strength=0.02, rate=1.0, load="hard", unit="paper")
     assert_same_gradients(run(SwitchLoss(strength=0.02), steps), run(phi, steps))
 
 
@@ -208,12 +208,14 @@ def test_unit_slope_scales_the_gradient_by_the_slope(name):
     steps = drifting_logits(5)
     potential = POTENTIALS[name]
     slope = potential.slope(EXPERTS)
-    rescaled = PhiBalancing(potential.unit_slope(), strength=0.02 * slope)
-    assert_same_gradients(run(rescaled, steps), run(PhiBalancing(potential, strength=0.02), steps))
+    rescaled = PhiBalancing(potential.unit_slope(), strength=0.02 * slope, unit="paper")
+    assert_same_gradients(
+        run(rescaled, steps), run(PhiBalancing(potential, strength=0.02, unit="paper"), steps)
+    )
 
 
 def test_the_gradient_is_additive_over_micro_batches_at_a_given_price():
-    method = PhiBalancing(strength=0.02, peek=False)
+    method = PhiBalancing(strength=0.02, peek=False, unit="paper")
     state = to_double(skewed_state(method, EXPERTS))
     whole = random_routing(24, EXPERTS, dtype=torch.float64)
     together = method.penalty_gradient(state, one_batch(method, state, whole))

@@ -75,7 +75,9 @@ def test_a_memory_that_is_no_positive_number_is_refused(memory):
 
 
 def test_a_method_shows_the_one_of_rate_and_memory_that_it_has():
-    assert repr(PhiBalancing()).endswith("rate=0.1, load='soft', peek=True)")
+    assert "memory_tokens=10000" in repr(PhiBalancing())
+    assert "rate=" not in repr(PhiBalancing())
+    assert "rate=0.1, load='soft', peek=True, unit=" in repr(PhiBalancing(rate=0.1))
     assert "rate=" not in repr(PhiBalancing(memory_tokens=MEMORY))
     assert repr(EmaSwitchLoss(memory_tokens=MEMORY)) == (
         f"EmaSwitchLoss(strength=0.01, memory_tokens={MEMORY})"

@@ -19,6 +19,7 @@ from moebalance.kernels.tiling import next_power
 from moebalance.methods import Method, PhiBalancing, Together
 from moebalance.methods.ema import Ema
 from moebalance.methods.scaled import Scaled
+from moebalance.methods.strength import alpha
 from moebalance.potentials import Euclidean, NegativeEntropy, Potential
 
 
@@ -65,7 +66,7 @@ def _(method: PhiBalancing, state: Any) -> MeanPrice | None:
         state.weight,
         hard=method.load == "hard",
         peek=method.peek,
-        strength=method.strength,
+        strength=alpha(method, state.mean.shape[-1]),
         rate=method.rate,
         memory_tokens=method.memory_tokens,
     )

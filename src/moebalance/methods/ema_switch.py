@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.methods.base import Method, Traits, check_positive
-from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_rate
+from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_memory
 from moebalance.proportions import (
     Proportions,
     check_proportions,
@@ -28,9 +28,10 @@ class EmaSwitchLoss(Method):
 
     Args:
         strength: α ≥ 0.
-        rate: η in (0, 1], weight of the newest step. At 1, with one batch a step, this is the
-            Switch loss. "auto" measures it (`adaptive.py`). Default 0.3 without `memory_tokens`.
-        memory_tokens: M > 0 instead of `rate`: a step of n tokens has η = 1 − exp(−n / M).
+        rate: η in (0, 1] instead of `memory_tokens`: weight of the newest step. At 1, with one
+            batch a step, this is the Switch loss. "auto" measures it (`adaptive.py`).
+        memory_tokens: M > 0: a step of n tokens has η = 1 − exp(−n / M). 10,000 if there is no
+            rate.
         proportions: (E,) positive, target parts of the load; None for equal parts.
 
     Raises:
@@ -44,7 +45,7 @@ class EmaSwitchLoss(Method):
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
-        settle_rate(self, default=0.3)
+        settle_memory(self)
         settle_proportions(self)
 
     @property

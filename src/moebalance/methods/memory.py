@@ -23,6 +23,9 @@ from moebalance.routing import Batch
 
 AUTO = "auto"
 
+MEMORY_TOKENS = 10_000
+"""A rate of about 0.1 at 1024 tokens a step; a step of a million tokens needs no memory."""
+
 Rate = float | Literal["auto"]
 Memory = Ema | Adaptive
 
@@ -40,8 +43,8 @@ class Remembers(Protocol):
         """M > 0."""
 
 
-def settle_rate(method: Remembers, default: float) -> None:
-    """Check a frozen method's rate and memory; set the default rate if it has neither.
+def settle_memory(method: Remembers) -> None:
+    """Check a frozen method's rate and memory, and fill in the default memory if it has neither.
 
     Raises:
         ValueError: both are given, or one is out of range.
@@ -51,10 +54,10 @@ def settle_rate(method: Remembers, default: float) -> None:
             f"rate={method.rate!r} and memory_tokens={method.memory_tokens!r}: give one of them. A "
             "memory of M tokens is a rate of 1 − exp(−n / M) in a step of n tokens."
         )
-    if method.memory_tokens is not None:
-        check_positive("memory_tokens", method.memory_tokens, zero=False)
-    elif method.rate is None:
-        object.__setattr__(method, "rate", default)
+    if method.rate is None:
+        if method.memory_tokens is None:
+            object.__setattr__(method, "memory_tokens", MEMORY_TOKENS)
+        check_positive("memory_tokens", method.memory_tokens, zero=False)  # type: ignore[arg-type]
     elif isinstance(method.rate, str):
         if method.rate != AUTO:
             raise ValueError(f"rate={method.rate!r}: must be a number in (0, 1], or {AUTO!r}.")

@@ -6,7 +6,7 @@ problem. Online mirror ascent solves it with one vector per layer:
 
     m ← (1 − η) m + η p̄          (p̄: mean pre-top-k score of the step)
     q  = ∇φ(m)                   (no gradient; m already holds this step)
-    loss = task + α · E · ⟨q, p̄⟩
+    loss = task + α · E · ⟨q, p̄⟩,        α = strength / slope of ∇φ at 1/E (`strength.py`)
 
 The averaging rate η is the dual step size of the mirror ascent. At a given price the term is linear
 in p̄, so it adds up over micro-batches; the bilinear Switch loss does not. With `peek=False` the
@@ -19,8 +19,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Method, Traits, check_positive
-from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_rate
+from moebalance.methods.base import Method, Traits
+from moebalance.methods.memory import Memory, Rate, begin, peek, readings, remember, settle_memory
+from moebalance.methods.strength import Unit, alpha, check_strength
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
 
@@ -32,29 +33,30 @@ class PhiBalancing(Method):
     Args:
         potential: convex φ; its gradient is the price. `potential.relative_to(proportions)` aims at
             unequal loads, `potential.grouped(groups)` at equal loads of groups.
-        strength: α ≥ 0, the weight of the term. At equal α negative entropy pushes E times harder
-            than Euclidean; `potential.unit_slope()` removes this difference. The default was chosen
-            at E = 32 (docs/defaults.md): with more experts keep α · E near 0.3.
-        rate: η in (0, 1], weight of the newest step in the average. The default 0.1 was chosen at
-            1024 tokens a step; for steps of 2 million, 0.6 to 0.7 is reported. "auto" measures it
-            from the noise of the load (`adaptive.py`). Used if `memory_tokens` is not given.
+        strength: ≥ 0. Near the uniform load it pushes as the Switch loss does with a coefficient of
+            this number, for any potential and E; see `unit`.
+        rate: η in (0, 1] instead of `memory_tokens`: weight of the newest step in the average. For
+            steps of 2 million tokens 0.6 to 0.7 is reported. "auto" measures it from the noise of
+            the load (`adaptive.py`).
         load: "soft" averages the scores p̄, as the paper does. "hard" averages the top-k load f;
             the gradient still goes through the scores (straight-through).
         peek: whether the price contains the batch that it is charged on, as in Algorithm 1. For a
             batch with a fraction s of its step's tokens, the price is ∇φ(m + η·s·(p̄ − m)).
             With False the price comes from finished steps only, and is the same for every batch.
-        memory_tokens: M > 0 instead of `rate`: a step, or a peek at a batch, of n tokens has
-            η = 1 − exp(−n / M).
+        memory_tokens: M > 0: a step, or a peek at a batch, of n tokens has η = 1 − exp(−n / M). So
+            a setting means the same at another batch size. 10,000 if no rate is given.
+        unit: "switch", or "paper" to read the strength as Algorithm 1's α. Negative entropy then
+            pushes E times harder than Euclidean or a Switch loss at the same number.
 
     Differences from the paper: the price is centred, q − ⟨m, q⟩, which changes no gradient while
     scores sum to one. The average is bias-corrected (`ema.py`), in the peek too.
 
     Raises:
         TypeError: `potential` is not a `Potential`.
-        ValueError: strength, rate, memory or load out of range, or both rate and memory.
+        ValueError: strength, rate, memory, load or unit out of range, or both rate and memory.
 
-    >>> PhiBalancing(peek=False).rate, PhiBalancing(memory_tokens=10_000).rate
-    (0.1, None)
+    >>> PhiBalancing().memory_tokens, PhiBalancing(rate=0.1).memory_tokens
+    (10000, None)
     """
 
     potential: Potential = field(default_factory=NegativeEntropy)
@@ -63,16 +65,13 @@ class PhiBalancing(Method):
     load: Literal["soft", "hard"] = "soft"
     peek: bool = True
     memory_tokens: float | None = None
+    unit: Unit = "switch"
 
     def __post_init__(self) -> None:
-        check_positive("strength", self.strength)
-        settle_rate(self, default=0.1)
+        check_strength(self)
+        settle_memory(self)
         if self.load not in ("soft", "hard"):
             raise ValueError(f"load={self.load!r}: must be 'soft' or 'hard'.")
-        if not isinstance(self.potential, Potential):
-            raise TypeError(
-                f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
-            )
 
     @property
     def traits(self) -> Traits:
@@ -103,7 +102,7 @@ class PhiBalancing(Method):
         if self.peek:
             mean = peek(self, state, self._load(batch), batch)
         price = self.potential.grad(mean)
-        return self.strength * (price - price @ mean)
+        return alpha(self, mean.shape[-1]) * (price - price @ mean)
 
     def _load(self, seen: Sums | Batch) -> Float[Tensor, "E"]:
         return seen.soft_load if self.load == "soft" else seen.hard_load

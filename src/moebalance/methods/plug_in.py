@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.methods.base import Method, State, Traits, check_positive
+from moebalance.methods.strength import Unit, alpha, check_strength
 from moebalance.potentials import NegativeEntropy, Potential
 from moebalance.routing import Batch, Sums
 
@@ -26,12 +27,13 @@ class PlugInLoss(Method):
 
     Args:
         potential: convex φ; its gradient is the price.
-        strength: α ≥ 0.
+        strength: ≥ 0, in the unit of a Switch coefficient; see `strength.py`.
         load: "soft" takes the mean scores p̄; "hard" takes the top-k load f, and the gradient still
             goes through the scores.
         window: "batch" for the micro-batch alone, "step" for the step so far, within a process.
         pseudo_count: assignments added to every expert's count for the hard load. A price with a
             pole at an empty expert (negative entropy) needs one in a small batch.
+        unit: "switch", or "paper" to read the strength as α.
 
     Raises:
         TypeError: `potential` is not a `Potential`.
@@ -46,18 +48,15 @@ class PlugInLoss(Method):
     load: Literal["soft", "hard"] = "soft"
     window: Literal["batch", "step"] = "batch"
     pseudo_count: float = 0.5
+    unit: Unit = "switch"
 
     def __post_init__(self) -> None:
-        check_positive("strength", self.strength)
+        check_strength(self)
         check_positive("pseudo_count", self.pseudo_count)
         if self.load not in ("soft", "hard"):
             raise ValueError(f"load={self.load!r}: must be 'soft' or 'hard'.")
         if self.window not in ("batch", "step"):
             raise ValueError(f"window={self.window!r}: must be 'batch' or 'step'.")
-        if not isinstance(self.potential, Potential):
-            raise TypeError(
-                f"potential={self.potential!r}: must be a Potential such as NegativeEntropy()."
-            )
 
     @property
     def traits(self) -> Traits:
@@ -73,7 +72,7 @@ class PlugInLoss(Method):
         """α (∇φ(l) − ⟨l, ∇φ(l)⟩), centred as the price of φ-balancing is."""
         load = self._load(batch.step if self.window == "step" else batch.sums)
         price = self.potential.grad(load)
-        return self.strength * (price - price @ load)
+        return alpha(self, load.shape[-1]) * (price - price @ load)
 
     def _load(self, sums: Sums) -> Float[Tensor, "E"]:
         if self.load == "soft":

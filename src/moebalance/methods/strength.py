@@ -1,0 +1,65 @@
+"""One unit of strength for every method that charges a potential's gradient.
+
+Near the uniform load a price ∇φ(m) rises with slope c(E): E for negative entropy, 1 for Euclidean,
+2/E for l_3. At one α, potentials and numbers of experts so differ by factors of E. The Switch loss
+charges the load itself, slope 1. In its unit
+
+    α = strength / c(E),
+
+so that equal strengths push alike near the uniform load, for any method, potential and E: 0.01
+means what a Switch coefficient of 0.01 means. `unit="paper"` takes the strength as α itself.
+"""
+
+import math
+from typing import Literal, Protocol
+
+from moebalance.methods.base import check_positive
+from moebalance.potentials import Potential
+
+Unit = Literal["switch", "paper"]
+
+
+class Potent(Protocol):
+    """A method that charges α ∇φ."""
+
+    @property
+    def potential(self) -> Potential:
+        """φ."""
+
+    @property
+    def strength(self) -> float:
+        """The strength, at least 0."""
+
+    @property
+    def unit(self) -> Unit:
+        """The unit of the strength."""
+
+
+def check_strength(method: Potent) -> None:
+    """Check potential, strength and unit of a method.
+
+    Raises:
+        TypeError: `potential` is not a `Potential`.
+        ValueError: a negative strength, or no such unit.
+    """
+    check_positive("strength", method.strength)
+    if method.unit not in ("switch", "paper"):
+        raise ValueError(f"unit={method.unit!r}: must be 'switch' or 'paper'.")
+    if not isinstance(method.potential, Potential):
+        raise TypeError(
+            f"potential={method.potential!r}: must be a Potential, for example NegativeEntropy()."
+        )
+
+
+def alpha(method: Potent, num_experts: int) -> float:
+    """α of a method for E experts.
+
+    >>> from moebalance.methods import PhiBalancing
+    >>> alpha(PhiBalancing(strength=0.01), 32), alpha(PhiBalancing(strength=0.01, unit="paper"), 32)
+    (0.0003125, 0.01)
+    """
+    if method.unit == "paper":
+        return method.strength
+    slope = method.potential.slope(num_experts)
+    # A potential without slope, such as one of a single group, has a constant price: no push.
+    return method.strength / slope if 0 < slope < math.inf else 0.0
