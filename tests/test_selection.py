@@ -254,6 +254,49 @@ def test_one_step_in_nats_moves_the_same_part_of_tokens_for_any_number_of_expert
     assert shifted[384, "affinity"] > 2 * shifted[8, "affinity"]
 
 
+# --- SMEBU -------------------------------------------------------------------------------------
+
+
+def smebu_bias(loads, speed, momentum, clamp):
+    """Bias after these loads (steps, E), as arXiv 2602.17004 updates it; the price is −bias."""
+    bias, velocity = np.zeros(loads.shape[1]), np.zeros(loads.shape[1])
+    for counts in loads:
+        error = (counts.mean() - counts) / counts.mean()
+        step = speed * np.tanh(clamp * error)
+        velocity = momentum * velocity + (1 - momentum) * (step - step.mean())
+        bias = bias + velocity
+    return bias
+
+
+@pytest.mark.parametrize("scale", ["affinity", "nats"])
+def test_smebu_follows_its_formula_over_thirty_steps(scale):
+    loads = np.random.default_rng(0).integers(1, 90, (30, 8)).astype(np.float64)
+    method = SMEBU(speed=0.01, momentum=0.7, clamp=1.5, scale=scale)
+    state = to_double(method.init(8))
+    for counts in torch.from_numpy(loads):
+        state = method.update(state, Sums(counts, counts, counts.sum()))
+    np.testing.assert_allclose(state.price.numpy(), -smebu_bias(loads, 0.01, 0.7, 1.5), atol=1e-12)
+
+
+def test_smebu_comes_to_rest_where_the_sign_rule_swings():
+    """Alternating loads within 1 % of even: the sign rule moves by its full step all the same."""
+    moves = {}
+    for method in (SMEBU(speed=0.01), LossFree(speed=0.01)):
+        state, prices = method.init(4), []
+        for step in range(40):
+            counts = 100 + torch.tensor([1.0, -1.0, 1.0, -1.0]) * (-1) ** step
+            state = method.update(state, Sums(counts, counts, torch.tensor(200.0)))
+            prices.append(state.price)
+        moves[type(method)] = torch.stack(prices).diff(dim=0).abs().max().item()
+    assert moves[SMEBU] < 0.03 * moves[LossFree]
+
+
+@pytest.mark.parametrize("wrong", [{"momentum": 1.0}, {"clamp": 0.0}, {"speed": -1.0}], ids=str)
+def test_smebu_refuses_numbers_out_of_range_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SMEBU(**wrong)
+
+
 # --- Sinkhorn ---------------------------------------------------------------------------------
 
 
