@@ -19,7 +19,7 @@ from moebalance.routing import Batch
 
 @dataclass(frozen=True, repr=False)
 class SequenceLoss(Method):
-    """Guard against extreme imbalance within single sequences; usually beside a bias method.
+    """Guard against extreme imbalance within single sequences; usually together with a bias method.
 
     Sequences without a real token are left out of the mean.
 
