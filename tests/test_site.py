@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import FrameType
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import moebalance as mb
 from documents import DOCS, PAGES, ROOT, headings, name_of, prose
@@ -109,17 +111,47 @@ def test_the_walk_names_every_room_and_no_other() -> None:
     assert named == {room.partition(".")[0] for room in found}
 
 
-TO_COME = {"core/autograd.py"}
-"""Files of the walk that are being made; empty it with the last of them."""
-
-
-def test_the_walk_is_short_and_names_files_that_there_are() -> None:
+def walk() -> tuple[list[str], set[str]]:
+    """Files of the walk, in the order of their numbers, and the helpers that they call."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     path = re.findall(r"^\| (\d+) \| `([\w/<>]+\.py)` \|", page, flags=re.MULTILINE)
     assert [int(number) for number, _ in path] == list(range(1, 13))  # 9, and 3 where attached
-    files = {file.replace("<one>", "phi") for _, file in path}
+    helpers = page.partition("| helper |")[2].partition("\n\n")[0]
+    return [file for _, file in path], set(re.findall(r"`([\w/]+\.py)`", helpers))
+
+
+def test_the_walk_names_files_that_there_are() -> None:
+    path, helpers = walk()
+    files = {file.replace("<one>", "phi") for file in path} | helpers
+    assert [file for file in files if not (ROOT / "src" / "moebalance" / file).exists()] == []
+
+
+@pytest.mark.parametrize("method", [mb.PhiBalancing(), mb.SwitchLoss(), mb.LossFree()], ids=repr)
+def test_a_batch_enters_no_file_that_the_walk_leaves_out(method: mb.Method) -> None:
+    router = mb.BalancedRouter(method, num_experts=8, top_k=2)
+    balancing, entered = mb.attach(router), set()
+
+    def one_step() -> None:
+        router(torch.randn(16, 8, requires_grad=True))[0].square().sum().backward()
+        balancing.step()
+        balancing.metrics()
+
+    def trace(frame: FrameType, *_: object) -> None:
+        entered.add(frame.f_code.co_filename)
+
+    one_step()  # what is imported on first use is no part of the path
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        one_step()
+    finally:
+        sys.settrace(before)
     library = ROOT / "src" / "moebalance"
-    assert {file for file in files if not (library / file).exists()} == TO_COME
+    files = {Path(f).relative_to(library).as_posix() for f in entered if f.startswith(str(library))}
+    path, helpers = walk()
+    own = Path(sys.modules[type(method).__module__].__file__).name
+    assert files - helpers - {file.replace("<one>.py", own) for file in path[:9]} == set()
+    assert len(files) > 9  # the trace saw something
 
 
 @pytest.mark.parametrize("circle", ["c", "b"])

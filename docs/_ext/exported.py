@@ -14,10 +14,10 @@ from moebalance.words.methods import method_classes
 
 def lever(kind: type[Method]) -> str:
     """Where a method acts: on the "loss", on the "choice" of experts, or on "nothing"."""
-    method = kind()
-    if method.charges:
+    traits = kind().traits
+    if traits.charges:
         return "loss"
-    return "choice" if method.selects else "nothing"
+    return "choice" if traits.selects else "nothing"
 
 
 class Methods(SphinxDirective):
