@@ -14,6 +14,7 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "docstrings",
+    "exported",
     "sphinx.ext.napoleon",
     "mathml",
     "offline",

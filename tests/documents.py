@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their code, their commands, their headings and their links.
+"""README, CONTRIBUTING and the pages of docs/: their code, commands, headings, links and tables.
 
 Python blocks of a page run in order in one namespace. One that cannot says so in a comment above:
 
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 
 _FENCE = re.compile(
     r"^(?:<!-- (?P<mark>[a-z ]+): (?P<about>[^>]*?) -->\n)?"
@@ -117,10 +118,14 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
 def copied(page: Path) -> Iterator[tuple[list[dict[str, str]], list[dict[str, str]]]]:
     """Tables whose rows are taken from another page, each with the table that they are from."""
     for file, anchor, text in _COPIED.findall(page.read_text(encoding="utf-8")):
-        source = (page.parent / file).read_text(encoding="utf-8")
-        sections = re.split(r"^#+ ", source, flags=re.MULTILINE)[1:]
-        (section,) = (s for s in sections if _anchor(s.partition("\n")[0]) == anchor)
-        yield _rows(text), _rows(section)
+        yield _rows(text), table((page.parent / file).resolve(), anchor)
+
+
+def table(page: Path, anchor: str) -> list[dict[str, str]]:
+    """Rows of the table under a heading of the page, by the names of their columns."""
+    sections = re.split(r"^#+ ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    (section,) = (s for s in sections if _anchor(s.partition("\n")[0]) == anchor)
+    return _rows(section)
 
 
 def _rows(text: str) -> list[dict[str, str]]:

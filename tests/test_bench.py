@@ -270,7 +270,7 @@ def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path
     committed = (ROOT / "docs" / page.name).read_text(encoding="utf-8")
     assert committed == page.read_text(encoding="utf-8")
     assert found["targets"] == gpu_script().targets(found)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tutorial = (ROOT / "docs/tutorials/pretrainer.md").read_text(encoding="utf-8")
     rows = [row["variants"] for row in results["routers"] if row["rule"] == "softmax"]
     names = {
         "bare again (null control)": NULL,
@@ -285,8 +285,8 @@ def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path
     }
     for title, name in names.items():
         cells = " | ".join(f"{row[name]['ratio']:.2f}" for row in rows)
-        assert f"| {title} | {cells} |" in readme
-    words = " ".join(readme.split())
+        assert f"| {title} | {cells} |" in tutorial
+    words = " ".join(tutorial.split())
     for adder, said, without in (
         ("phi", "φ adds", "bare, choice in no order"),
         ("Switch, leanest (restated)", "sorts, adds", "bare"),

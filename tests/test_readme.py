@@ -1,15 +1,25 @@
-"""Figures and names in the README are those of the library; its code: test_documents.py."""
+"""Numbers and names in the README, and in the tutorials, are those of the library and its results.
+
+The code that they show: test_documents.py.
+"""
 
 import json
 import re
-from pathlib import Path
 
 import moebalance as mb
+from documents import ROOT, table
+from english import count, prose
 from moebalance.report import summarise
 from moebalance.runlog import find_runs
 
-ROOT = Path(__file__).parents[1]
+
+def words(page: str) -> str:
+    """The text of a page on one line."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FINE_TUNER, PRETRAINER = (words(f"docs/tutorials/{n}.md") for n in ("fine_tuner", "pretrainer"))
 
 
 def test_methods_in_the_readme_are_the_methods_there_are() -> None:
@@ -19,19 +29,40 @@ def test_methods_in_the_readme_are_the_methods_there_are() -> None:
     assert table == {kind.__name__: word for word, kind in method_classes().items()}
 
 
-def test_the_resuming_figure_in_the_readme_is_that_of_the_families() -> None:
+def test_the_readme_is_short() -> None:
+    number, _ = count([prose(ROOT / "README.md")])
+    assert number <= 1300
+
+
+def test_the_resuming_figure_in_the_tutorial_is_that_of_the_families() -> None:
     text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     without, families = re.search(r"\*without experts\*, in (\d+) of (\d+) families", text).groups()
-    assert f"in {without} of those {families} families" in README
+    assert f"In {without} of {families} families" in FINE_TUNER
 
 
-def test_the_layout_figure_in_the_readme_is_the_one_measured_of_phi() -> None:
+def test_the_layout_figure_in_the_tutorial_is_the_one_measured_of_phi() -> None:
     text = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| phi-negative-entropy |"))
     differences = [float(cell) for cell in row.split("|")[3:-2] if cell.strip() != "="]
-    assert f"by up to {max(differences)} of its size" in README
+    assert f"by up to {max(differences)} of its size" in PRETRAINER
     assert mb.PhiBalancing().traits.coupling == "batch"
     assert mb.PhiBalancing(peek=False).traits.coupling == "token"
+
+
+def test_what_is_said_of_the_figure_is_what_the_demo_measured() -> None:
+    rows = {row["Method"]: row for row in table(ROOT / "docs/demo.md", "mixed-micro-batches")}
+
+    def mean(method: str, column: str) -> str:
+        return rows[method][column].partition(" ±")[0]
+
+    said = " ".join(README.split())
+    assert f"Without balancing MaxVio is {mean('No balancing', 'MaxVio global')}, and" in said
+    assert f"{mean('No balancing', 'Dead experts')} of 64 experts are" in said
+    assert {mean(name, "Dead experts") for name in rows if name != "No balancing"} == {"0.0"}
+    assert f"brings MaxVio to {mean('φ-balancing', 'MaxVio global')}." in said
+    loss = [float(mean(name, "Validation loss")) for name in ("φ-balancing", "No balancing")]
+    assert f"Its loss is higher, by {loss[0] - loss[1]:.3f} nats per token" in said
+    assert f"brings MaxVio to {mean('φ + loss-free', 'MaxVio global')}." in said
 
 
 def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
@@ -80,6 +111,5 @@ def test_the_time_of_a_step_is_told_as_it_was_measured() -> None:
     ]
     assert f"takes {min(demo):.2f} to {max(demo):.2f} of the time without" in README
     said = f"takes {span('phi')} (null control {span('bare again (null control)')})"
-    tutorial = (ROOT / "docs" / "tutorials" / "pretrainer.md").read_text(encoding="utf-8")
     assert said in " ".join(README.split())
-    assert said in " ".join(tutorial.split())
+    assert said in PRETRAINER
