@@ -111,7 +111,9 @@ OF_EIGHT: dict[str, Method] = {
         Euclidean().relative_to(PROPORTIONS), strength=0.3, peek=False
     ),
     "phi-groups": PhiBalancing(NegativeEntropy().grouped(4), strength=0.05),
-    "phi-groups-by-name": PhiBalancing(Tsallis().grouped((0, 1, 2, 0, 1, 1, 2, 0)), strength=0.05),
+    "phi-groups-by-name": PhiBalancing(
+        Tsallis().grouped((0, 1, 2, 0, 1, 1, 2, 0)), strength=0.05, unit="paper"
+    ),
     "phi-levels": PhiBalancing(
         NegativeEntropy().grouped(2) + 0.1 * NegativeEntropy().relative_to(PROPORTIONS),
         strength=0.05,

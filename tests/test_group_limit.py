@@ -92,7 +92,7 @@ def trained(method: Method, gate: Gate, limit: GroupLimit, *, fused: bool):
     upstream = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0))
     weights.backward(upstream.gather(-1, experts) / TOKENS)
     told = torch.zeros(TOKENS, EXPERTS).scatter(-1, experts, weights.detach())
-    return told, logits.grad, made.running, "_Fused" in weights.grad_fn.name()
+    return told, logits.grad, made.running, "_ChooseFused" in weights.grad_fn.name()
 
 
 @every_limit

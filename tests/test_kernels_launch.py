@@ -132,6 +132,7 @@ def all_starts(library: str) -> list[Start]:
 
 
 def every_program(tokens: int, dtype: torch.dtype, aligned: bool) -> None:
+    from moebalance import kernels
     from moebalance.gates import Softmax
     from moebalance.kernels import charge, choose, count, pull, pull_back
     from moebalance.methods import PhiBalancing

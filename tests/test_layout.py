@@ -238,7 +238,7 @@ def test_two_methods_together_couple_as_much_as_the_one_that_couples_more():
     by_unit = {"token": LossFree(), **{unit: METHODS[COUPLED[unit][0]] for unit in COUPLED}}
     for number, (unit, method) in enumerate(by_unit.items()):
         for other, free in list(by_unit.items())[: number + 1]:
-            if not (method.traits.selects and free.selects):
+            if not (method.traits.selects and free.traits.selects):
                 assert Together(method, free).traits.coupling == unit, other
                 assert Together(free, method).traits.coupling == unit, other
 

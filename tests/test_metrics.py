@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moebalance.metrics
+import moebalance.metrics.load
+import moebalance.metrics.specialisation
 from moebalance.metrics import (
     churn,
     coactivation,
@@ -350,6 +352,7 @@ def test_price_spread_keeps_leading_axes():
 
 
 def test_doctests():
-    results = doctest.testmod(moebalance.metrics)
-    assert results.attempted >= 15
-    assert results.failed == 0
+    rooms = (moebalance.metrics.load, moebalance.metrics.specialisation)
+    results = [doctest.testmod(room) for room in rooms]
+    assert sum(result.attempted for result in results) >= 15
+    assert sum(result.failed for result in results) == 0

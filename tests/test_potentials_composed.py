@@ -195,7 +195,7 @@ def test_a_weighted_potential_keeps_its_conjugate_and_a_sum_has_none():
 
 
 def test_what_a_potential_aims_at_is_known():
-    assert NegativeEntropy().traits.aim is None
+    assert NegativeEntropy().aim is None
     aimed = NegativeEntropy().relative_to((3, 1))
     assert aimed.aim == aimed.unit_slope().aim == (0.1 * aimed + Euclidean()).aim == (3, 1)
     assert (aimed + Euclidean().relative_to((1, 3))).aim is None
@@ -237,15 +237,21 @@ def test_the_price_copies_nothing_from_the_host_and_waits_for_nothing():
     ("call", "says"),
     [
         (lambda: NegativeEntropy().relative_to((1, 0)), "finite number above 0"),
-        (lambda: NegativeEntropy().relative_to((1, 2)).grad(torch.rand(3)), "2 experts .* of 3"),
+        (lambda: NegativeEntropy().relative_to((1, 2)).grad(torch.rand(3)), "2 experts, .* has 3"),
         (lambda: NegativeEntropy().grouped(0), "1 group or more"),
         (lambda: NegativeEntropy().grouped((0, 2)), "from 0 on"),
         (lambda: NegativeEntropy().grouped(3).grad(torch.rand(4)), "do not make 3 equal groups"),
-        (lambda: NegativeEntropy().grouped((0, 1)).grad(torch.rand(4)), "of 2 experts, not 4"),
+        (
+            lambda: NegativeEntropy().grouped((0, 1)).grad(torch.rand(4)),
+            "groups of 2 experts, but the layer has 4",
+        ),
         (lambda: NegativeEntropy().grouped((0, 1, 1)).slope(3), "no single slope"),
         (lambda: -1 * NegativeEntropy(), "above 0"),
         (lambda: Combined((), ()), "one or more"),
-        (lambda: PhiBalancing(NegativeEntropy().relative_to((1, 2))).init(3), "2 experts .* of 3"),
+        (
+            lambda: PhiBalancing(NegativeEntropy().relative_to((1, 2))).init(3),
+            "2 experts, .* has 3",
+        ),
         (lambda: PhiBalancing(NegativeEntropy().grouped(3)).init(4), "do not make 3 equal groups"),
     ],
 )

@@ -216,14 +216,14 @@ def test_a_truncated_distributed_checkpoint_leaves_the_state_as_it_was(tmp_path)
 
 
 @single
-@pytest.mark.parametrize("written", [1, 3])
+@pytest.mark.parametrize("written", [2, 4])
 def test_a_state_of_another_format_is_refused_and_says_both(written, tmp_path, monkeypatch):
     with monkeypatch.context() as other_version:
         other_version.setattr(body, "FORMAT", written)
         saved_by(BOTH, tmp_path)
     balancing = trained()
     before = balancing.state_dict()
-    with pytest.raises(ValueError, match=f"format {written}; this version reads 2"):
+    with pytest.raises(ValueError, match=f"format {written}; this version reads 3"):
         dcp.load({"balancing": balancing}, checkpoint_id=tmp_path)
     assert same(balancing.state_dict(), before)
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moebalance as mb
 from cases import OF_EIGHT, POTENTIALS, PROPORTIONS, one_batch, permute, random_routing, tensors
 from moebalance import metrics
 from moebalance.attachment import attach
@@ -96,6 +97,8 @@ def test_only_the_proportions_matter(name):
 
 def renumbered(value: Any, order: list[int]) -> Any:
     """A method whose shares are those of renumbered experts."""
+    if isinstance(value, tuple) and value and isinstance(value[0], mb.Method):
+        return tuple(renumbered(part, order) for part in value)
     if not is_dataclass(value):
         return value
     changes = {
@@ -105,7 +108,7 @@ def renumbered(value: Any, order: list[int]) -> Any:
         for f in fields(value)
         if f.name != "parts"
     }
-    return replace(value, **changes)
+    return mb.Together(*changes["methods"]) if "methods" in changes else replace(value, **changes)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_EIGHT if "groups" not in name])
@@ -196,7 +199,7 @@ def test_methods_with_shares_or_groups_train_in_a_router(name):
         assert torch.isfinite(logits.grad).all()
         handle.step()
     assert all(torch.isfinite(tensor).all() for tensor in tensors(router.state))
-    assert ("aim_gap" in handle.metrics()) == (OF_EIGHT[name].aim is not None)
+    assert ("aim_gap" in handle.metrics()) == (OF_EIGHT[name].traits.aim is not None)
 
 
 # --- goals and metrics --------------------------------------------------------------------------
@@ -276,21 +279,24 @@ def test_shares_in_words_reach_method_potential_and_goal():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: SwitchLoss(proportions=(1, 0)), "finite number above 0.*taken out of the layer"),
+        (lambda: SwitchLoss(proportions=(1, 0)), "finite number above 0.*Remove an expert"),
         (lambda: SwitchLoss(proportions=(1, float("inf"))), "finite number above 0"),
         (lambda: LossFree(proportions=(1,)), "one for each expert"),
-        (lambda: LossFree(proportions=(1, 2)).init(8), "2 experts for a layer of 8"),
+        (lambda: LossFree(proportions=(1, 2)).init(8), "for 2 experts, but the layer has 8"),
         (
             lambda: BalancedRouter(SwitchLoss(proportions=(1, 2)), 8, 2),
-            "2 experts for a layer of 8",
+            "for 2 experts, but the layer has 8",
         ),
-        (lambda: BalancedRouter(Sinkhorn(proportions=(1, 2)), 8, 2), "2 experts for a layer of 8"),
+        (
+            lambda: BalancedRouter(Sinkhorn(proportions=(1, 2)), 8, 2),
+            "for 2 experts, but the layer has 8",
+        ),
         (
             lambda: Targeted(SwitchLoss(), MaxVio(0.1, proportions=(1, 2))).init(8),
-            "2 experts for a layer of 8",
+            "for 2 experts, but the layer has 8",
         ),
         (lambda: build_method("switch(proportions='8y4')"), "write them like '8x4, 24x1'"),
-        (lambda: build_method("z-loss(proportions='8x4')"), "no option 'shares'"),
+        (lambda: build_method("z-loss(proportions='8x4')"), "no option 'proportions'"),
         (lambda: build_method("phi(potential=[])"), "one or more"),
     ],
 )
@@ -314,5 +320,7 @@ def test_python_on_the_page_about_targets_runs(block):
 
 
 def test_methods_without_shares_are_called_as_before():
-    assert repr(LossFree()) == "LossFree(speed=0.001, rule='sign', recentre=False)"
+    assert repr(LossFree()) == (
+        "LossFree(scale='affinity', speed=0.001, rule='sign', recentre=False)"
+    )
     assert repr(MaxVio(0.3)) == "MaxVio(at_most=0.3, load='hard')"

@@ -51,8 +51,8 @@ def test_a_goal_is_about_the_load_that_it_names():
     both = Sums(LOAD, LOAD.flip(0), torch.tensor(1.0))
     assert torch.equal(MaxVio(1.0).of(both), LOAD.flip(0))
     assert torch.equal(MaxVio(1.0, load="soft").of(both), LOAD)
-    assert Targeted(mb.PhiBalancing(), MaxVio(1.0)).reads == {"scores", "counts"}
-    assert Targeted(mb.PhiBalancing(), MaxVio(1.0, load="soft")).reads == {"scores"}
+    assert Targeted(mb.PhiBalancing(), MaxVio(1.0)).traits.shared == {"scores", "counts"}
+    assert Targeted(mb.PhiBalancing(), MaxVio(1.0, load="soft")).traits.shared == {"scores"}
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_one_setting_reaches_its_goal_whatever_the_router_answers(sensitivity, t
         assert max(last[-300:]) - min(last[-300:]) < 0.2 * target  # settled, no hunting
         return last[-1]
 
-    plain = mb.PhiBalancing(strength=0.01)
+    plain = mb.PhiBalancing(strength=0.01, rate=0.1, unit="paper")
     method = Targeted(plain, MaxVio(target, load="soft"))
     assert ends_at(method, method.init(16)) == pytest.approx(target, rel=0.2)
 

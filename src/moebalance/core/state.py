@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moebalance.core.layer import LayerBalance
-from moebalance.methods.base import Method
+from moebalance.methods.base import Method, inner_methods
 from moebalance.methods.lineage import Lineage
 
 logger = logging.getLogger("moebalance")
@@ -127,11 +127,5 @@ def bare_name(model: nn.Module, name: str) -> str:
 
 def method_name(method: Method) -> str:
     """Class names of a method and its parts: `Together(PhiBalancing, LossFree)`."""
-    parts = [part for value in vars(method).values() for part in _methods(value)]
-    inner = ", ".join(method_name(part) for part in parts)
-    return f"{type(method).__name__}({inner})" if parts else type(method).__name__
-
-
-def _methods(value: Any) -> list[Method]:
-    values = value if isinstance(value, tuple) else (value,)
-    return [one for one in values if isinstance(one, Method)]
+    inner = ", ".join(method_name(part) for part in inner_methods(method))
+    return f"{type(method).__name__}({inner})" if inner else type(method).__name__

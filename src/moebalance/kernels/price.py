@@ -17,10 +17,14 @@ from torch import Tensor
 from moebalance.kernels.launch import launch
 from moebalance.kernels.tiling import next_power
 from moebalance.methods import Method, PhiBalancing, Together
+from moebalance.methods.base import overrides
 from moebalance.methods.ema import Ema
 from moebalance.methods.scaled import Scaled
 from moebalance.methods.strength import alpha
 from moebalance.potentials import Euclidean, NegativeEntropy, Potential
+
+
+_CHARGING = ("loss_price", "penalty", "penalty_gradient")
 
 
 class MeanPrice(NamedTuple):
@@ -84,7 +88,7 @@ def _(method: Scaled, state: Any) -> MeanPrice | None:
 @mean_price.register
 def _(method: Together, state: Any) -> MeanPrice | None:
     parts = zip(method.methods, state, strict=True)
-    charging = [(part, own) for part, own in parts if part.traits.charges]
+    charging = [pair for pair in parts if overrides(pair[0], *_CHARGING)]
     return mean_price(*charging[0]) if len(charging) == 1 else None
 
 

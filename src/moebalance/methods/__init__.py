@@ -1,6 +1,6 @@
 """The balancing methods, one file each. `base.py` has their interface."""
 
-from moebalance.methods.base import Method, Traits, charge, observe
+from moebalance.methods.base import Method, Traits, charge, inner_methods, observe
 from moebalance.methods.ema_switch import EmaSwitchLoss
 from moebalance.methods.global_batch import GlobalBatchLoss
 from moebalance.methods.goals import EntropyDeficit, Gini, Goal, MaxVio, RankVio
@@ -42,5 +42,6 @@ __all__ = [
     "Traits",
     "ZLoss",
     "charge",
+    "inner_methods",
     "observe",
 ]

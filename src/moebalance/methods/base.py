@@ -38,6 +38,7 @@ class Traits(NamedTuple):
     Attributes:
         charges: it works through the router's gradient.
         selects: it changes which experts are chosen.
+        balances: it pushes the load toward even parts, or toward the proportions of `aim`.
         has_selection_price: it keeps a price that a model's own selection bias could hold.
         from_sums: its `loss_price` has shape (E,), reads state and sums alone, and is all the
             gradient there is. Then a batch is counted and charged from its affinities, which is the
@@ -55,6 +56,7 @@ class Traits(NamedTuple):
 
     charges: bool
     selects: bool
+    balances: bool
     has_selection_price: bool
     from_sums: bool
     shared: frozenset[str]
@@ -75,9 +77,12 @@ class Method:
         Adjust the rest in your class: `return super().traits._replace(coupling="batch")`.
         """
         has_price = overrides(self, "selection_price")
+        charges = overrides(self, "loss_price", "penalty", "penalty_gradient")
+        selects = has_price or overrides(self, "preference")
         return Traits(
-            charges=overrides(self, "loss_price", "penalty", "penalty_gradient"),
-            selects=has_price or overrides(self, "preference"),
+            charges=charges,
+            selects=selects,
+            balances=charges or selects,
             has_selection_price=has_price,
             from_sums=False,
             shared=frozenset({"scores", "counts"} if overrides(self, "update") else ()),
@@ -199,6 +204,17 @@ def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, "
 def per_token(batch: Batch, scale: float | Tensor) -> float | Tensor:
     """scale · E / tokens, (): turns a price into the gradient of a score."""
     return scale * (batch.sums.scores.shape[-1] / batch.tokens)
+
+
+def inner_methods(method: Method) -> tuple[Method, ...]:
+    """The methods that a wrapper or a composition holds; empty for a method of its own.
+
+    >>> from moebalance.methods import LossFree, NoBalancing, Together
+    >>> inner_methods(Together(NoBalancing(), LossFree(speed=0.01)))[0]
+    NoBalancing()
+    """
+    fields = (value if isinstance(value, tuple) else (value,) for value in vars(method).values())
+    return tuple(one for value in fields for one in value if isinstance(one, Method))
 
 
 def described(parameters: Any) -> str:

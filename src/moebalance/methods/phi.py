@@ -90,6 +90,7 @@ class PhiBalancing(Method):
     def init(self, num_experts: int) -> Memory:
         """An empty average."""
         self.potential.check(num_experts)
+        alpha(self, num_experts)  # raises where the unit needs a slope that there is not
         return begin(self, num_experts)
 
     def update(self, state: Memory, sums: Sums) -> Memory:

@@ -66,6 +66,7 @@ class PlugInLoss(Method):
     def init(self, num_experts: int) -> State:
         """No state."""
         self.potential.check(num_experts)
+        alpha(self, num_experts)  # raises where the unit needs a slope that there is not
         return ()
 
     def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:

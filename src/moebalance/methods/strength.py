@@ -54,12 +54,18 @@ def check_strength(method: Potent) -> None:
 def alpha(method: Potent, num_experts: int) -> float:
     """α of a method for E experts.
 
+    Raises:
+        ValueError: the potential has no single slope, and the unit needs one.
+
     >>> from moebalance.methods import PhiBalancing
     >>> alpha(PhiBalancing(strength=0.01), 32), alpha(PhiBalancing(strength=0.01, unit="paper"), 32)
     (0.0003125, 0.01)
     """
     if method.unit == "paper":
         return method.strength
-    slope = method.potential.slope(num_experts)
+    try:
+        slope = method.potential.slope(num_experts)
+    except ValueError as error:
+        raise ValueError(f"{error} Give unit='paper', and the strength as α.") from error
     # A potential without slope, such as one of a single group, has a constant price: no push.
     return method.strength / slope if 0 < slope < math.inf else 0.0

@@ -67,6 +67,7 @@ class Together(Method):
         return Traits(
             charges=any(part.charges for part in parts),
             selects=any(part.selects for part in parts),
+            balances=any(part.balances for part in parts),
             has_selection_price=any(part.has_selection_price for part in parts),
             from_sums=all(part.from_sums for part in parts),
             shared=reduce(or_, (part.shared for part in parts)),
@@ -110,8 +111,9 @@ class Together(Method):
     ) -> Float[Tensor, "T E"] | None:
         """The preference of the method that selects."""
         for part, own in self._parts(state):
-            if part.traits.selects:
-                return part.preference(own, gate, logits, mask=mask, training=training)
+            found = part.preference(own, gate, logits, mask=mask, training=training)
+            if found is not None:
+                return found  # at most one method selects
         return None
 
     def loss_price(self, state: States, batch: Batch) -> Float[Tensor, "*rows E"] | None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.gates import at_least_float32
-from moebalance.methods.base import Method, State, check_positive
+from moebalance.methods.base import Method, State, Traits, check_positive
 from moebalance.routing import Batch, Routing, real_rows
 
 
@@ -31,6 +31,11 @@ class ZLoss(Method):
 
     def __post_init__(self) -> None:
         check_positive("strength", self.strength)
+
+    @property
+    def traits(self) -> Traits:
+        """It steadies the router and does not even out the load."""
+        return super().traits._replace(balances=False)
 
     def penalty(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """β · mean over real tokens of logsumexp(z)²."""

@@ -25,8 +25,7 @@ from moebalance.integrations.huggingface.conventions import (
     Convention,
 )
 from moebalance.integrations.rule import Rule, recognise
-from moebalance.methods import NoBalancing, ZLoss
-from moebalance.methods.base import Method
+from moebalance.methods import Method, inner_methods
 
 logger = logging.getLogger("moebalance")
 
@@ -155,10 +154,9 @@ def check_levers(site: Site, method: Method) -> None:
 
 def _knows_shares(method: Method) -> bool:
     """Whether every part of a method that balances aims at given shares."""
-    parts = [value for value in vars(method).values() if isinstance(value, Method)]
-    if parts:
+    if parts := inner_methods(method):
         return all(_knows_shares(part) for part in parts)
-    return method.traits.aim is not None or isinstance(method, NoBalancing | ZLoss)
+    return method.traits.aim is not None or not method.traits.balances
 
 
 def _looks_like_router(module: nn.Module) -> bool:

@@ -3,8 +3,7 @@
 from typing import Any
 
 from moebalance.gates import Gate, Sigmoid, Softmax
-from moebalance.methods.base import Method
-from moebalance.methods.together import Together
+from moebalance.methods.base import Method, inner_methods
 from moebalance.methods.z_loss import ZLoss
 
 _GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
@@ -84,6 +83,4 @@ def _check_expert_bias(config: Any, method: Method) -> None:
 
 
 def _has(method: Method, kind: type[Method]) -> bool:
-    if isinstance(method, Together):
-        return any(_has(part, kind) for part in method.methods)
-    return isinstance(method, kind)
+    return isinstance(method, kind) or any(_has(part, kind) for part in inner_methods(method))
