@@ -23,7 +23,6 @@ from moebalance.methods.scaled import Scaled
 from moebalance.methods.strength import alpha
 from moebalance.potentials import Euclidean, NegativeEntropy, Potential
 
-
 _CHARGING = ("loss_price", "penalty", "penalty_gradient")
 
 
