@@ -3,10 +3,11 @@
     count   z (T, E), chosen experts (T, K) → packed sums (2E + 2,)
     pull    z (T, E), charge q (E,) → ∂/∂z of ⟨q, Σ_t p_t⟩, (T, E)
 
-Between them the batch's price is formed. Each pass reads the logits once, and the second writes
-their gradient: three times the logits' bytes in all. Their plain form is
-`core.autograd._from_affinities`.
-Sums are deterministic, as those of `router.choose` are.
+The batch's price is formed between them. Each pass reads the logits once, and the second writes
+their gradient: three times the logits' bytes in all. Sums are deterministic, as in `router.choose`.
+Plain form: `core.autograd._from_affinities`.
+
+Shapes: T tokens, E experts, K top-k.
 """
 
 import torch

@@ -1,10 +1,12 @@
-"""Between the two passes of the fused router: a batch is counted and its price formed, at once.
+"""Between the two passes of the fused router: count a batch and form its price, in one launch.
 
     running ← running + packed,    q = α λ (∇φ(m) − ⟨m, ∇φ(m)⟩) · scale · E / tokens
 
-with m the average of the steps before or, with a peek, of this batch as well. In torch that is a
-kernel of microseconds for each operation on a vector of E numbers, a dozen and more between two
-passes of some tens of microseconds; here it is one, as counting alone would be.
+m (E,) is the average of the steps before; with a peek it includes this batch. In torch every
+operation on a vector of E numbers is a kernel of microseconds. A dozen of them would stand between
+two passes of some tens of microseconds each; here it is one kernel.
+
+Shapes: E experts; sums are (2E + 2,).
 """
 
 from functools import singledispatch
@@ -107,14 +109,14 @@ def charge(
     last_step: Float[Tensor, "2"],
     scale: Float[Tensor, ""],
 ) -> Float[Tensor, "E"]:
-    """Count a batch and say what a token's scores are charged, in one launch.
+    """Count a batch and form the charge (E,) on its tokens' scores, in one launch.
 
     Args:
         price: one that `forms` accepts.
-        packed: sums of the batch, (2E + 2,) as `choose` gives them.
-        running: sums of the step so far; added to in place.
-        last_step: tokens and batches of the last finished step.
-        scale: gradient of the loss with respect to the task loss.
+        packed: sums of the batch, (2E + 2,), from `choose`.
+        running: sums of the step so far, (2E + 2,); added to in place.
+        last_step: (2,) tokens and batches of the last finished step.
+        scale: () gradient of the loss with respect to the task loss.
     """
     mean, multiplier = price.mean, price.multiplier
     num_experts, charged = mean.shape[0], torch.empty_like(mean)
@@ -128,7 +130,7 @@ def charge(
             scale,
             mean,
             price.weight,
-            mean if multiplier is None else multiplier,  # any tensor, which is not read
+            mean if multiplier is None else multiplier,  # any tensor: it is not read
             charged,
         ),
         float(price.strength),

@@ -1,17 +1,17 @@
 """The contract of a balancing method.
 
 A method is a frozen dataclass of hyper-parameters. Its functions are pure: state goes in, state
-comes out. Where the state lives, which ranks share it and when a step ends is not its business
-(`moebalance.core`). A method has
+comes out. A method does not know where its state lives, which ranks share it, or when a step ends
+(`moebalance.core` does). It has
 
     memory      `init`, `extra` (sums of its own), `update` once a step
     one lever   `loss_price`        a price q charged in the loss: E · ⟨stop_grad(q), mean_t p_t⟩
                 `penalty`           or another term, by autograd or by its own `penalty_gradient`
                 `selection_price`   or a price subtracted before top-k, never from the weights
                 `preference`        or whatever top-k should rank
-    traits      what the body must know before it sees a batch, as data
+    traits      facts that the body needs before it sees a batch, as data
 
-Override what the method needs and leave the rest. `traits` is derived from that.
+Override the members that your method needs. `traits` follows from them.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -29,7 +29,7 @@ State = Any
 
 
 Coupling = Literal["token", "sequence", "batch", "step"]
-"""What of a step a method looks at together, from the least to the most."""
+"""The part of a step that a method sees together, from the smallest to the largest."""
 
 
 class Traits(NamedTuple):
@@ -40,16 +40,16 @@ class Traits(NamedTuple):
         selects: it changes which experts are chosen.
         balances: it pushes the load toward even parts, or toward the proportions of `aim`.
         has_selection_price: it keeps a price that a model's own selection bias could hold.
-        from_sums: its `loss_price` has shape (E,), reads state and sums alone, and is all the
-            gradient there is. Then a batch is counted and charged from its affinities, which is the
-            fast way, and `batch.routing` is None. Not with `extra` sums.
-        shared: which of the sums' `scores` and `counts` the update reads. Ranks add up no other.
-        coupling: what must stay together for gradient and choice to be the same under another
-            layout. The state is the same under every layout.
+        from_sums: its `loss_price` has shape (E,), reads only state and sums, and is its only
+            gradient. Then a batch is counted and charged from its affinities, which is fast, and
+            `batch.routing` is None. Not possible with `extra` sums.
+        shared: the sums, of `scores` and `counts`, that the update reads. Ranks add up no others.
+        coupling: the tokens that must stay together for gradient and choice to be the same under
+            another layout. The state is the same under every layout.
 
-            - "token": nothing. Micro-batches and ranks may divide a step's tokens in any way.
-            - "sequence": whole sequences, in batches that weigh as many sequences as they hold.
-            - "batch": the tokens of a micro-batch, on whichever rank.
+            - "token": none. Micro-batches and ranks may divide a step's tokens in any way.
+            - "sequence": whole sequences, in batches weighted by their number of sequences.
+            - "batch": the tokens of a micro-batch, on any rank.
             - "step": all micro-batches of a step, in order and in one process.
         aim: the proportions of the load that the method aims at; None if they are equal.
     """
@@ -72,7 +72,7 @@ class Method:
 
     @property
     def traits(self) -> Traits:
-        """What follows from the members that the class overrides.
+        """Derived from the members that the class overrides.
 
         Adjust the rest in your class: `return super().traits._replace(coupling="batch")`.
         """
@@ -100,7 +100,7 @@ class Method:
         return ()
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what `extra` returns."""
+        """Shapes of the tensors from `extra`."""
         return ()
 
     def extra(self, state: State, routing: Routing) -> tuple[Tensor, ...]:
@@ -172,7 +172,7 @@ class Method:
         return real_rows(routing.gate.backward(rate, real), routing.mask)
 
     def readings(self, state: State) -> dict[str, Float[Tensor, ""]]:
-        """Numbers of the method's own for the log, by name."""
+        """The method's own numbers () for the log, by name."""
         return {}
 
 
@@ -230,7 +230,7 @@ def overrides(method: Method, *names: str) -> bool:
 
 
 def most_coupled(couplings: list[Coupling]) -> Coupling:
-    """The coupling that leaves layouts the least freedom."""
+    """The coupling that allows the fewest layouts."""
     return max(couplings, key=get_args(Coupling).index, default="token")
 
 

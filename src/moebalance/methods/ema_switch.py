@@ -69,7 +69,7 @@ class EmaSwitchLoss(Method):
         return remember(self, state, sums.hard_load, sums.tokens)
 
     def loss_price(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
-        """α m, per share, with m as of this batch."""
+        """α m (E,) relative to the proportions, with m as of this batch."""
         return self.strength * per_proportion(
             peek(self, state, batch.hard_load, batch), self.proportions
         )

@@ -1,7 +1,7 @@
-"""A loss-lever method whose strength is multiplied by a number that its wrapper keeps.
+"""A method whose charge in the loss is multiplied by a number that its wrapper keeps.
 
-`Targeted` steers that number by a goal, `Scheduled` sets it by the tokens seen. What they share is
-here: the method's own state is `state.inner`, and all that it charges is multiplied alike.
+`Targeted` steers the number by a goal, `Scheduled` sets it from the tokens seen. For both,
+`state.inner` is the method's own state, and the number multiplies all that it charges.
 """
 
 from abc import abstractmethod
@@ -47,12 +47,12 @@ class Scaled(Method):
 
     @property
     def traits(self) -> Traits:
-        """The method's own."""
+        """The inner method's."""
         return self.method.traits
 
     @abstractmethod
     def multiplier(self, state: Any) -> Float[Tensor, ""]:
-        """What the method's strength is multiplied by."""
+        """The factor () on the strength."""
 
     def loss_price(self, state: Any, batch: Batch) -> Float[Tensor, "*rows E"] | None:
         """The multiplier times the method's price."""
@@ -60,24 +60,24 @@ class Scaled(Method):
         return None if price is None else price * self.multiplier(state)
 
     def penalty(self, state: Any, batch: Batch) -> Float[Tensor, ""] | None:
-        """The multiplier times the method's."""
+        """The multiplier times the inner method's."""
         penalty = self.method.penalty(state.inner, batch)
         return None if penalty is None else penalty * self.multiplier(state)
 
     def penalty_gradient(
         self, state: Any, batch: Batch, scale: float | Tensor = 1.0
     ) -> Float[Tensor, "T E"] | None:
-        """The multiplier times the method's."""
+        """The multiplier times the inner method's."""
         return self.method.penalty_gradient(state.inner, batch, scale * self.multiplier(state))
 
     def extra_shapes(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
-        """The method's."""
+        """The inner method's."""
         return self.method.extra_shapes(num_experts)
 
     def extra(self, state: Any, routing: Routing) -> tuple[Tensor, ...]:
-        """The method's."""
+        """The inner method's."""
         return self.method.extra(state.inner, routing)
 
     def readings(self, state: Any) -> dict[str, Float[Tensor, ""]]:
-        """The multiplier, and the method's."""
+        """The multiplier, and the inner method's readings."""
         return {"multiplier": self.multiplier(state), **self.method.readings(state.inner)}

@@ -1,7 +1,7 @@
 """Several methods at once, each with its own state: prices add, penalties add.
 
-`Together(PhiBalancing(...), LossFree(...))` charges the expected soft distribution in the loss and
-settles the rest of the hard imbalance at selection.
+For example, `Together(PhiBalancing(...), LossFree(...))` balances the soft load by a charge in the
+loss, and the rest of the hard load at selection.
 """
 
 from collections.abc import Iterable, Iterator

@@ -263,7 +263,7 @@ class Grouped(Potential):
             require(even, self, f"{num_experts} experts do not make {self.groups} equal groups.")
         else:
             named = len(self.groups)
-            wrong = f"it names the groups of {named} experts, but the layer has {num_experts}."
+            wrong = f"it names groups of {named} experts, not {num_experts}."
             require(named == num_experts, self, wrong)
         self.potential.check(self._count)
 
