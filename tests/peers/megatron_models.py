@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 with warnings.catch_warnings():
     # It tells of what is not installed (Transformer Engine, Apex) and of its own old names.
     warnings.simplefilter("ignore")
+    import megatron.core
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 HIDDEN, EXPERTS, TOP_K = 16, 4, 2
+RELEASE = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -77,12 +79,16 @@ def on_cpu() -> Iterator[None]:
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")))
+        enter(patch.object(torch.cuda, "current_stream", lambda: None))
         enter(patch.object(torch.cuda, "synchronize", lambda: None))
-        # 0.16.1 asks for this name where Transformer Engine is not installed.
-        enter(patch.object(moe_utils, "te_general_gemm", None, create=True))
+        if RELEASE < (0, 18):
+            # It asks for this name where Transformer Engine is not installed.
+            enter(patch.object(moe_utils, "te_general_gemm", None, create=True))
+            enter(patch.object(moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {}))
+        else:
+            enter(patch("megatron.core.transformer.moe.moe_logging._MOE_METRICS_TRACKER", None))
         enter(patch.object(CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()))
         enter(patch.object(scaler, "main_loss_backward_scale", None))
-        enter(patch.object(moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {}))
         enter(torch.compiler.set_stance("force_eager"))
         enter(_CpuForCuda())
         yield
@@ -132,9 +138,10 @@ def make_config(**changes: Any) -> TransformerConfig:
         "use_cpu_initialization": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "cuda_graph_scope": [],  # its own default is deprecated
         "finalize_model_grads_func": finalize_model_grads,
     }
+    # Its own default is deprecated.
+    settings["cuda_graph_scope" if RELEASE < (0, 18) else "cuda_graph_modules"] = []
     return TransformerConfig(**(settings | changes))
 
 
@@ -165,7 +172,8 @@ def make_tower(config: TransformerConfig, method: Method | None = None) -> Tower
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts).submodules.mlp
     if method is not None:
         spec = balanced_spec(spec, method)
-    tower = Tower(config, spec.submodules)
+    # From 0.18 a layer sits in its spec as functools.partial(MoELayer, submodules=...).
+    tower = Tower(config, spec.keywords["submodules"] if RELEASE >= (0, 18) else spec.submodules)
     for number, layer in enumerate(tower.layers):
         # Far from uniform, so that there is something to balance.
         layer.router.weight.data = normal(layer.router.weight.shape, seed=number)

@@ -39,6 +39,8 @@ pytestmark = [
     # Its checkpoints call torch by older names.
     pytest.mark.filterwarnings("ignore:.load_state_dict. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*deprecating ShardedTensor:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning"),
 ]
 
 PHI = PhiBalancing(strength=0.1, rate=0.5)
@@ -148,7 +150,8 @@ def test_half_precision_leaves_state_and_sums_in_float32():
     config = make_config(bf16=True, params_dtype=torch.bfloat16, **BIAS)
     model = wrap(Float16Module(config, make_tower(config, BOTH)))
     balancing = attach(model)
-    hidden = normal((512, 2, HIDDEN), 0).bfloat16()
+    # Off centre, so that no expert's load is so even that rounding turns its price around.
+    hidden = (normal((512, 2, HIDDEN), 0) + 1).bfloat16()
     for _ in range(2):
         found = run_step(model, [MicroBatch(hidden)])
     assert {gradient.dtype for gradient in found.values()} == {torch.bfloat16}

@@ -51,9 +51,11 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
             this router cannot do.
     """
 
-    def __init__(self, config: Any, pg_collection: Any = None, *, method: Method) -> None:
+    def __init__(
+        self, config: Any, pg_collection: Any = None, *, method: Method, **known_later: Any
+    ) -> None:
         check_config(config, method)
-        super().__init__(config=config, pg_collection=pg_collection)
+        super().__init__(config=config, pg_collection=pg_collection, **known_later)
         layer = LayerBalance(method, config.num_moe_experts, gate=gate_of(config))
         self.balance = layer.to(torch.cuda.current_device())
         self.check_stepped: Callable[[], None] | None = None

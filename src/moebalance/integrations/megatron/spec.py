@@ -51,6 +51,9 @@ def _replaced(part: Any, router: Any, found: list[MoESubmodules]) -> Any:
     if is_dataclass(part) and not isinstance(part, type):
         values = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
         return replace(part, **_replaced(values, router, found))
+    if isinstance(part, partial):  # from 0.18 on a layer is partial(MoELayer, submodules=…)
+        arguments = _replaced(part.args, router, found), _replaced(part.keywords, router, found)
+        return partial(part.func, *arguments[0], **arguments[1])
     if isinstance(part, dict):
         return {key: _replaced(value, router, found) for key, value in part.items()}
     if isinstance(part, list | tuple) and not hasattr(part, "_fields"):
