@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron_models import (
     HIDDEN,
+    RELEASE,
     Float16Module,
     GPTModel,
     MicroBatch,
@@ -144,6 +145,16 @@ def test_a_distributed_checkpoint_without_our_state_loads_where_it_is_told_so(tm
     for name, value in stock.state_dict().items():
         if isinstance(value, Tensor):
             assert torch.equal(weights[name], value)
+
+
+@pytest.mark.skipif(RELEASE < (0, 19), reason="0.19 brought quantile balancing")
+def test_a_checkpoint_of_megatrons_quantile_balancing_is_refused_by_name():
+    stock = make_tower(make_config(moe_router_load_balancing_type="quantile_balancing"))
+    ours = make_tower(make_config(), QuantileBalancing(bins=64))
+    with pytest.raises(RuntimeError, match=r"layers\.0\.router\.qb_beta was trained by"):
+        ours.load_state_dict(stock.state_dict(), strict=False)
+    weights = {name: v for name, v in stock.state_dict().items() if "qb_beta" not in name}
+    ours.load_state_dict(weights)
 
 
 def test_half_precision_leaves_state_and_sums_in_float32():

@@ -33,6 +33,13 @@ from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
 
+_QUANTILES = (
+    "{} was trained by Megatron's quantile balancing, which ranks experts by logit - qb_beta. A "
+    "balanced router ranks them by score - price, and no price chooses the same experts. Delete "
+    "the qb_beta entries from the checkpoint to start with all prices 0; QuantileBalancing() has "
+    "new ones after one step."
+)
+
 
 class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
     """A TopKRouter whose experts are balanced by a `Method`; put it into a spec.
@@ -159,18 +166,23 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         self, logits: Float[Tensor, "T E"], real: Bool[Tensor, "T"] | None
     ) -> Float[Tensor, ""] | None:
         """What this rank's mean over its tokens is worth; see the module's text."""
-        ranks = self.tp_cp_group.size()
-        if ranks == 1 and not self.calculate_per_token_loss:
+        ranks, calls = self.tp_cp_group.size(), self._calls()
+        if ranks == calls == 1 and not self.calculate_per_token_loss:
             return None
-        if real is None:
+        if real is None or (ranks == 1 and not self.calculate_per_token_loss):
             worth = logits.shape[0] if self.calculate_per_token_loss else 1 / ranks
-            return torch.full((), float(worth), device=logits.device)
+            return torch.full((), worth / calls, device=logits.device)
         tokens = real.sum().float()
         if self.calculate_per_token_loss:
-            return tokens
+            return tokens / calls
         # Padding is spread unevenly: one number is summed, as Megatron sums E of them.
         (total,) = start_sum([tokens.reshape(1)], self.tp_cp_group).wait()
-        return tokens / total.squeeze(0).clamp(min=1)
+        return tokens / total.squeeze(0).clamp(min=1) / calls
+
+    def _calls(self) -> int:
+        """How often a forward of the model comes by: a repeated prediction layer has one router."""
+        mtp = getattr(self, "is_mtp_layer", False) and self.config.mtp_use_repeated_layer
+        return int(self.config.mtp_num_layers or 1) if mtp else 1
 
     def _take_scale(self, gradient: Tensor) -> None:
         """Megatron sets its scale after each forward; this runs just before the charge."""
@@ -192,6 +204,9 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}qb_beta" in state_dict:
+            (*_, errors) = rest
+            errors.append(_QUANTILES.format(f"{prefix}qb_beta"))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         own = f"{prefix}balance."
         if any(key.startswith(own) for key in state_dict):

@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from megatron.core import parallel_state  # type: ignore[import-not-found]
 from megatron.core.transformer.moe.moe_layer import (  # type: ignore[import-not-found]
     MoESubmodules,
 )
@@ -22,20 +23,29 @@ def balanced_spec(spec: Spec, method: Method) -> Spec:
         spec: of a layer, a block of layers, or one MoE layer.
         method: the method.
 
+    A pipeline stage without an MoE layer keeps its spec.
+
     Raises:
         TypeError: `method` is no method.
-        ValueError: no MoE layer in the spec, or one that has a router of its own kind.
+        ValueError: no MoE layer in the spec of a model in one stage, or an MoE layer that has a
+            router of its own kind.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
     found: list[MoESubmodules] = []
     copy: Spec = _replaced(spec, partial(BalancedTopKRouter, method=method), found)
-    if not found:
+    if not found and not _is_a_stage():
         raise ValueError(
             f"{type(spec).__name__} holds no MoE layer (no MoESubmodules): make it with "
             "num_experts, for example get_gpt_layer_local_spec(num_experts=8)."
         )
     return copy
+
+
+def _is_a_stage() -> bool:
+    """Whether this rank holds a part of the layers, which may all be dense."""
+    known = parallel_state.model_parallel_is_initialized()
+    return known and parallel_state.get_pipeline_model_parallel_world_size() > 1
 
 
 def _replaced(part: Any, router: Any, found: list[MoESubmodules]) -> Any:
