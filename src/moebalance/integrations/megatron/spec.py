@@ -44,8 +44,10 @@ def balanced_spec(spec: Spec, method: Method) -> Spec:
 
 def _is_a_stage() -> bool:
     """Whether this rank holds a part of the layers, which may all be dense."""
-    known = parallel_state.model_parallel_is_initialized()
-    return known and parallel_state.get_pipeline_model_parallel_world_size() > 1
+    if not parallel_state.model_parallel_is_initialized():
+        return False
+    stages: int = parallel_state.get_pipeline_model_parallel_world_size()
+    return stages > 1
 
 
 def _replaced(part: Any, router: Any, found: list[MoESubmodules]) -> Any:
