@@ -295,7 +295,7 @@ def test_a_sick_batch_stops_training_and_names_the_layer():
         (
             PHI,
             {"moe_router_load_balancing_type": "quantile_balancing"},
-            r"'quantile_balancing'.*the method QuantileBalancing\(\)",
+            r"'quantile_balancing'.*the method QuantileBalancing\(scale=.nats.\)",
         ),
         (PHI, CHOICES["bias"] | {"moe_router_bias_update_rate": 0.01}, "bias_update_rate=0"),
         (Sinkhorn(), CHOICES["bias"], "ignore the expert bias"),

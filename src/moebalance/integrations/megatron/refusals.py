@@ -4,6 +4,7 @@ from typing import Any
 
 from moebalance.gates import Gate, Sigmoid, Softmax, SqrtSoftplus
 from moebalance.methods.base import Method
+from moebalance.methods.selection import Selecting
 from moebalance.methods.together import Together
 from moebalance.methods.z_loss import ZLoss
 
@@ -13,7 +14,7 @@ _GATES: dict[str, Gate] = {
     "sqrtsoftplus": SqrtSoftplus(),  # from 0.18 on
 }
 _LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
-_OURS = {"sinkhorn": "Sinkhorn()", "quantile_balancing": "QuantileBalancing()"}
+_OURS = {"sinkhorn": "Sinkhorn()", "quantile_balancing": 'QuantileBalancing(scale="nats")'}
 
 
 def gate_of(config: Any) -> Gate:
@@ -87,6 +88,16 @@ def _check_expert_bias(config: Any, method: Method) -> None:
             f"{method!r} chooses experts by itself and would ignore the expert bias: set "
             "moe_router_enable_expert_bias=False."
         )
+
+
+def goes_on_from_quantiles(method: Method, gate: Gate) -> bool:
+    """Whether the method can take over a price that is subtracted from the logits.
+
+    Under softmax log a and the logits differ by a constant for each token, so they rank alike.
+    """
+    parts = method.methods if isinstance(method, Together) else (method,)
+    nats = any(isinstance(part, Selecting) and part.scale == "nats" for part in parts)
+    return nats and isinstance(gate, Softmax)
 
 
 def _has(method: Method, kind: type[Method]) -> bool:

@@ -28,16 +28,20 @@ from torch import Tensor
 
 from moebalance.core.distributed import start_sum
 from moebalance.core.layer import LayerBalance
-from moebalance.integrations.megatron.refusals import check_config, gate_of
+from moebalance.integrations.megatron.refusals import (
+    check_config,
+    gate_of,
+    goes_on_from_quantiles,
+)
 from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
 
 _QUANTILES = (
-    "{} was trained by Megatron's quantile balancing, which ranks experts by logit - qb_beta. A "
-    "balanced router ranks them by score - price, and no price chooses the same experts. Delete "
-    "the qb_beta entries from the checkpoint to start with all prices 0; QuantileBalancing() has "
-    "new ones after one step."
+    "{} was trained by Megatron's quantile balancing, which ranks experts by logit - qb_beta. {} "
+    "cannot go on from it. With softmax scores a method with a price in nats can, for example "
+    'QuantileBalancing(scale="nats"). Or delete the qb_beta entries from the checkpoint to start '
+    "with all prices 0."
 )
 
 
@@ -204,18 +208,25 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if f"{prefix}qb_beta" in state_dict:
-            (*_, errors) = rest
-            errors.append(_QUANTILES.format(f"{prefix}qb_beta"))
+        quantiles = state_dict.pop(f"{prefix}qb_beta", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         own = f"{prefix}balance."
         if any(key.startswith(own) for key in state_dict):
             return
         # Trained with Megatron's router: go on from its bias, with a memory that begins anew.
-        if self.expert_bias is not None:
+        if quantiles is not None:
+            self._adopt_quantiles(quantiles, f"{prefix}qb_beta", errors=rest[-1])
+        elif self.expert_bias is not None:
             self.balance.adopt(-self.expert_bias)
         logger.info("moebalance: the checkpoint has no %s…; it starts anew.", own)
         state_dict.update(self.balance.state_dict(prefix=own))
+
+    def _adopt_quantiles(self, price: Float[Tensor, "E"], name: str, errors: list[str]) -> None:
+        method, gate = self.balance.method, self.balance.gate
+        if goes_on_from_quantiles(method, gate):
+            self.balance.adopt(price)
+        elif price.any():
+            errors.append(_QUANTILES.format(name, method))
 
 
 class _Choice:
