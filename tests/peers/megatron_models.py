@@ -6,6 +6,7 @@ Megatron's own.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 with warnings.catch_warnings():
     # It tells of what is not installed (Transformer Engine, Apex) and of its own old names.
     warnings.simplefilter("ignore")
+    import megatron.core
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -33,11 +35,12 @@ with warnings.catch_warnings():
         get_gpt_decoder_block_spec,
         get_gpt_layer_local_spec,
     )
-    from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer.module import Float16Module, MegatronModule
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -51,11 +54,13 @@ __all__ = [
     "GPTModel",
     "RouterReplay",
     "RouterReplayAction",
+    "TopKRouter",
     "dist_checkpointing",
     "get_gpt_decoder_block_spec",
 ]
 
 HIDDEN, EXPERTS, TOP_K = 16, 4, 2
+RELEASE = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -77,12 +82,16 @@ def on_cpu() -> Iterator[None]:
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")))
+        enter(patch.object(torch.cuda, "current_stream", lambda: None))
         enter(patch.object(torch.cuda, "synchronize", lambda: None))
-        # 0.16.1 asks for this name where Transformer Engine is not installed.
-        enter(patch.object(moe_utils, "te_general_gemm", None, create=True))
+        if RELEASE < (0, 18):
+            # It asks for this name where Transformer Engine is not installed.
+            enter(patch.object(moe_utils, "te_general_gemm", None, create=True))
+            enter(patch.object(moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {}))
+        else:
+            enter(patch("megatron.core.transformer.moe.moe_logging._MOE_METRICS_TRACKER", None))
         enter(patch.object(CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()))
         enter(patch.object(scaler, "main_loss_backward_scale", None))
-        enter(patch.object(moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {}))
         enter(torch.compiler.set_stance("force_eager"))
         enter(_CpuForCuda())
         yield
@@ -132,9 +141,10 @@ def make_config(**changes: Any) -> TransformerConfig:
         "use_cpu_initialization": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "cuda_graph_scope": [],  # its own default is deprecated
         "finalize_model_grads_func": finalize_model_grads,
     }
+    # Its own default is deprecated.
+    settings["cuda_graph_scope" if RELEASE < (0, 18) else "cuda_graph_modules"] = []
     return TransformerConfig(**(settings | changes))
 
 
@@ -143,11 +153,13 @@ class Tower(MegatronModule):
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, config: TransformerConfig, submodules: MoESubmodules) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: MoESubmodules, **options: Any
+    ) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList()
         for number in range(config.num_layers):
-            layer = MoELayer(config, submodules, layer_number=number + 1)
+            layer = MoELayer(config, submodules, layer_number=number + 1, **options)
             layer.set_layer_number(number + 1)
             self.layers.append(layer)
 
@@ -160,12 +172,41 @@ class Tower(MegatronModule):
         return hidden
 
 
-def make_tower(config: TransformerConfig, method: Method | None = None) -> Tower:
+def make_gpt(config: TransformerConfig, method: Method, *, vocabulary: int, length: int) -> Any:
+    """This rank's pipeline stage of a GPT, with the same weights however it is cut."""
+    stage = GPTModel(
+        config,
+        balanced_spec(get_gpt_decoder_block_spec(config, use_transformer_engine=False), method),
+        vocabulary,
+        length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
+    )
+    for name, weight in stage.named_parameters():
+        number, rest = layer_of(stage, name)
+        if weight.dim() > 1:
+            seed = 1000 * number + sum(map(ord, rest))
+            weight.data.copy_(normal(weight.shape, seed) / weight.shape[-1] ** 0.5)
+    return stage
+
+
+def layer_of(stage: nn.Module, name: str) -> tuple[int, str]:
+    """The layer's number in the whole model, 0 outside of layers, and the rest of the name."""
+    found = re.fullmatch(r"(?:module\.)*decoder\.layers\.(\d+)\.(.*)", name)
+    if found is None:
+        return 0, name
+    return stage.decoder.layers[int(found[1])].layer_number, found[2]
+
+
+def make_tower(config: TransformerConfig, method: Method | None = None, **options: Any) -> Tower:
     """The same weights on every layout; Megatron's own router where there is no method."""
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts).submodules.mlp
     if method is not None:
         spec = balanced_spec(spec, method)
-    tower = Tower(config, spec.submodules)
+    # From 0.18 a layer sits in its spec as functools.partial(MoELayer, submodules=...).
+    parts = spec.keywords["submodules"] if RELEASE >= (0, 18) else spec.submodules
+    tower = Tower(config, parts, **options)
     for number, layer in enumerate(tower.layers):
         # Far from uniform, so that there is something to balance.
         layer.router.weight.data = normal(layer.router.weight.shape, seed=number)
@@ -234,7 +275,11 @@ def run_step(
 
 
 def run_schedule(
-    model: DistributedDataParallel, forward_step: Any, *, micro_batches: int
+    model: DistributedDataParallel,
+    forward_step: Any,
+    *,
+    micro_batches: int,
+    shape: tuple[int, int] = (1, 1),
 ) -> dict[str, Tensor]:
     """One training step without the optimizer's part; the routers' gradients as it would see them.
 
@@ -242,15 +287,16 @@ def run_schedule(
         model: wrapped.
         forward_step: as Megatron's schedules take it.
         micro_batches: how many.
+        shape: of a micro-batch, (length, sequences), which pipelines must know.
     """
     model.zero_grad_buffer()
-    forward_backward_no_pipelining(
+    get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=None,
         model=model,
         num_microbatches=micro_batches,
-        seq_length=1,  # the sizes are for pipelines
-        micro_batch_size=1,
+        seq_length=shape[0],
+        micro_batch_size=shape[1],
     )
     found = {n: p.main_grad for n, p in model.named_parameters() if n.endswith("router.weight")}
     return {name.removeprefix("module."): gradient.clone() for name, gradient in found.items()}

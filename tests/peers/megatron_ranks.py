@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron_models import (
+    EXPERTS,
     HIDDEN,
     MicroBatch,
     attach,
     balanced,
+    layer_of,
     make_config,
+    make_gpt,
     make_tower,
     normal,
     on_cpu,
     parallel,
+    run_schedule,
     run_step,
     wrap,
 )
 from torch import Tensor, nn
 
-from moebalance.methods import LossFree, Method, PhiBalancing
+from moebalance.methods import LossFree, Method, PhiBalancing, Together
+from moebalance.routing import Sums
 
-LENGTH, SEQUENCES, MICRO_BATCHES, STEPS = 8, 4, 2, 3
+LENGTH, SEQUENCES, MICRO_BATCHES, STEPS, VOCABULARY = 8, 4, 2, 3, 32
 PHI = PhiBalancing(strength=0.1, rate=0.5, peek=False)
 """Its gradient does not depend on how a step is split."""
+BOTH = Together(PHI, LossFree(speed=0.01))
 
 Gradients = list[dict[str, Tensor]]
+
+
+class Found(NamedTuple):
+    """What training left: the routers' gradients of each step and the state at the end."""
+
+    gradients: Gradients
+    state: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,12 @@ def work() -> dict[Any, Any]:
     # Megatron's own habits, on a torch newer than itself.
     warnings.filterwarnings("ignore", "Warning: tp_group is None", DeprecationWarning)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    found: dict[Any, Any] = {"pipeline": layers_of_a_stage()}
+    warnings.filterwarnings("ignore", "MLP requires ffn_hidden_size", DeprecationWarning)
+    found: dict[Any, Any] = {
+        "by hand": step_by_hand_beside_a_dense_stage(),
+        "dense first": pipeline(2, [0, 1]),
+        "experts everywhere": pipeline(2, [1, 1]),
+    }
     for name, layout in PAIRS.items():
         found[name, "plain"] = gradients(layout)
         found[name, "per token"] = gradients(layout, padded=True, **PER_TOKEN)
@@ -138,10 +156,59 @@ def work() -> dict[Any, Any]:
     return found
 
 
-def layers_of_a_stage() -> int:
-    """How many layers are balanced on this rank's pipeline stage, of which the first has none."""
+def pipeline(stages: int, moe_layers: list[int]) -> Found:
+    """What a GPT cut into stages has on this rank after three steps of four micro-batches.
+
+    Args:
+        stages: how many, a rank each.
+        moe_layers: 1 for a layer of experts, 0 for a dense one.
+    """
+    with on_cpu(), parallel(pipeline_model_parallel_size=stages):
+        config = make_config(
+            num_layers=len(moe_layers),
+            moe_layer_freq=moe_layers,
+            pipeline_model_parallel_size=stages,
+            pipeline_dtype=torch.float32,
+            batch_p2p_comm=True,
+            deallocate_pipeline_outputs=False,
+        )
+        stage = make_gpt(config, BOTH, vocabulary=VOCABULARY, length=LENGTH)
+        model = wrap(stage)
+        balancing = attach(model)
+        steps = [train_stage(model, step) for step in range(STEPS)]
+        layers = [layer_of(stage, name)[0] for name in balancing.layers]
+        state = {
+            f"{number}.{name}": value
+            for number, layer in zip(layers, balancing.layers.values(), strict=True)
+            for name, value in layer.state_dict().items()
+        }
+        return Found(
+            [{f"{layer_of(stage, n)[0]}": g for n, g in found.items()} for found in steps], state
+        )
+
+
+def train_stage(model: Any, step: int) -> dict[str, Tensor]:
+    """One step of language modelling on this stage; the gradients of its routers."""
+    generator = torch.Generator().manual_seed(step)
+    batches = torch.randint(VOCABULARY, (4, SEQUENCES, LENGTH), generator=generator)
+    left = iter(batches)
+    positions = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
+
+    def forward_step(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
+        ids = next(left)
+        return chunk(ids, positions, None, labels=ids), lambda loss: (loss.mean(), {})
+
+    return run_schedule(model, forward_step, micro_batches=4, shape=(LENGTH, SEQUENCES))
+
+
+def step_by_hand_beside_a_dense_stage() -> int:
+    """Steps that a rank ended itself, on a pipeline whose first stage has no experts."""
     with on_cpu(), parallel(pipeline_model_parallel_size=2):
         config = make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
         stage = make_tower(config, PHI) if dist.get_rank() == 1 else nn.Linear(2, 2)
         stage.config = config
-        return len(attach(stage).layers)
+        balancing = attach(stage, step_by_hand=True)
+        for layer in balancing.layers.values():
+            layer.count(Sums(*torch.ones(2, EXPERTS), torch.ones(())))
+        balancing.step()
+        return len(balancing.layers)

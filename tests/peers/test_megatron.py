@@ -10,9 +10,11 @@ import torch
 from megatron_models import (
     EXPERTS,
     HIDDEN,
+    RELEASE,
     TOP_K,
     MicroBatch,
     alone,
+    attach,
     balanced,
     make_config,
     make_tower,
@@ -99,6 +101,49 @@ def test_switch_loss_is_megatrons_aux_loss(router, padded):
         **ROUTERS[router],
     )
     assert_equal(gradients(SwitchLoss(STRENGTH), padded=padded, **ROUTERS[router]), stock)
+
+
+@pytest.mark.skipif(RELEASE < (0, 18), reason="0.18 brought this score function")
+def test_switch_loss_is_megatrons_aux_loss_under_the_root_of_the_softplus():
+    settings = {"moe_router_score_function": "sqrtsoftplus"}
+    stock = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": STRENGTH}
+    assert_equal(gradients(SwitchLoss(STRENGTH), **settings), gradients(None, **settings, **stock))
+
+
+@pytest.mark.skipif(RELEASE < (0, 17), reason="0.17 brought repeated prediction layers")
+@pytest.mark.parametrize("per_token", [False, True], ids=["", "per token"])
+def test_a_prediction_layer_that_is_called_twice_is_charged_once(per_token):
+    settings = {"mtp_num_layers": 2, "calculate_per_token_loss": per_token}
+    stock = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": STRENGTH}
+    towers = []
+    for method, more in ((None, stock), (SwitchLoss(STRENGTH), {})):
+        config = make_config(**settings, **more)
+        config.mtp_use_repeated_layer = True
+        towers.append(make_tower(config, method, is_mtp_layer=True))
+    expected, found = (wrap(tower) for tower in towers)
+    attach(found)
+    plain = gradients(SwitchLoss(STRENGTH), calculate_per_token_loss=per_token)
+    expected = run_step(expected, micro_batches())
+    assert_equal(run_step(found, micro_batches()), expected)
+    assert_equal({name: 2 * g for name, g in expected.items()}, plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours"),
+    [
+        ("aux_loss", SwitchLoss(STRENGTH)),
+        ("seq_aux_loss", SequenceLoss(STRENGTH)),
+        ("global_aux_loss", GlobalBatchLoss(STRENGTH)),
+    ],
+    ids=["batch", "sequence", "global batch"],
+)
+def test_per_token_loss_multiplies_every_term_by_its_tokens_as_megatron_does(kind, ours):
+    stock = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": STRENGTH}
+    expected = gradients(None, calculate_per_token_loss=True, **stock)
+    if kind == "seq_aux_loss" and RELEASE < (0, 19):
+        # A fault until 0.19: it multiplies by the tokens of one of the two sequences.
+        expected = {name: 2 * gradient for name, gradient in expected.items()}
+    assert_equal(gradients(ours, calculate_per_token_loss=True), expected)
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["", "per token"])

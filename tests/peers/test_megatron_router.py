@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import megatron.core
 import pytest
 import torch
 from megatron_models import (
@@ -27,6 +28,7 @@ from megatron_models import (
 from torch import Tensor, nn
 
 from moebalance.integrations.megatron import BalancedTopKRouter
+from moebalance.integrations.megatron.release import check_release
 from moebalance.methods import (
     LossFree,
     Method,
@@ -290,6 +292,11 @@ def test_a_sick_batch_stops_training_and_names_the_layer():
         ),
         (PHI, {"moe_router_load_balancing_type": "sinkhorn"}, r"Sinkhorn\(\)"),
         (PHI, {"moe_router_load_balancing_type": "quantile"}, "'quantile'"),
+        (
+            PHI,
+            {"moe_router_load_balancing_type": "quantile_balancing"},
+            r"'quantile_balancing'.*the method QuantileBalancing\(scale=.nats.\)",
+        ),
         (PHI, CHOICES["bias"] | {"moe_router_bias_update_rate": 0.01}, "bias_update_rate=0"),
         (Sinkhorn(), CHOICES["bias"], "ignore the expert bias"),
         (Together(PHI, ZLoss()), {"moe_z_loss_coeff": 0.01}, "keep one"),
@@ -309,6 +316,22 @@ def test_the_fused_router_and_unknown_scores_are_refused():
         setattr(config, name, value)
         with pytest.raises(ValueError, match=name):
             make_tower(config, PHI)
+
+
+def test_a_forced_bias_is_refused_by_name():
+    config = make_config()
+    config.moe_router_force_biased = 0.5
+    with pytest.raises(ValueError, match=r"moe_router_force_biased=0\.5"):
+        make_tower(config, PHI)
+
+
+def test_an_unknown_release_is_refused_by_name(monkeypatch):
+    for version in ("0.16.1", "0.19.0rc2", megatron.core.__version__):
+        check_release(version)
+    with pytest.raises(ImportError, match=r"megatron-core 0\.20\.3 .* MOEBALANCE_MEGATRON=0\.20"):
+        check_release("0.20.3")
+    monkeypatch.setenv("MOEBALANCE_MEGATRON", "0.20")
+    check_release("0.20.3")
 
 
 def test_an_unknown_balancing_type_means_none_in_megatron():

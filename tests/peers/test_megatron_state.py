@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron_models import (
     HIDDEN,
+    RELEASE,
     Float16Module,
     GPTModel,
     MicroBatch,
@@ -39,6 +40,8 @@ pytestmark = [
     # Its checkpoints call torch by older names.
     pytest.mark.filterwarnings("ignore:.load_state_dict. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*deprecating ShardedTensor:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning"),
 ]
 
 PHI = PhiBalancing(strength=0.1, rate=0.5)
@@ -144,11 +147,48 @@ def test_a_distributed_checkpoint_without_our_state_loads_where_it_is_told_so(tm
             assert torch.equal(weights[name], value)
 
 
+@pytest.mark.skipif(RELEASE < (0, 19), reason="0.19 brought quantile balancing")
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside phi"])
+def test_a_price_in_nats_goes_on_from_megatrons_quantile_balancing(beside):
+    stock = quantile_balanced()
+    method = QuantileBalancing(scale="nats")
+    ours = make_tower(make_config(), Together(PHI, method) if beside else method)
+    ours.load_state_dict(stock.state_dict())
+    hidden = normal((64, 2, HIDDEN), seed=5)
+    for old, new in zip(stock.eval().layers, ours.eval().layers, strict=True):
+        for found, expected in zip(new.router(hidden), old.router(hidden), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(RELEASE < (0, 19), reason="0.19 brought quantile balancing")
+@pytest.mark.parametrize(
+    ("method", "score"),
+    [(PHI, "softmax"), (QuantileBalancing(), "softmax"), (LossFree(scale="nats"), "sigmoid")],
+    ids=["no price", "affinities", "sigmoid"],
+)
+def test_a_method_that_cannot_go_on_from_quantile_balancing_says_so(method, score):
+    stock = quantile_balanced()
+    ours = make_tower(make_config(moe_router_score_function=score), method)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.router\.qb_beta was trained by"):
+        ours.load_state_dict(stock.state_dict(), strict=False)
+    weights = {name: v for name, v in stock.state_dict().items() if "qb_beta" not in name}
+    ours.load_state_dict(weights)
+
+
+def quantile_balanced() -> Any:
+    """A tower with Megatron's own quantile balancing, as if trained with it."""
+    tower = make_tower(make_config(moe_router_load_balancing_type="quantile_balancing"))
+    for number, layer in enumerate(tower.layers):
+        layer.router.qb_beta.copy_(normal((4,), seed=number))
+    return tower
+
+
 def test_half_precision_leaves_state_and_sums_in_float32():
     config = make_config(bf16=True, params_dtype=torch.bfloat16, **BIAS)
     model = wrap(Float16Module(config, make_tower(config, BOTH)))
     balancing = attach(model)
-    hidden = normal((512, 2, HIDDEN), 0).bfloat16()
+    # Off centre, so that no expert's load is so even that rounding turns its price around.
+    hidden = (normal((512, 2, HIDDEN), 0) + 1).bfloat16()
     for _ in range(2):
         found = run_step(model, [MicroBatch(hidden)])
     assert {gradient.dtype for gradient in found.values()} == {torch.bfloat16}

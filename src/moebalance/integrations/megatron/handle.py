@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from megatron.core import parallel_state  # type: ignore[import-not-found]
 from megatron.core.transformer.moe.router import TopKRouter  # type: ignore[import-not-found]
 from megatron.core.utils import get_model_config  # type: ignore[import-not-found]
 from torch import nn
@@ -37,13 +38,7 @@ def attach(model: nn.Module | list[nn.Module], *, step_by_hand: bool = False) ->
     config = get_model_config(chunks[0])
     routers = _routers(chunks)
     if not routers:
-        if config.pipeline_model_parallel_size == 1:
-            raise ValueError(
-                f"{type(chunks[0]).__name__} has no BalancedTopKRouter: build it from "
-                "balanced_spec(spec, method)."
-            )
-        logger.info("moebalance: no MoE layer on this pipeline stage.")
-        return Balancing(NoBalancing(), {})
+        return _dense_stage(chunks[0], config)
     method = _one_method(routers)
     for name, router in routers.items():
         _check(name, router)
@@ -60,6 +55,19 @@ def attach(model: nn.Module | list[nn.Module], *, step_by_hand: bool = False) ->
     balancing.on_detach(boundary.remove)
     balancing.on_detach(lambda: _let_go(routers))
     return balancing
+
+
+def _dense_stage(chunk: nn.Module, config: Any) -> Balancing:
+    """The handle of a pipeline stage without experts: nothing to count, nobody to wait for."""
+    if config.pipeline_model_parallel_size == 1 or not config.num_moe_experts:
+        raise ValueError(
+            f"{type(chunk).__name__} has no BalancedTopKRouter: set num_moe_experts in its "
+            "configuration, and build it from balanced_spec(spec, method)."
+        )
+    logger.info("moebalance: no MoE layer on this pipeline stage.")
+    # Its own group: over the default one it would wait for stages that sum among themselves.
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return Balancing(NoBalancing(), {}, group=group)
 
 
 class _Boundary:

@@ -2,12 +2,18 @@
 
 from typing import Any
 
-from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.gates import Gate, Sigmoid, Softmax, SqrtSoftplus
 from moebalance.methods.base import Method, inner_methods
+from moebalance.methods.selection import Selecting
 from moebalance.methods.z_loss import ZLoss
 
-_GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
+_GATES: dict[str, Gate] = {
+    "softmax": Softmax(),
+    "sigmoid": Sigmoid(),
+    "sqrtsoftplus": SqrtSoftplus(),  # from 0.18 on
+}
 _LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+_OURS = {"sinkhorn": "Sinkhorn()", "quantile_balancing": 'QuantileBalancing(scale="nats")'}
 
 
 def gate_of(config: Any) -> Gate:
@@ -41,11 +47,12 @@ def check_config(config: Any, method: Method) -> None:
             "moe_router_fusion=True: the fused kernel does not tell which experts it chose. Set "
             "moe_router_fusion=False."
         )
-    if config.moe_router_force_load_balancing:
-        raise ValueError(
-            "moe_router_force_load_balancing=True replaces the logits by noise, so there is "
-            "nothing to balance: set it to False, or keep Megatron's router."
-        )
+    for name in ("moe_router_force_load_balancing", "moe_router_force_biased"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"{name}={getattr(config, name)} replaces the logits by noise, so there is nothing "
+                f"to balance: leave {name} out, or keep Megatron's router."
+            )
 
 
 def _check_own_balancing(config: Any) -> None:
@@ -54,7 +61,7 @@ def _check_own_balancing(config: Any) -> None:
         kinds, coefficients = [kinds], [coefficients]
     for kind, coefficient in zip(kinds, coefficients, strict=True):
         if kind not in ("none", *_LOSSES):
-            hint = " (Sinkhorn() is a method of this library)" if kind == "sinkhorn" else ""
+            hint = f" and take the method {_OURS[kind]}" if kind in _OURS else ""
             raise ValueError(
                 f"moe_router_load_balancing_type={kind!r} does not go with a balanced router: set "
                 f'"none"{hint}, or "global_aux_loss" with moe_aux_loss_coeff=0, by which Megatron '
@@ -80,6 +87,16 @@ def _check_expert_bias(config: Any, method: Method) -> None:
             f"{method!r} chooses experts by itself and would ignore the expert bias: set "
             "moe_router_enable_expert_bias=False."
         )
+
+
+def goes_on_from_quantiles(method: Method, gate: Gate) -> bool:
+    """Whether the method can take over a price that is subtracted from the logits.
+
+    Under softmax log a and the logits differ by a constant for each token, so they rank alike.
+    """
+    parts = inner_methods(method) or (method,)
+    nats = any(isinstance(part, Selecting) and part.scale == "nats" for part in parts)
+    return nats and isinstance(gate, Softmax)
 
 
 def _has(method: Method, kind: type[Method]) -> bool:

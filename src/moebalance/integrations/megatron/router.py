@@ -28,10 +28,21 @@ from torch import Tensor
 
 from moebalance.core.distributed import start_sum
 from moebalance.core.layer import LayerBalance
-from moebalance.integrations.megatron.refusals import check_config, gate_of
+from moebalance.integrations.megatron.refusals import (
+    check_config,
+    gate_of,
+    goes_on_from_quantiles,
+)
 from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
+
+_QUANTILES = (
+    "{} was trained by Megatron's quantile balancing, which ranks experts by logit - qb_beta. {} "
+    "cannot go on from it. With softmax scores a method with a price in nats can, for example "
+    'QuantileBalancing(scale="nats"). Or delete the qb_beta entries from the checkpoint to start '
+    "with all prices 0."
+)
 
 
 class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
@@ -51,9 +62,11 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
             this router cannot do.
     """
 
-    def __init__(self, config: Any, pg_collection: Any = None, *, method: Method) -> None:
+    def __init__(
+        self, config: Any, pg_collection: Any = None, *, method: Method, **known_later: Any
+    ) -> None:
         check_config(config, method)
-        super().__init__(config=config, pg_collection=pg_collection)
+        super().__init__(config=config, pg_collection=pg_collection, **known_later)
         layer = LayerBalance(method, config.num_moe_experts, gate=gate_of(config))
         self.balance = layer.to(torch.cuda.current_device())
         self.check_stepped: Callable[[], None] | None = None
@@ -157,18 +170,23 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         self, logits: Float[Tensor, "T E"], real: Bool[Tensor, "T"] | None
     ) -> Float[Tensor, ""] | None:
         """What this rank's mean over its tokens is worth; see the module's text."""
-        ranks = self.tp_cp_group.size()
-        if ranks == 1 and not self.calculate_per_token_loss:
+        ranks, calls = self.tp_cp_group.size(), self._calls()
+        if ranks == calls == 1 and not self.calculate_per_token_loss:
             return None
-        if real is None:
+        if real is None or (ranks == 1 and not self.calculate_per_token_loss):
             worth = logits.shape[0] if self.calculate_per_token_loss else 1 / ranks
-            return torch.full((), float(worth), device=logits.device)
+            return torch.full((), worth / calls, device=logits.device)
         tokens = real.sum().float()
         if self.calculate_per_token_loss:
-            return tokens
+            return tokens / calls
         # Padding is spread unevenly: one number is summed, as Megatron sums E of them.
         (total,) = start_sum([tokens.reshape(1)], self.tp_cp_group).wait()
-        return tokens / total.squeeze(0).clamp(min=1)
+        return tokens / total.squeeze(0).clamp(min=1) / calls
+
+    def _calls(self) -> int:
+        """How often a forward of the model comes by: a repeated prediction layer has one router."""
+        mtp = getattr(self, "is_mtp_layer", False) and self.config.mtp_use_repeated_layer
+        return int(self.config.mtp_num_layers or 1) if mtp else 1
 
     def _take_scale(self, gradient: Tensor) -> None:
         """Megatron sets its scale after each forward; this runs just before the charge."""
@@ -190,15 +208,25 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        quantiles = state_dict.pop(f"{prefix}qb_beta", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         own = f"{prefix}balance."
         if any(key.startswith(own) for key in state_dict):
             return
         # Trained with Megatron's router: go on from its bias, with a memory that begins anew.
-        if self.expert_bias is not None:
+        if quantiles is not None:
+            self._adopt_quantiles(quantiles, f"{prefix}qb_beta", errors=rest[-1])
+        elif self.expert_bias is not None:
             self.balance.adopt(-self.expert_bias)
         logger.info("moebalance: the checkpoint has no %s…; it starts anew.", own)
         state_dict.update(self.balance.state_dict(prefix=own))
+
+    def _adopt_quantiles(self, price: Float[Tensor, "E"], name: str, errors: list[str]) -> None:
+        method, gate = self.balance.method, self.balance.gate
+        if goes_on_from_quantiles(method, gate):
+            self.balance.adopt(price)
+        elif price.any():
+            errors.append(_QUANTILES.format(name, method))
 
 
 class _Choice:
