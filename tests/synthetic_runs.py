@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[float, float, int, float, float]] = {
     "z-loss": (1.634, 4.05, 15, 0.50, 0.101),
     "none": (1.637, 4.34, 17, 0.53, 0.100),
 }
-METHODS = {
+REPRS = {
     "phi": "PhiBalancing(potential=NegativeEntropy(), strength=0.001, rate=0.3)",
     "switch": "SwitchLoss(strength=0.01)",
     "none": "NoBalancing()",
@@ -227,7 +227,7 @@ def _header(
     return {
         "name": "synthetic",
         "method": method,
-        "method_repr": METHODS.get(method, f"{method}(strength=0.01)"),
+        "method_repr": REPRS.get(method, f"{method}(strength=0.01)"),
         "seed": seed,
         "batching": batching,
         "steps": steps,
