@@ -133,10 +133,13 @@ def test_commas_inside_brackets_do_not_split() -> None:
         ({**MINIMAL, "train": {"learning_rate": 0}}, "learning_rate=0: must be greater than 0"),
         ({**MINIMAL, "train": {"warmup": 2}}, "warmup=2"),
         ({**MINIMAL, "data": {"tokenizer": "byte"}}, "bytes"),
-        ({**MINIMAL, "compare": {"seeds": []}}, "seeds is empty"),
+        ({**MINIMAL, "compare": {"seeds": []}}, r"\[compare\] seeds=\[\]: give at least one"),
         ({**MINIMAL, "compare": {"batching": ["x"]}}, "Possible: mixed, one-domain, shift"),
+        ({**MINIMAL, "compare": {"methods": ["phi", "phi"]}}, "give each one once"),
+        ({**MINIMAL, "methods": {"phi": 1}}, r"phi=1: must be a table, \[methods.phi\]"),
+        ({**MINIMAL, "train": {"bf16": 1}}, "bf16=1: must be true or false, not int"),
         ({**MINIMAL, "method": {"strength": 1}}, r"\[method\] needs name"),
-        ({**MINIMAL, "model": "mixtral"}, r"model must be a table"),
+        ({**MINIMAL, "model": "mixtral"}, r"model='mixtral': must be a table, \[model\]"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_its_place(table: dict[str, object], message: str) -> None:

@@ -44,7 +44,7 @@ def build_potential(value: Any) -> Potential:
     kinds = {kind.__name__: kind for kind in POTENTIALS}
     if name not in kinds:
         raise ValueError(f"Unknown potential {name!r}.{instead_of(str(name), kinds)}")
-    own = [field.name for field in fields(kinds[name])]
+    own = [field.name for field in fields(kinds[name])]  # type: ignore[arg-type]
     check_options(f"Potential {name}", table, [*own, *_AROUND])
     return _composed(kinds[name](**table), **around)
 
