@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from moebalance.lab.recipe import DataSpec, Recipe
 from moebalance.lab.text.batches import TokenDataset, ordered_indices
 from moebalance.lab.text.corpus import Corpus, Document, load_corpus
-from moebalance.lab.text.data import TextData, load_data, pack, split_documents
+from moebalance.lab.text.data import TextData, cut, join, load_data, split_documents
 from moebalance.lab.text.python_text import DOMAINS
 from moebalance.lab.text.tokens import train_bpe
 
@@ -96,7 +96,7 @@ def corpus_of(sizes: dict[str, list[int]]) -> Corpus:
 
 
 def test_no_document_stands_on_both_sides(folder):
-    corpus = load_corpus("python")
+    corpus = load_corpus(DataSpec("python"))
     train, held_out = split_documents(corpus, validation=0.1, seed=0)
     assert sorted(train + held_out) == sorted(corpus.documents)
     assert not set(train) & set(held_out)
@@ -141,7 +141,7 @@ def test_one_document_cannot_be_split():
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=8), seq_len=st.integers(2, 20))
 def test_packing_keeps_every_token_in_order(lengths, seq_len):
     texts = [torch.randint(0, 256, (n,), dtype=torch.int32) for n in lengths]
-    sequences, left_over = pack(texts, seq_len=seq_len, end_of_document=256)
+    sequences, left_over = cut(join(texts, 256), seq_len)
     total = sum(lengths) + len(lengths) - 1
     assert sequences.numel() + left_over == total
     assert left_over < seq_len
@@ -155,7 +155,7 @@ def test_packing_keeps_every_token_in_order(lengths, seq_len):
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_load_data_accounts_for_every_byte(folder, tokenizer):
     data = load_data(small(folder, tokenizer=tokenizer, vocab_size=280))
-    corpus = load_corpus(str(folder))
+    corpus = load_corpus(DataSpec(str(folder)))
     train, held_out = split_documents(corpus, validation=0.1, seed=0)
     for part, docs, tokens in (
         (data.train, train, data.train_tokens),
@@ -202,7 +202,7 @@ def test_bpe_learns_from_training_documents_only(folder, monkeypatch):
 
     monkeypatch.setattr("moebalance.lab.text.data.train_bpe", spy)
     load_data(small(folder, tokenizer="bpe", vocab_size=280))
-    train, _ = split_documents(load_corpus(str(folder)), validation=0.1, seed=0)
+    train, _ = split_documents(load_corpus(DataSpec(str(folder))), validation=0.1, seed=0)
     assert learnt == [document.text for document in train]
 
 

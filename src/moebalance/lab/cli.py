@@ -177,9 +177,8 @@ def compare(
     from moebalance.lab.jobs import compare_all
     from moebalance.lab.recipe import Recipe
 
-    read = Recipe.read(recipe)
-    options = {"methods": methods, "seeds": seeds, "steps": steps, "workers": workers}
-    compare_all(read, out, track=track, **options)  # type: ignore[arg-type]
+    given = {"methods": methods, "seeds": seeds, "steps": steps, "workers": workers}
+    compare_all(Recipe.read(recipe), out, track=track, **given)  # type: ignore[arg-type]
 
 
 @command
@@ -192,13 +191,7 @@ def train(
     track: Track = None,
 ) -> None:
     """Train one Mixture-of-Experts model with one method, log every step, save it and report."""
-    from moebalance.lab.jobs import run_one
-    from moebalance.lab.recipe import Recipe
-
-    read = Recipe.read(recipe)
-    if read.checkpoint is not None:
-        raise ValueError(f"{recipe} starts from a checkpoint: run `moebalance finetune {recipe}`.")
-    run_one(read, out, method, seed, resume, track)
+    _run_one(recipe, out, method, seed, resume, track, fine_tunes=False)
 
 
 @command
@@ -214,16 +207,22 @@ def finetune(
 
     RECIPE has a [model] checkpoint. For methods × seeds there is `compare`.
     """
+    _run_one(recipe, out, method, seed, resume, track, fine_tunes=True)
+
+
+def _run_one(recipe: Path, *options: Any, fine_tunes: bool) -> None:
     from moebalance.lab.jobs import run_one
     from moebalance.lab.recipe import Recipe
 
     read = Recipe.read(recipe)
-    if read.checkpoint is None:
+    if read.checkpoint is None and fine_tunes:
         raise ValueError(
             f"{recipe} names no [model] checkpoint to start from: add one, or run `moebalance "
             f"train {recipe}`."
         )
-    run_one(read, out, method, seed, resume, track)
+    if read.checkpoint is not None and not fine_tunes:
+        raise ValueError(f"{recipe} starts from a checkpoint: run `moebalance finetune {recipe}`.")
+    run_one(read, *options)
 
 
 @command

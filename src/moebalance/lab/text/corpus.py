@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moebalance.lab.recipe import DataSpec
 from moebalance.lab.text.sources import Stream, open_source
 from moebalance.words.suggest import instead_of
 
@@ -54,47 +55,37 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(
-    source: str,
+    spec: DataSpec,
     *,
-    domains: tuple[str, ...] | None = None,
-    column: str = "text",
-    domain_column: str | None = None,
-    extensions: tuple[str, ...] | None = None,
-    max_bytes_per_domain: int | None = None,
     cache_dir: Path | None = None,
     render: Callable[[list[Any]], str] | None = None,
 ) -> Corpus:
     """Read all documents of a source.
 
     Args:
-        source: `"python"`, or the path of a text file, a folder, or a data set on disk.
-        domains: Keep only these domains, in this order; None keeps all.
-        column: Text column of a data set.
-        domain_column: Column with the domain of each row; None makes one domain of the data set.
-        extensions: Read only files of a folder with these endings, for example `(".txt",)`.
-        max_bytes_per_domain: Keep at most so many bytes of UTF-8 a domain, of documents in an
-            order drawn by hash; one document fills at most a tenth of it. None keeps all.
-        cache_dir: Where `datasets` may keep its converted tables; None is its own default.
-        render: Makes text of a conversation, a list of messages, where `column` holds those.
+        spec: the source, its columns, domains and limits. Of a domain with a limit, documents are
+            read in an order drawn by hash; one document fills at most a tenth of the limit.
+        cache_dir: where `datasets` may keep its converted tables; None is its own default.
+        render: makes text of a conversation, a list of messages, where the column holds those.
 
     Returns:
         The corpus.
 
     Raises:
-        ValueError: The path or a domain or a column does not exist, cannot be read, or holds no
+        ValueError: the path or a domain or a column does not exist, cannot be read, or holds no
             text.
 
-    >>> load_corpus("python", domains=("names",), max_bytes_per_domain=1000).domains
+    >>> load_corpus(DataSpec(domains=("names",), max_bytes_per_domain=1000)).domains
     ('names',)
     """
-    known, read = open_source(source, column, domain_column, extensions, cache_dir, render)
-    for domain in domains or ():
+    known, read = open_source(spec, cache_dir, render)
+    for domain in spec.domains or ():
         if domain not in known:
             raise ValueError(
-                f"domain {domain!r} is not in source {source!r}.{instead_of(domain, known)}"
+                f"domain {domain!r} is not in source {spec.source!r}.{instead_of(domain, known)}"
             )
-    chosen = domains or known
-    return _collect(read(chosen), chosen, max_bytes_per_domain, source)
+    chosen = spec.domains or known
+    return _collect(read(chosen), chosen, spec.max_bytes_per_domain, spec.source)
 
 
 def _collect(stream: Stream, domains: tuple[str, ...], limit: int | None, source: str) -> Corpus:

@@ -97,16 +97,8 @@ def load_data(
     """
     if spec.tokenizer == "checkpoint" and tokenizer is None:
         raise ValueError('tokenizer="checkpoint" needs the tokeniser of a model to fine-tune.')
-    corpus = load_corpus(
-        spec.source,
-        domains=spec.domains,
-        column=spec.column,
-        domain_column=spec.domain_column,
-        extensions=spec.extensions,
-        max_bytes_per_domain=spec.max_bytes_per_domain,
-        cache_dir=cache_dir,
-        render=None if tokenizer is None else tokenizer.render,
-    )
+    render = None if tokenizer is None else tokenizer.render
+    corpus = load_corpus(spec, cache_dir=cache_dir, render=render)
     parts = split_documents(corpus, validation=spec.validation, seed=spec.split_seed)
     tokenizer, train_streams, val_streams = _tokenise(spec, corpus, parts, tokenizer, cache_dir)
     train, train_tokens = _pack_domains(train_streams, corpus.domains, spec.seq_len, "training")
@@ -178,32 +170,19 @@ def split_documents(
     )
 
 
-def pack(
-    texts: Sequence[Int32[Tensor, " n"]], *, seq_len: int, end_of_document: int
-) -> tuple[Int32[Tensor, "N S"], int]:
-    """Join texts with an end of document between, and cut into sequences.
-
-    Args:
-        texts: Ids of each document.
-        seq_len: S.
-        end_of_document: The id that goes between.
-
-    Returns:
-        (N, S) sequences and how many tokens at the end were too few for another: fewer than S.
-
-    >>> pack([torch.tensor([1, 2]), torch.tensor([3, 4])], seq_len=2, end_of_document=9)
-    (tensor([[1, 2],
-            [9, 3]]), 1)
-    """
-    return _cut(_join(texts, end_of_document), seq_len)
-
-
-def _join(texts: Sequence[Tensor], end_of_document: int) -> Tensor:
+def join(texts: Sequence[Int32[Tensor, " n"]], end_of_document: int) -> Int32[Tensor, " N"]:
+    """One stream of ids, with an end of document between two texts."""
     between = torch.tensor([end_of_document], dtype=texts[0].dtype)
     return torch.cat([part for text in texts for part in (between, text)][1:])
 
 
-def _cut(stream: Tensor, seq_len: int) -> tuple[Tensor, int]:
+def cut(stream: Int32[Tensor, " N"], seq_len: int) -> tuple[Int32[Tensor, "M S"], int]:
+    """Sequences of S ids, and how many ids at the end were too few for another.
+
+    >>> cut(join([torch.tensor([1, 2]), torch.tensor([3, 4])], end_of_document=9), seq_len=2)
+    (tensor([[1, 2],
+            [9, 3]]), 1)
+    """
     count, rest = divmod(len(stream), seq_len)
     return stream[: count * seq_len].view(count, seq_len), rest
 
@@ -249,7 +228,7 @@ def _streams(
     tokenizer: Tokenizer, documents: list[Document], domains: tuple[str, ...]
 ) -> list[Tensor]:
     by_domain = ([doc.text for doc in documents if doc.domain == name] for name in domains)
-    return [_join(tokenizer.encode_all(texts), tokenizer.end_of_document) for texts in by_domain]
+    return [join(tokenizer.encode_all(texts), tokenizer.end_of_document) for texts in by_domain]
 
 
 def _make_tokenizer(spec: DataSpec, train_docs: Sequence[Document]) -> Tokenizer:
@@ -279,7 +258,7 @@ def _read_cache(path: Path | None) -> dict[str, Any] | None:
 def _pack_domains(
     streams: Sequence[Tensor], names: tuple[str, ...], seq_len: int, part: str
 ) -> tuple[TokenDataset, dict[str, int]]:
-    packed = [_cut(stream, seq_len)[0] for stream in streams]
+    packed = [cut(stream, seq_len)[0] for stream in streams]
     for name, stream, sequences in zip(names, streams, packed, strict=True):
         if not len(sequences):
             raise ValueError(

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moebalance.lab.recipe import DataSpec
 from moebalance.lab.text.python_text import DOMAINS, python_text
 from moebalance.words.suggest import did_you_mean, instead_of
 
@@ -26,41 +27,33 @@ Stream = Iterator[tuple[str, str, Callable[[], str | None]]]
 
 
 def open_source(
-    source: str,
-    column: str,
-    domain_column: str | None,
-    extensions: tuple[str, ...] | None,
-    cache_dir: Path | None,
-    render: Callable[[list[Any]], str] | None,
+    spec: DataSpec, cache_dir: Path | None, render: Callable[[list[Any]], str] | None
 ) -> tuple[tuple[str, ...], Callable[[tuple[str, ...]], Stream]]:
     """The domains of a source, and what reads the documents of some of them.
 
     Args:
-        source: `"python"`, or the path of a text file, a folder or a data set on disk.
-        column: text column of a data set.
-        domain_column: column with the domain of each row; None for one domain.
-        extensions: endings of the files to read in a folder; None reads all.
+        spec: the source, its columns and file endings.
         cache_dir: where `datasets` keeps its converted tables; None is its own default.
-        render: makes text of a conversation, a list of messages, in `column`.
+        render: makes text of a conversation, a list of messages, in the column.
 
     Raises:
         ValueError: the source or a column does not exist, or cannot be read.
     """
-    path = Path(source)
-    if source == "python":
+    path = Path(spec.source)
+    if spec.source == "python":
         return DOMAINS, _python_stream
     if not path.exists():
-        raise ValueError(_no_such_path(source, path))
+        raise ValueError(_no_such_path(spec.source, path))
     if path.is_dir() and not _is_saved_data_set(path):
-        folders = _folder_domains(path, extensions)
+        folders = _folder_domains(path, spec.extensions)
         return tuple(folders), partial(_folder_stream, path, folders)
     if path.is_dir() or path.suffix.lower() in _TABLE_FORMATS:
         table = _open_table(path, cache_dir)
-        _check_columns(table.column_names, column, domain_column, source)
+        _check_columns(table.column_names, spec)
         known: tuple[str, ...] = (path.stem,)
-        if domain_column:
-            known = tuple(sorted(map(str, table.unique(domain_column))))
-        return known, partial(_table_stream, table, column, domain_column, path.stem, render)
+        if spec.domain_column:
+            known = tuple(sorted(map(str, table.unique(spec.domain_column))))
+        return known, partial(_table_stream, table, spec, render)
     return (path.stem,), lambda _: _file_stream(path)
 
 
@@ -171,14 +164,12 @@ def _open_table(path: Path, cache_dir: Path | None) -> Any:
 
 def _table_stream(
     table: Any,
-    column: str,
-    domain_column: str | None,
-    only: str,
+    spec: DataSpec,
     render: Callable[[list[Any]], str] | None,
     domains: tuple[str, ...],
 ) -> Stream:
-    columns = [column] + ([domain_column] if domain_column else [])
-    for number, row in enumerate(table.select_columns(columns)):
+    column, domain_column, only = spec.column, spec.domain_column, Path(spec.source).stem
+    for number, row in enumerate(table.select_columns(list(filter(None, [column, domain_column])))):
         domain = str(row[domain_column]) if domain_column else only
         text = row[column]
         if isinstance(text, list) and render is not None:
@@ -198,11 +189,11 @@ def _hash_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
-def _check_columns(columns: list[str], column: str, domain_column: str | None, source: str) -> None:
-    for name in filter(None, (column, domain_column)):
+def _check_columns(columns: list[str], spec: DataSpec) -> None:
+    for name in filter(None, (spec.column, spec.domain_column)):
         if name not in columns:
             raise ValueError(
-                f"column {name!r} is not in source {source!r}: set column (the text) or "
+                f"column {name!r} is not in source {spec.source!r}: set column (the text) or "
                 f"domain_column.{instead_of(name, columns)}"
             )
 
