@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 
+from moebalance.lab.recipe import DataSpec
 from moebalance.lab.text.corpus import load_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +150,7 @@ def one_package(script, tmp_path, monkeypatch):
 def test_what_it_writes_is_a_source_of_a_recipe(script, one_package, tmp_path):
     sizes = script.fetch(tmp_path / "out")
     assert sizes["go"][:2] == (9, 9 * len("package p0\n"))
-    corpus = load_corpus(str(tmp_path / "out"))
+    corpus = load_corpus(DataSpec(str(tmp_path / "out")))
     assert corpus.domains == ("go",)
     assert len(corpus.documents) == 9
 

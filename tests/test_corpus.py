@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 from missing import hide
-from moebalance.lab.text.corpus import load_corpus
+from moebalance.lab.recipe import DataSpec
+from moebalance.lab.text import corpus as corpora
 from moebalance.lab.text.python_text import python_text, split_docstrings
+
+
+def load_corpus(source: str, *, cache_dir: Path | None = None, **options: object) -> corpora.Corpus:
+    return corpora.load_corpus(DataSpec(source, **options), cache_dir=cache_dir)
+
 
 # --- the text every Python ships ------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Words people type, recipes they write: what becomes of them, and what is refused how."""
 
 import doctest
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,55 @@ def test_a_bad_method_is_refused_with_what_is_possible(
         build_method(name, options)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fi", "Unknown method 'fi'. Did you mean 'phi'"),
+        ("φ", "Did you mean 'phi'"),
+        ("phi(potential=Tsalis)", "Unknown potential 'Tsalis'. Did you mean 'Tsallis'"),
+        ("phi(potential=tsallis)", "Did you mean 'Tsallis'"),
+        ("phi(strength=abc)", "strength='abc': must be a number"),
+        ("phi(strength=1/3)", "strength=1 / 3 is not a number, a name, a list or a {table}"),
+        ("phi(peek=no)", "peek='no': must be true or false"),
+    ],
+)
+def test_a_misspelt_value_is_named_in_words_with_the_nearest(name: str, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as refused:
+        build_method(name)
+    assert "object at 0x" not in str(refused.value)
+
+
+def test_a_name_as_a_value_needs_no_quotes() -> None:
+    assert build_method("phi(potential=Tsallis, peek=false)") == mb.PhiBalancing(
+        mb.potentials.Tsallis(), peek=False
+    )
+
+
+def test_a_schedule_has_the_options_of_its_class_and_no_method() -> None:
+    with pytest.raises(ValueError, match=r"A schedule has no option 'method'.*Possible: warmup_t"):
+        build_method("phi(schedule={'method': 1})")
+
+
+def test_a_class_in_capitals_is_one_word() -> None:
+    assert methods.word(type("SMEBU", (), {})) == "smebu"
+
+
+def test_a_wrapper_is_recognised_by_needing_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Halved(mb.methods.Method):
+        method: mb.Method
+
+    @dataclass(frozen=True)
+    class SoftNudge(mb.methods.Method):
+        strength: float = 1.0
+
+    for kind in (Halved, SoftNudge):
+        monkeypatch.setattr(mb.methods, kind.__name__, kind, raising=False)
+    monkeypatch.setattr(mb.methods, "__all__", [*mb.methods.__all__, "Halved", "SoftNudge"])
+    assert method_classes()["soft-nudge"] is SoftNudge
+    assert Halved not in method_classes().values()
+
+
 def test_commas_inside_brackets_do_not_split() -> None:
     assert split_outside_brackets("a(x=1,y=[2,3]), b", ",") == ["a(x=1,y=[2,3])", "b"]
 
@@ -84,10 +133,13 @@ def test_commas_inside_brackets_do_not_split() -> None:
         ({**MINIMAL, "train": {"learning_rate": 0}}, "learning_rate=0: must be greater than 0"),
         ({**MINIMAL, "train": {"warmup": 2}}, "warmup=2"),
         ({**MINIMAL, "data": {"tokenizer": "byte"}}, "bytes"),
-        ({**MINIMAL, "compare": {"seeds": []}}, "seeds is empty"),
+        ({**MINIMAL, "compare": {"seeds": []}}, r"\[compare\] seeds=\[\]: give at least one"),
         ({**MINIMAL, "compare": {"batching": ["x"]}}, "Possible: mixed, one-domain, shift"),
+        ({**MINIMAL, "compare": {"methods": ["phi", "phi"]}}, "give each one once"),
+        ({**MINIMAL, "methods": {"phi": 1}}, r"phi=1: must be a table, \[methods.phi\]"),
+        ({**MINIMAL, "train": {"bf16": 1}}, "bf16=1: must be true or false, not int"),
         ({**MINIMAL, "method": {"strength": 1}}, r"\[method\] needs name"),
-        ({**MINIMAL, "model": "mixtral"}, r"model must be a table"),
+        ({**MINIMAL, "model": "mixtral"}, r"model='mixtral': must be a table, \[model\]"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_its_place(table: dict[str, object], message: str) -> None:
@@ -106,7 +158,7 @@ def test_a_recipe_file_must_exist_and_be_toml(tmp_path: Path) -> None:
 
 def test_every_committed_recipe_reads() -> None:
     root = Path(__file__).parents[1]
-    recipes = [*root.glob("recipes/**/*.toml"), *root.glob("src/moebalance/recipes/*.toml")]
+    recipes = [*root.glob("recipes/**/*.toml"), *root.glob("src/**/recipes/*.toml")]
     assert len(recipes) >= 2
     for path in recipes:
         recipe = Recipe.read(path)

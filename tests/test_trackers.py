@@ -159,5 +159,5 @@ def test_the_command_sends_finished_runs(tmp_path):
     asked = ["track", str(tmp_path), "--to", "tensorboard", "--folder", str(tmp_path / "out")]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
-    assert "Sent 1 runs to tensorboard" in done.output
+    assert "Sent 1 run to tensorboard" in done.output
     assert "moe/gini" in events(tmp_path / "out" / "tensorboard" / "mixed-run")

@@ -1,25 +1,37 @@
-"""What the command line prints: tables, verdicts and progress, in a terminal of any width."""
+"""What the command line prints: tables, verdicts, diagnoses, in a terminal of any width."""
 
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moebalance.runlog import LOG_NAME, Run, find_runs
 
 if TYPE_CHECKING:
-    from moebalance.lab.compare import Job
-    from moebalance.lab.recipe import Recipe
     from moebalance.report import BeforeAfter
 
+REPORT = "report.html"
+
 console, errors = Console(), Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Print a line as it is, never wrapped: it can be clicked, copied or piped at any width."""
+    console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "run"), counted(3, "run")
+    ('1 run', '3 runs')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def show(runs: list[Run], page: Path) -> None:
@@ -31,24 +43,71 @@ def show(runs: list[Run], page: Path) -> None:
     """
     from moebalance.report import summarise, summary_rows, write_report
 
-    for batching in {row["batching"]: None for row in summary_rows(runs)}:
-        table = Table(title=f"{batching} micro-batches", title_justify="left")
-        # A narrow terminal gets the first columns in full rather than all of them cut short.
-        columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
-        for title, _, _ in columns:
-            left = title == "method"
-            table.add_column(title, justify="left" if left else "right", no_wrap=not left)
-        for row in summary_rows(runs):
-            if row["batching"] == batching:
-                table.add_row(*(_cell(row, key, digits) for _, key, digits in columns))
-        console.print(table)
+    rows = summary_rows(runs)
+    # A narrow terminal gets the first columns in full rather than all of them cut short.
+    columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
+    for batching in {row["batching"]: None for row in rows}:
+        cells = (
+            [_cell(row, key, digits) for _, key, digits in columns]
+            for row in rows
+            if row["batching"] == batching
+        )
+        _print_table(f"{batching} micro-batches", [title for title, _, _ in columns], cells)
     for section in summarise(runs):
         console.print(f"[bold]{escape(section.title)}[/]: {escape(section.verdict)}")
         if section.before_after is not None:
             _show_before_after(section.before_after)
-    # Plain and alone on its line, so that it can be clicked or piped whatever the width.
-    written = write_report(runs, page)
-    console.print(f"Report: {escape(str(written.resolve()))}", soft_wrap=True, highlight=False)
+    say(f"Report: {write_report(runs, page).resolve()}")
+
+
+_COLUMNS = (
+    ("method", "label", 0),
+    ("val loss", "val_loss", 3),
+    ("MaxVio", "maxvio", 2),
+    ("gap", "soft_hard_gap", 2),
+    ("dead", "dead_experts", 0),
+    ("MI", "mi", 2),
+    ("time", "step_time_ratio", 2),
+    ("MaxVio batch", "maxvio_batch", 2),
+    ("soft MaxVio", "soft_maxvio", 2),
+    ("Gini", "gini", 2),
+    ("entropy", "entropy", 2),
+    ("purity", "purity", 2),
+)
+
+
+def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
+    value, sd = row.get(key), row.get(f"{key}_sd")
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return f"{value:.{digits}f}" + (f"±{sd:.{digits}f}" if sd is not None else "")
+
+
+def _show_before_after(found: "BeforeAfter") -> None:
+    # A narrow terminal gets the numbers that matter most rather than all of them cut short.
+    shown = [i for i, m in enumerate(found.columns) if console.width >= 120 or "dead" not in m.key]
+    titles = (found.columns[i].title for i in shown)
+    short = [title.replace(" text:", "").replace(" experts", "") for title in titles]
+    rows = []
+    for line in found.lines:
+        cells = [(line.cells[i], found.columns[i].digits) for i in shown]
+        texts = ("–" if e is None else e.text(digits).replace(" ", "") for e, digits in cells)
+        rows.append([line.label, *texts])
+    _print_table("before and after", ["", *short], rows)
+    if found.verdict:
+        console.print(escape(found.verdict))
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of names on the left, which may wrap, and numbers on the right, which may not."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def save_extras(
@@ -60,38 +119,38 @@ def save_extras(
     markdown: Path | None,
     archive: Path | None,
 ) -> None:
-    """Write what was asked for beside the page, and say where.
+    """Write what was asked for next to the page, and say where.
 
     Args:
         runs: one or more.
-        figure: the SVG of loss against MaxVio.
-        figures: formats of the figures for papers, with commas; they go to `to`.
-        to: the folder of those figures.
-        markdown: the tables and verdicts.
-        archive: a folder for the logs without their step rows.
+        figure: SVG file for loss against MaxVio.
+        figures: formats of the figures for papers, with commas.
+        to: folder of those figures.
+        markdown: file for the tables and verdicts.
+        archive: folder for the logs without their step rows.
     """
     from moebalance.report import write_figure, write_figures, write_markdown
     from moebalance.runlog import archive as copy
 
     if figure is not None:
-        console.print(f"Figure: {write_figure(runs, figure)}")
+        say(f"Figure: {write_figure(runs, figure)}")
     if figures is not None:
         written = write_figures(runs, to, figures.split(","))
-        console.print(f"Figures: {len(written)} files in {escape(str(to))}", soft_wrap=True)
+        say(f"Figures: {counted(len(written), 'file')} in {to}")
     if markdown is not None:
         names = ", ".join(dict.fromkeys(str(run.header.get("name", "runs")) for run in runs))
-        console.print(f"Markdown: {write_markdown(runs, markdown, f'Results: {names}')}")
+        say(f"Markdown: {write_markdown(runs, markdown, f'Results: {names}')}")
     if archive is not None:
         for run in runs:
             copy(run, archive / run.batching / run.path.parent.name)
-        console.print(f"Archived {len(runs)} logs in {archive}")
+        say(f"Archived {counted(len(runs), 'log')} in {archive}")
 
 
 def show_diagnosis(target: str) -> bool:
     """Print what is wrong with runs or a model, and what to change; return whether it is an error.
 
     Args:
-        target: a run log, a folder that holds some, or what the doctor of models takes.
+        target: a run log, a folder of runs, or a model as the doctor of models takes it.
     """
     if _holds_runs(Path(target)):
         from moebalance.report import diagnosis
@@ -117,55 +176,13 @@ def _holds_runs(path: Path) -> bool:
     return path.is_dir() and not model and next(path.rglob(LOG_NAME), None) is not None
 
 
-def _show_before_after(found: "BeforeAfter") -> None:
-    table = Table(title="before and after", title_justify="left")
-    table.add_column("")
-    # A narrow terminal gets the numbers that matter most rather than all of them cut short.
-    shown = [i for i, m in enumerate(found.columns) if console.width >= 120 or "dead" not in m.key]
-    for column in (found.columns[i] for i in shown):
-        short = column.title.replace(" text:", "").replace(" experts", "")
-        table.add_column(short, justify="right", no_wrap=True)
-    for line in found.lines:
-        cells = [(line.cells[i], found.columns[i].digits) for i in shown]
-        texts = ("–" if e is None else e.text(digits).replace(" ", "") for e, digits in cells)
-        table.add_row(escape(line.label), *texts)
-    console.print(table)
-    if found.verdict:
-        console.print(escape(found.verdict))
-
-
-_COLUMNS = (
-    ("method", "label", 0),
-    ("val loss", "val_loss", 3),
-    ("MaxVio", "maxvio", 2),
-    ("gap", "soft_hard_gap", 2),
-    ("dead", "dead_experts", 0),
-    ("MI", "mi", 2),
-    ("time", "step_time_ratio", 2),
-    ("MaxVio batch", "maxvio_batch", 2),
-    ("soft MaxVio", "soft_maxvio", 2),
-    ("Gini", "gini", 2),
-    ("entropy", "entropy", 2),
-    ("purity", "purity", 2),
-)
-
-
-def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
-    value, sd = row.get(key), row.get(f"{key}_sd")
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return escape(value)
-    return f"{value:.{digits}f}" + (f"±{sd:.{digits}f}" if sd is not None else "")
-
-
 def serve(folders: list[Path], port: int) -> None:
     """Serve the report of runs on this machine and say where, until Ctrl-C."""
     from moebalance.report.live import ReportServer
 
     with ReportServer(folders, port) as server:
-        console.print(f"Live report: {server.url}", soft_wrap=True, highlight=False)
-        console.print("It follows the runs and is seen from this machine only. Ctrl-C ends it.")
+        say(f"Live report: {server.url}")
+        say("It follows the runs and is seen from this machine only. Ctrl-C ends it.")
         with suppress(KeyboardInterrupt):
             server.serve_forever()
 
@@ -197,71 +214,10 @@ def watch_runs(folders: list[Path], *, once: bool, every_s: float = 1.0) -> None
             runs, problems = readable_runs(folders)
 
 
-def progress() -> Progress:
-    """Bars that say how many steps are done and how long it took."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-def run_jobs(recipe: "Recipe", jobs: "list[Job]", out: Path, workers: int | None) -> list[Run]:
-    """Make the runs of a comparison under a bar for all, and one for each that is running."""
-    from moebalance.lab.compare import compare
-
-    console.print(
-        f"[bold]{escape(recipe.name)}[/]: {len(jobs)} runs of {recipe.train.steps} steps, "
-        f"{len(recipe.compare.methods)} methods × {len(recipe.compare.seeds)} seeds × "
-        f"{len(recipe.compare.batching)} kinds of micro-batch → {escape(str(out))}"
-    )
-    with progress() as bars:
-        overall = bars.add_task("all runs", total=len(jobs) * recipe.train.steps)
-        rows: dict[Job, Any] = {}
-
-        def tell(running: Mapping["Job", int], states: Mapping["Job", str]) -> None:
-            ended = sum(s not in ("waiting", "running") for s in states.values())
-            done = ended * recipe.train.steps + sum(running.values())
-            bars.update(overall, completed=done)
-            for job, step in running.items():
-                if job not in rows:
-                    rows[job] = bars.add_task(job.label, total=recipe.train.steps)
-                bars.update(rows[job], completed=step)
-            for job in set(rows) - set(running):
-                bars.remove_task(rows.pop(job))
-
-        return compare(recipe, out, workers=workers, progress=tell)
-
-
 def trackers(folder: Path, names: str | None) -> AbstractContextManager[None]:
     """Send the runs under a folder to trackers, named with commas, while the block runs."""
     if names is None:
         return nullcontext()
-    from moebalance.lab.trackers import following as sending
+    from moebalance.lab.trackers import following
 
-    return sending(folder, names.split(","))
-
-
-@contextmanager
-def following(log: Path, steps: int, label: str) -> Iterator[None]:
-    """Show how far a run in this process is, from its log."""
-    from moebalance.lab.compare import last_step
-
-    with progress() as bars:
-        task = bars.add_task(label, total=steps)
-        stop = threading.Event()
-
-        def watch() -> None:
-            while not stop.wait(0.5):
-                bars.update(task, completed=last_step(log))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            bars.update(task, completed=last_step(log))
+    return following(folder, names.split(","))

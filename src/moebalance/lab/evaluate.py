@@ -8,16 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from moebalance import metrics
-from moebalance.core.handle import Balancing
-from moebalance.core.layer import LayerBalance
+from moebalance import Balancing, LayerBalance, metrics
 from moebalance.integrations.huggingface import Site, find_sites
 from moebalance.lab.text.batches import TokenDataset
 
 Choices = dict[str, Tensor]
-"""Experts (N, K) of every held-out token by layer, as an evaluation found them."""
+"""Experts (N, K) of every held-out token, by layer, as an evaluation found them."""
 
-_MOST_PAIRS = 16_000  # of experts, in one evaluation row: some hundred kB
+_MOST_PAIRS = 16_000  # pairs of experts in one evaluation row: about 100 kB
 
 
 class _Watch:
@@ -68,19 +66,21 @@ def evaluate(
 
     Args:
         model: a Transformers language model with `balancing` attached.
-        balancing: its handle; names the layers to watch.
+        balancing: the handle of the model; names the layers to watch.
         dataset: sequences with their domains.
-        batch_size: sequences a batch; `maxvio_batch` is the mean over these batches.
-        choices: what the last evaluation on these sequences chose, replaced by what this one does;
-            empty before the first.
+        batch_size: sequences in a batch; `maxvio_batch` is the mean over these batches.
+        choices: experts that the last evaluation on these sequences chose, empty before the first;
+            replaced by the choices of this evaluation.
 
     Returns:
-        `loss` in nats per token; the hard load's `maxvio`, `gini`, `entropy`, `dead` over the whole
-        set and `maxvio_batch`; `soft_maxvio`, `soft_hard_gap`; with several domains, `mi` (nats)
-        and `purity` between domain and expert; all means over layers; `dead_experts` over all
-        layers; the loads; `router_similarity`; `churn` since the last evaluation; and
-        `coactivation`, how often pairs of experts serve one token, for `coactivation_layers`, as
-        many as take little room.
+        Means over layers:
+        `loss` in nats per token (no mean over layers);
+        `maxvio`, `gini`, `entropy`, `dead` of the hard load over the whole set; `maxvio_batch`;
+        `soft_maxvio`, `soft_hard_gap`, `router_similarity`;
+        with several domains `mi` (nats) and `purity` between domain and expert;
+        `churn` since the last evaluation.
+        Also `dead_experts` over all layers, the loads, and `coactivation`: how often two experts
+        serve one token, in as many layers (`coactivation_layers`) as take little room.
     """
     was_training = model.training
     model.eval()
@@ -152,9 +152,9 @@ def pair_lift(together: Tensor) -> Tensor:
 
 
 def fractions(load: Tensor, over: tuple[int, ...] = (-1,)) -> list[Any]:
-    """A load as nested lists of shares, rounded to what a picture can show."""
-    shares = (load / load.sum(dim=over, keepdim=True)).tolist()
-    return [_rounded(share) for share in shares]
+    """A load as nested lists of fractions, rounded to six decimals."""
+    parts = (load / load.sum(dim=over, keepdim=True)).tolist()
+    return [_rounded(part) for part in parts]
 
 
 def _churn(before: Choices, now: Choices) -> dict[str, float]:

@@ -16,8 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from moebalance.attachment import attach
-from moebalance.core.handle import Balancing
+from moebalance import Balancing, attach
 from moebalance.integrations.huggingface import STATE_FILE, check_export, find_sites, load, save
 from moebalance.lab.checkpoints import checkpoint_folder
 from moebalance.lab.inputs import check_keys

@@ -49,8 +49,8 @@ def load_texts(recipe: Recipe, *, cache_dir: Path | None = None) -> Texts:
 def build_model(recipe: Recipe, vocab_size: int, checkpoint: Path | None = None) -> PreTrainedModel:
     """Make the recipe's model, with fresh weights or those of a checkpoint of this run.
 
-    The weights are loaded here because a Trainer that resumes leaves out experts which Transformers
-    saves under other names than it holds them: it logs "missing keys" and goes on without them.
+    The weights are loaded here because a Trainer that resumes leaves out experts that Transformers
+    saves under other names than the model has: it logs "missing keys" and goes on without them.
 
     Raises:
         ValueError: unknown architecture or configuration key, with the nearest valid name.

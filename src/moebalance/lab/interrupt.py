@@ -12,9 +12,10 @@ from transformers import Trainer, TrainerCallback
 
 @contextmanager
 def interrupt_between_steps(trainer: Trainer) -> Iterator[None]:
-    """Let Ctrl-C end the run after the step in progress; a second one ends it at once.
+    """Let Ctrl-C end the run after the step in progress; a second Ctrl-C ends it at once.
 
-    Raised anywhere else, Python may drop it: what falls into a finaliser is printed and forgotten.
+    Python may drop an interrupt at any other moment: one that falls into a finaliser is printed and
+    forgotten.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is told of signals
@@ -29,8 +30,6 @@ def interrupt_between_steps(trainer: Trainer) -> Iterator[None]:
 
 
 class _StopHere(TrainerCallback):
-    """Raises the interrupt that came during a step, once the step is whole."""
-
     asked = False
 
     def ask(self, number: int, frame: FrameType | None) -> None:

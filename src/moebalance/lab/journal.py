@@ -1,60 +1,40 @@
-"""What a run writes down: its header, and a row for each step, load snapshot and evaluation."""
+"""What a run logs: its header, and a row for each step, load snapshot and evaluation."""
 
-import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from moebalance import __version__
-from moebalance.core.handle import Balancing
+from moebalance import Balancing, __version__
 from moebalance.integrations.huggingface import find_sites
 from moebalance.lab.evaluate import Choices, evaluate, fractions
+from moebalance.lab.identity import Identity
 from moebalance.lab.inputs import Texts
 from moebalance.lab.recipe import Recipe
 from moebalance.lab.text.batches import TokenDataset
-from moebalance.runlog import RunLog, read_run
+from moebalance.runlog import RunLog
 
 OLD = "old_"
-"""Before the name of a number that was measured on the old text."""
-
-
-class Identity(NamedTuple):
-    """What tells a run from the others of its recipe.
-
-    Attributes:
-        method: its word.
-        method_repr: its `repr`.
-        seed: of fresh weights and data order.
-        batching: kind of micro-batch.
-        fingerprint: of the checkpoint that fine-tuning starts from; None from scratch.
-    """
-
-    method: str
-    method_repr: str
-    seed: int
-    batching: str
-    fingerprint: str | None
+"""Prefix of numbers that were measured on the old text."""
 
 
 class Journal(TrainerCallback):
     """Writes the run log: a row a step, load snapshots, evaluations.
 
-    A fine-tuning run is evaluated before its first step as well.
+    A fine-tuning run is evaluated before its first step too.
 
     Args:
-        log: where to.
-        recipe: how often.
+        log: the log to write.
+        recipe: says how often each row is written.
         balancing: the handle of the model in training.
-        held_out: the sequences to evaluate on.
-        old: those of the old text, whose numbers are called `old_…`; None for none.
+        held_out: sequences to evaluate on.
+        old: sequences of the old text, whose numbers are called `old_…`; None for none.
     """
 
     def __init__(
@@ -72,7 +52,7 @@ class Journal(TrainerCallback):
         self.started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate a model that is to be fine-tuned."""
+        """Evaluate a model before it is fine-tuned."""
         if self.fine_tunes and state.global_step == 0:
             self._evaluate(kwargs["model"], 0)
 
@@ -81,7 +61,7 @@ class Journal(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
+        """Stop the clock."""
         self.step_time_s = time.perf_counter() - self.started
 
     def on_log(
@@ -123,7 +103,7 @@ class Journal(TrainerCallback):
 def header(
     recipe: Recipe, identity: Identity, model: PreTrainedModel, balancing: Balancing, texts: Texts
 ) -> dict[str, Any]:
-    """What the first line of a run log says."""
+    """The first line of a run log."""
     site = find_sites(model)[0]
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -164,44 +144,6 @@ def header(
         "data": data,
         "model": described,
     }
-
-
-def refuse_other_run(path: Path, recipe: Recipe, identity: Identity) -> None:
-    """Refuse to go on with a run that was started as another one.
-
-    Raises:
-        ValueError: says what differs.
-    """
-    then = read_run(path).header
-    for key in ("method", "method_repr", "seed", "batching"):
-        _refuse_difference(path, key, then.get(key), getattr(identity, key))
-    _refuse_difference(path, "recipe", *map(_as_logged, (then.get("recipe"), recipe.as_dict())))
-    _refuse_difference(path, "checkpoint", logged_fingerprint(then), identity.fingerprint)
-
-
-def logged_fingerprint(header: Mapping[str, Any]) -> str | None:
-    """Fingerprint of the checkpoint that a logged run started from; None if it had none."""
-    model = header.get("model")
-    found = model.get("fingerprint") if isinstance(model, Mapping) else None
-    return None if found is None else str(found)
-
-
-def _refuse_difference(path: Path, key: str, then: Any, now: Any) -> None:
-    if then != now:
-        raise ValueError(
-            f"{path} is of a run with another {key}: {then!r}, not {now!r}. "
-            "Resume with what it was started with, or choose another folder."
-        )
-
-
-def _as_logged(recipe: Any) -> Any:
-    """A recipe as this version logs it: one of an earlier version gets the newer keys' defaults.
-
-    Without how its model is laid out over ranks, which may change.
-    """
-    logged = json.loads(json.dumps(Recipe.parse(recipe, source="its recipe").as_dict()))
-    del logged["train"]["sharded"]
-    return logged
 
 
 def _commit() -> str | None:

@@ -1,162 +1,189 @@
 """A recipe: one TOML file that says everything about a run or a comparison.
 
 name = "…"
-[model]    architecture = "qwen3_moe", and any key of that architecture's configuration;
-           or checkpoint = "folder", and any key of its configuration to change
-[data]     see `data.DataSpec`
-[old_data] with a checkpoint: text it knew already, evaluated and never trained on
-[lora]     with a checkpoint: see `LoraSpec`; without the table every weight is trained
-[train]    see `TrainSpec`
-[method]   name = "phi", and the method's options           (moebalance train, finetune)
-[compare]  methods, seeds, batching                          (moebalance compare)
+[model]    architecture = "qwen3_moe", and any key of its configuration;
+           or checkpoint = "folder", and the keys of its configuration to change
+[data]     the text: `DataSpec`
+[old_data] with a checkpoint: text the model knew already; evaluated, never trained on
+[lora]     with a checkpoint: `LoraSpec`; without this table every weight is trained
+[train]    the training: `TrainSpec`
+[method]   name = "phi", and the options of the method      (moebalance train, finetune)
+[compare]  methods, seeds, batching: `CompareSpec`           (moebalance compare)
 [methods.phi] …                                              options by method
 """
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from moebalance.lab.text.batches import BATCHINGS
-from moebalance.lab.text.data import DataSpec
-from moebalance.words.suggest import did_you_mean
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
-if TYPE_CHECKING:
-    from moebalance.methods import Method
+from moebalance.words.suggest import instead_of
 
 FINAL = "final"
 """Name of the folder in a run's folder that holds the model it ended with."""
 
+Batching = Literal["mixed", "one-domain", "shift"]
 
-@dataclass(frozen=True)
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("give at least one")
+    if len(set(values)) < len(values):
+        raise ValueError("give each one once")
+    return values
+
+
+def _attention_or_names(value: object) -> object:
+    listed = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    if value != "attention" and not (listed and value):
+        raise ValueError('give "attention", or a list of names such as ["q_proj", "v_proj"]')
+    return value
+
+
+_Count = Annotated[int, Field(strict=True, ge=1)]
+_CountOrNone = Annotated[int, Field(strict=True, ge=0)]
+_Number = Annotated[float, Field(strict=True, ge=0)]
+_Names = Annotated[tuple[str, ...], AfterValidator(_each_once)]
+_CONFIG = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class DataSpec:
+    """The text of a recipe.
+
+    Args:
+        source: `"python"`, or a path; see `text/corpus.py`.
+        tokenizer: `"bytes"`, `"bpe"`, or `"checkpoint"` for the tokeniser of the model to
+            fine-tune.
+        vocab_size: ids of the `bpe` tokeniser in all; `bytes` always has 257.
+        seq_len: S, tokens in a sequence.
+        validation: part of each domain's bytes to hold out, in (0, 0.5].
+        split_seed: another seed holds out other documents.
+        domains: domains to use, in this order; None uses all.
+        column: column of a data set with text, or with conversations if the tokeniser of a
+            checkpoint has a chat template.
+        domain_column: column with the domain of each row; None makes one domain of the data set.
+        extensions: file endings to read in a folder; None reads every text file.
+        max_bytes_per_domain: most bytes to read of each domain; None reads all.
+
+    >>> DataSpec(tokenizer="bpe", vocab_size=512, seq_len=64).validation
+    0.1
+    """
+
+    source: str = "python"
+    tokenizer: Literal["bytes", "bpe", "checkpoint"] = "bytes"
+    vocab_size: StrictInt = 512
+    seq_len: Annotated[int, Field(strict=True, ge=2)] = 128
+    validation: Annotated[float, Field(strict=True, gt=0, le=0.5)] = 0.1
+    split_seed: StrictInt = 0
+    domains: _Names | None = None
+    column: str = "text"
+    domain_column: str | None = None
+    extensions: _Names | None = None
+    max_bytes_per_domain: _Count | None = None
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class TrainSpec:
-    """The training part of a recipe.
+    """The training of a recipe.
 
     Args:
         steps: optimizer steps.
         batch_size: sequences in a micro-batch.
         accumulation: micro-batches in a step.
-        learning_rate: peak; AdamW with β = (0.9, 0.95).
-        warmup: share of the steps with rising learning rate.
-        schedule: a Transformers scheduler, `"cosine"` or `"linear"` or `"constant_with_warmup"`.
-        weight_decay: AdamW's.
-        max_grad_norm: gradients are clipped at this norm; 0 for not.
-        batching: `"mixed"` or `"one-domain"` micro-batches, or `"shift"`: mixed ones of half of the
-            domains, and from half-way on of the other half.
+        learning_rate: the highest; AdamW with β = (0.9, 0.95).
+        warmup: part of the steps in which the learning rate rises.
+        schedule: a Transformers scheduler.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: gradients are clipped at this norm; 0 clips nothing.
+        batching: `"mixed"` or `"one-domain"` micro-batches; or `"shift"`, mixed ones of half of the
+            domains first and of the other half from half-way on.
         eval_sequences: held-out sequences in an evaluation, the same for every run.
-        eval_every: steps between evaluations; 0 for one at the end.
+        eval_every: steps between evaluations; 0 evaluates once, at the end.
         snapshot_every: steps between load snapshots in the log.
-        save_every: steps between checkpoints; 0 for none.
-        bf16: compute in bfloat16, with weights and router state in float32.
+        save_every: steps between checkpoints; 0 saves none.
+        bf16: compute in bfloat16; weights and router state stay in float32.
         gradient_checkpointing: compute activations twice instead of keeping them.
         sharded: split weights, gradients and optimizer state over the ranks (FSDP2), and save
-            checkpoints that any number of ranks can take up.
+            checkpoints with which any number of ranks can go on.
     """
 
-    steps: int = 500
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 3e-3
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    batching: str = "mixed"
-    eval_sequences: int = 512
-    eval_every: int = 0
-    snapshot_every: int = 25
-    save_every: int = 0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    sharded: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("bf16", "gradient_checkpointing", "sharded"):
-            _true_or_false(name, getattr(self, name))
-        for name in ("steps", "batch_size", "accumulation", "eval_sequences", "snapshot_every"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "save_every", "weight_decay", "max_grad_norm", "warmup"):
-            _at_least(name, getattr(self, name), 0)
-        _at_least("learning_rate", self.learning_rate, 0)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate!r}: must be greater than 0.")
-        if self.warmup > 1:
-            raise ValueError(f"warmup={self.warmup!r}: a share of the steps, at most 1.")
-        _one_of("batching", self.batching, BATCHINGS)
-        _one_of("schedule", self.schedule, ("cosine", "linear", "constant_with_warmup"))
+    steps: _Count = 500
+    batch_size: _Count = 8
+    accumulation: _Count = 1
+    learning_rate: Annotated[float, Field(strict=True, gt=0)] = 3e-3
+    warmup: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.05
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: _Number = 0.1
+    max_grad_norm: _Number = 1.0
+    batching: Batching = "mixed"
+    eval_sequences: _Count = 512
+    eval_every: _CountOrNone = 0
+    snapshot_every: _Count = 25
+    save_every: _CountOrNone = 0
+    bf16: StrictBool = False
+    gradient_checkpointing: StrictBool = False
+    sharded: StrictBool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class LoraSpec:
-    """The LoRA part of a fine-tuning recipe: which layers get low-rank updates.
+    """The low-rank updates (LoRA) of a fine-tuning recipe.
 
     Args:
         r: rank of the updates.
-        alpha: they are scaled by alpha / r.
-        dropout: before them.
+        alpha: the updates are scaled by alpha / r.
+        dropout: dropout before the updates, in [0, 1).
         target_modules: `"attention"`, every linear layer of every attention; or a list of names as
             PEFT takes them.
-        train_router: train the routers too, in full rank; False freezes them, and then only
-            methods that work at selection can balance.
+        train_router: train every router, in full rank. False freezes the routers; then only methods
+            that work at selection, such as loss-free, can balance.
     """
 
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "attention"
-    train_router: bool = True
-
-    def __post_init__(self) -> None:
-        _at_least("r", self.r, 1)
-        _at_least("alpha", self.alpha, 0)
-        _at_least("dropout", self.dropout, 0)
-        if self.dropout >= 1:
-            raise ValueError(f"dropout={self.dropout!r}: must be less than 1.")
-        _true_or_false("train_router", self.train_router)
-        targets = self.target_modules
-        if isinstance(targets, str):
-            if targets != "attention":
-                raise ValueError(
-                    f'target_modules={targets!r}: give "attention", or a list of names such as '
-                    '["q_proj", "v_proj"].'
-                )
-            return
-        if not targets or not all(isinstance(name, str) for name in targets):
-            raise ValueError(f"target_modules={targets!r}: give a list of at least one name.")
-        object.__setattr__(self, "target_modules", tuple(targets))  # TOML gives lists
+    r: _Count = 16
+    alpha: _Number = 32.0
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    target_modules: Annotated[
+        Literal["attention"] | tuple[str, ...], BeforeValidator(_attention_or_names)
+    ] = "attention"
+    train_router: StrictBool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class CompareSpec:
-    """The comparison part of a recipe: every method × seed × batching is one run.
+    """The comparison of a recipe: every method × seed × batching is one run.
 
     Args:
         methods: words such as `"phi"` or `"phi+loss-free"`.
-        seeds: each seeds the initial weights and the data order, alike for all methods.
+        seeds: each fixes fresh weights and the data order, alike for all methods.
         batching: kinds of micro-batch to run under.
-        save_models: keep every run's model in its `final/`.
+        save_models: keep the model of every run in its folder `final`.
     """
 
-    methods: tuple[str, ...] = ("none", "switch", "loss-free", "phi", "phi+loss-free")
-    seeds: tuple[int, ...] = (0, 1)
-    batching: tuple[str, ...] = ("mixed",)
-    save_models: bool = False
-
-    def __post_init__(self) -> None:
-        _true_or_false("save_models", self.save_models)
-        for name in ("methods", "seeds", "batching"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value))
-            if not value:
-                raise ValueError(f"[compare] {name} is empty: give at least one.")
-        for batching in self.batching:
-            _one_of("batching", batching, BATCHINGS)
+    methods: _Names = ("none", "switch", "loss-free", "phi", "phi+loss-free")
+    seeds: Annotated[tuple[StrictInt, ...], AfterValidator(_each_once)] = (0, 1)
+    batching: Annotated[tuple[Batching, ...], AfterValidator(_each_once)] = ("mixed",)
+    save_models: StrictBool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class Recipe:
-    """A whole recipe; see the module's text."""
+    """A whole recipe; see the text of this module."""
 
     name: str
     model: Mapping[str, Any]
@@ -173,39 +200,25 @@ class Recipe:
         """The folder that a fine-tuning recipe starts from; None for training from scratch."""
         return self.model.get("checkpoint")
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for problem in _contradictions(self):
+            raise ValueError(problem)
+        return self
+
     @classmethod
     def parse(cls, table: Mapping[str, Any], *, source: str) -> Self:
         """Check a table read from TOML and make the recipe.
 
         Raises:
-            ValueError: an unknown or missing key, a value that cannot work; says where.
+            ValueError: unknown or missing keys, values that cannot work; says where each is.
         """
-        table = {key: value for key, value in table.items() if value is not None}
-        _known(table, [f.name for f in fields(cls)], source)
-        for section in (*_SECTIONS, "model", "method", "methods"):
-            if not isinstance(table.get(section, {}), dict):
-                raise ValueError(f"{source}: {section} must be a table, [{section}].")
-        for word, options in table.get("methods", {}).items():
-            if not isinstance(options, dict):
-                raise ValueError(f"{source}: methods.{word} must be a table, [methods.{word}].")
-        method = table.get("method", {"name": "phi"})
-        if "name" not in method:
-            raise ValueError(f'{source}: [method] needs name, for example "phi".')
-        model = table.get("model", {})
-        if _is_fine_tuning(model, table, source):
-            table = _with_fine_tuning_defaults(table, source)
-        parts = {
-            section: _section(kind, table.get(section, {}), f"{source}: [{section}]")
-            for section, kind in _SECTIONS.items()
-            if section in table or section not in _OPTIONAL
-        }
-        return cls(
-            name=str(table.get("name", Path(source).stem)),
-            model=model,
-            method=method,
-            methods=table.get("methods", {}),
-            **parts,
-        )
+        named = {"name": Path(source).stem, **table}
+        try:
+            return TypeAdapter(cls).validate_python(_with_fine_tuning_defaults(named))
+        except ValidationError as error:
+            problems = (f"{source}: {_in_words(e)}" for e in error.errors(include_url=False))
+            raise ValueError("\n".join(problems)) from None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -227,110 +240,103 @@ class Recipe:
         return asdict(self)
 
 
-_SECTIONS: Mapping[str, type] = {
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """What two keys of a recipe say against each other."""
+    if "name" not in recipe.method:
+        yield '[method] needs name, for example "phi".'
+    if "checkpoint" not in recipe.model:
+        yield from _lacks_a_checkpoint(recipe)
+    elif "architecture" in recipe.model:
+        yield (
+            "[model] has both architecture (train from scratch) and checkpoint (fine-tune): give "
+            "one of them."
+        )
+    elif not isinstance(recipe.checkpoint, str):
+        yield "[model] checkpoint must be the path of a folder."
+    for key in _SHARED_BY_TEXTS if recipe.old_data else ():
+        old, new = getattr(recipe.old_data, key), getattr(recipe.data, key)
+        if old != new:
+            yield (
+                f"[old_data] {key}={old!r} differs from [data]'s {new!r}: leave it out, it is the "
+                "same for both."
+            )
+
+
+def _lacks_a_checkpoint(recipe: Recipe) -> Iterator[str]:
+    if "architecture" not in recipe.model:
+        yield (
+            '[model] needs architecture, for example "qwen3_moe" or "mixtral", to train from '
+            "scratch, or checkpoint, the path of a folder, to fine-tune."
+        )
+    for section in ("old_data", "lora"):
+        if getattr(recipe, section) is not None:
+            yield f"[{section}] is for fine-tuning: give [model] checkpoint, or leave it out."
+    if recipe.data.tokenizer == "checkpoint":
+        yield '[data] tokenizer="checkpoint" needs [model] checkpoint.'
+
+
+# The losses of two texts can be compared only if these are one.
+_SHARED_BY_TEXTS = ("tokenizer", "vocab_size", "seq_len")
+# A step that teaches fresh weights would wipe out trained ones.
+_LEARNING_RATE, _LORA_LEARNING_RATE = 2e-5, 2e-4
+
+
+def _with_fine_tuning_defaults(table: dict[str, Any]) -> dict[str, Any]:
+    model = table.setdefault("model", {})
+    if not isinstance(model, dict) or "checkpoint" not in model:
+        return table
+    rate = _LEARNING_RATE if table.get("lora") is None else _LORA_LEARNING_RATE
+    table = _with_defaults(table, "train", {"learning_rate": rate})
+    table = _with_defaults(table, "data", {"tokenizer": "checkpoint"})
+    if table.get("old_data") is None or not isinstance(table["data"], dict):
+        return table
+    shared = {key: table["data"][key] for key in _SHARED_BY_TEXTS if key in table["data"]}
+    return _with_defaults(table, "old_data", shared)
+
+
+def _with_defaults(
+    table: dict[str, Any], section: str, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = table.get(section, {})
+    return {**table, section: {**defaults, **given}} if isinstance(given, dict) else table
+
+
+_SECTIONS: Mapping[str | int, type] = {
     "data": DataSpec,
     "old_data": DataSpec,
     "lora": LoraSpec,
     "train": TrainSpec,
     "compare": CompareSpec,
 }
-_OPTIONAL = ("old_data", "lora")
-# What has to be one for both texts, so that their losses can be compared.
-_SHARED_BY_TEXTS = ("tokenizer", "vocab_size", "seq_len")
-# A step that teaches fresh weights would wipe out trained ones.
-_LEARNING_RATE, _LORA_LEARNING_RATE = 2e-5, 2e-4
+_TYPES = {
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list, even for one",
+}
 
 
-def _section(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    _known(values, [f.name for f in fields(kind)], where)
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} {error}") from error
-
-
-def _is_fine_tuning(model: Mapping[str, Any], table: Mapping[str, Any], source: str) -> bool:
-    if "checkpoint" in model:
-        if "architecture" in model:
-            raise ValueError(
-                f"{source}: [model] has both architecture (train from scratch) and checkpoint "
-                "(fine-tune): give one of them."
-            )
-        if not isinstance(model["checkpoint"], str):
-            raise ValueError(f"{source}: [model] checkpoint must be the path of a folder.")
-        return True
-    if "architecture" not in model:
-        raise ValueError(
-            f'{source}: [model] needs architecture, for example "qwen3_moe" or "mixtral", to train '
-            "from scratch, or checkpoint, the path of a folder, to fine-tune."
-        )
-    for section in _OPTIONAL:
-        if section in table:
-            raise ValueError(
-                f"{source}: [{section}] is for fine-tuning: give [model] checkpoint, or leave it "
-                "out."
-            )
-    if table.get("data", {}).get("tokenizer") == "checkpoint":
-        raise ValueError(f'{source}: [data] tokenizer="checkpoint" needs [model] checkpoint.')
-    return False
-
-
-def _with_fine_tuning_defaults(table: Mapping[str, Any], source: str) -> dict[str, Any]:
-    rate = _LORA_LEARNING_RATE if "lora" in table else _LEARNING_RATE
-    data = {"tokenizer": "checkpoint", **table.get("data", {})}
-    train = {"learning_rate": rate, **table.get("train", {})}
-    filled = {**table, "data": data, "train": train}
-    if "old_data" in table:
-        shared = {key: data.get(key, getattr(DataSpec, key)) for key in _SHARED_BY_TEXTS}
-        for key, value in table["old_data"].items():
-            if shared.get(key, value) != value:
-                raise ValueError(
-                    f"{source}: [old_data] {key}={value!r} differs from [data]'s {shared[key]!r}: "
-                    "leave it out, it is the same for both."
-                )
-        filled["old_data"] = {**table["old_data"], **shared}
-    return filled
-
-
-def _true_or_false(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: must be true or false, not {type(value).__name__}.")
-
-
-def _known(table: Mapping[str, Any], possible: list[str], where: str) -> None:
-    for key in table:
-        if key not in possible:
-            raise ValueError(
-                f"{where}: unknown key {key!r}.{did_you_mean(key, possible)} "
-                f"Possible: {', '.join(possible)}."
-            )
-
-
-def _at_least(name: str, value: object, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}.")
-    if not value >= least:
-        raise ValueError(f"{name}={value!r}: must be at least {least}.")
-
-
-def _one_of(name: str, value: str, possible: tuple[str, ...]) -> None:
-    if value not in possible:
-        raise ValueError(
-            f"{name}={value!r}.{did_you_mean(value, possible)} Possible: {', '.join(possible)}."
-        )
-
-
-def refuse_frozen(method: "Method", lora: LoraSpec | None) -> None:
-    """Refuse a method that works through the routers' gradient where LoRA leaves them frozen.
-
-    `attach` would refuse it as well, but only once the model is loaded.
-
-    Raises:
-        ValueError: says which key to change.
-    """
-    if lora is not None and not lora.train_router and method.traits.charges:
-        raise ValueError(
-            f"{method!r} works through the gradient of the router, and [lora] train_router = "
-            "false leaves every router frozen. Set it to true, or use a selection-lever method "
-            "such as loss-free."
-        )
+def _in_words(error: ErrorDetails) -> str:
+    """One problem that pydantic found: where it is, what was given, what is possible."""
+    kind, given, place = error["type"], error["input"], list(error["loc"])
+    own = error.get("ctx", {})
+    if kind == "unexpected_keyword_argument":
+        key, section = place.pop(), _SECTIONS.get(place[0], Recipe) if place else Recipe
+        where = f"[{place[0]}]: " if place else ""
+        known = [f.name for f in fields(section)]
+        return f"{where}unknown key {key!r}.{instead_of(str(key), known)}"
+    if not place:
+        return str(own["error"])
+    head = f"[{place[0]}] " if len(place) > 1 else ""
+    key = ".".join(map(str, place[1:] or place))
+    if kind in ("dataclass_type", "mapping_type", "dict_type"):
+        return f"{head}{key}={given!r}: must be a table, [{'.'.join(map(str, place))}]."
+    if kind == "literal_error":
+        possible = own["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        return f"{head}{key}={given!r}.{instead_of(str(given), possible)}"
+    if kind in _TYPES:
+        return f"{head}{key}={given!r}: {_TYPES[kind]}, not {type(given).__name__}."
+    words = str(own.get("error", error["msg"])).replace("Input should be", "must be")
+    words = words.replace("greater than or equal to", "at least")
+    return f"{head}{key}={given!r}: {words.replace('less than or equal to', 'at most')}."

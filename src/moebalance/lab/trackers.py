@@ -1,7 +1,9 @@
 """TensorBoard, Weights & Biases and trackio as readers of the run log.
 
-Training writes `log.jsonl` and knows no tracker. This module follows the file and sends what its
-rows say on, under one set of names:
+Training writes `log.jsonl` and knows no tracker. This module follows the file and sends its rows
+on, under one set of names. (The reporters of the Trainer live in the training process: they could
+not send finished runs, nor those of a comparison's workers, and would call `moe/maxvio`
+`train/moe/maxvio`.)
 
 | row | scalars |
 |---|---|
@@ -9,8 +11,8 @@ rows say on, under one set of names:
 | `snapshot` | `moe/layer_3/maxvio` and `moe/layer_3/dead`, a share, for every layer |
 | `eval` | `eval/loss`, `eval/maxvio`, `eval/mi`, … |
 
-A tracker that fails loses nothing: the log is whole, and :func:`track` sends it again. Each tracker
-is imported when it is asked for, and never otherwise.
+A tracker that fails loses nothing: the log is whole, and :func:`track` sends it again. A tracker is
+imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -168,41 +170,11 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _WeightsAndBiases:
-    """Online or offline as `WANDB_MODE` says."""
+class _Logger:
+    """A run of W&B or trackio, which take rows alike."""
 
-    def __init__(self, header: Row, name: str, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = _module("wandb").init(
-            project=_project(header),
-            name=name,
-            config=dict(header),
-            dir=str(folder),
-            reinit="create_new",  # runs of a comparison are open side by side
-        )
-
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self, status: str) -> None:
-        self._run.finish(exit_code=int(status != "complete"))
-
-
-class _Trackio:
-    """In trackio's own local database, unless its own variables say otherwise."""
-
-    def __init__(self, header: Row, name: str, folder: Path) -> None:
-        # A context of its own: trackio ends the run of the context it is in, and runs of a
-        # comparison are open side by side.
-        self._run = Context().run(
-            _module("trackio").init,
-            project=_project(header),
-            name=name,
-            config=dict(header),
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+    def __init__(self, run: Any) -> None:
+        self._run = run
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         self._run.log(dict(scalars), step=step)
@@ -211,10 +183,35 @@ class _Trackio:
         self._run.finish()
 
 
+class _WeightsAndBiases(_Logger):
+    """Online or offline as `WANDB_MODE` says."""
+
+    def close(self, status: str) -> None:
+        self._run.finish(exit_code=int(status != "complete"))
+
+
+def _wandb(header: Row, name: str, folder: Path) -> Sink:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Runs of a comparison are open side by side: create_new here, a context of its own below.
+    options = {**_about(header, name), "dir": str(folder), "reinit": "create_new"}
+    return _WeightsAndBiases(_module("wandb").init(**options))
+
+
+def _trackio(header: Row, name: str, folder: Path) -> Sink:
+    """In trackio's own local database, unless its own variables say otherwise."""
+    off = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
+    return _Logger(Context().run(_module("trackio").init, **_about(header, name), **off))
+
+
+def _about(header: Row, name: str) -> dict[str, Any]:
+    project = str(header.get("name") or "moebalance")
+    return {"project": project, "name": name, "config": dict(header)}
+
+
 TRACKERS: dict[str, Callable[[Row, str, Path], Sink]] = {
     "tensorboard": _TensorBoard,
-    "wandb": _WeightsAndBiases,
-    "trackio": _Trackio,
+    "wandb": _wandb,
+    "trackio": _trackio,
 }
 
 
@@ -270,10 +267,6 @@ def _by_layer(row: Row, header: Row) -> dict[str, float]:
             found[f"{place}/maxvio"] = max(known) - 1
             found[f"{place}/dead"] = sum(ratio < DEAD for ratio in known) / len(known)
     return found
-
-
-def _project(header: Row) -> str:
-    return str(header.get("name") or "moebalance")
 
 
 def _module(name: str) -> Any:

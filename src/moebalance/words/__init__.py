@@ -1,1 +1,7 @@
-"""Words people type, such as "phi+loss-free", and the methods and potentials they mean."""
+"""What people type, and what it means: "phi+loss-free" → a method, "Tsallis" → a potential.
+
+In reading order:
+    methods     words, brackets and tables → methods
+    potentials  names and tables → potentials, and lists of proportions
+    suggest     the nearest name, for errors
+"""

@@ -1,16 +1,17 @@
-"""Words people type become methods: `phi`, `loss-free`, `phi+loss-free` and their options.
+"""Words become methods: `phi`, `loss-free`, `phi(strength=0.01)+loss-free`.
 
-A method's word derives from its class (`GlobalBatchLoss` → `global-batch`), its options are the
-class's own fields, and `a+b` composes. Any method that charges can be steered to a goal, `target=`,
-or follow a `schedule=`; `proportions=` gives each expert its part of
-the load, for the method and its goal.
-Nothing is registered: a new class is found because it is exported.
+The word of a method comes from its class (`GlobalBatchLoss` → `global-batch`), its options are the
+fields of the class, and `a+b` composes. Nothing is registered: an exported class has a word.
+
+Three options fit several methods. `target=` steers the strength to a goal, `schedule=` makes it
+follow the tokens seen, and `proportions=` gives each expert its part of the load.
 """
 
 import ast
+import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from moebalance import methods as methods
@@ -18,51 +19,60 @@ from moebalance.methods import MaxVio, Method, Scheduled, Targeted, Together
 from moebalance.methods.goals import GOALS, Goal
 from moebalance.potentials import NegativeEntropy
 from moebalance.words.potentials import build_potential, table_with_proportions
-from moebalance.words.suggest import did_you_mean
+from moebalance.words.suggest import check_options, instead_of
 
 TARGET, SCHEDULE = "target", "schedule"
-"""The options that any method with a strength has besides its own; it takes one of them."""
+"""Options of every method with a strength; a method takes one of them."""
 
 PROPORTIONS, POTENTIAL = "proportions", "potential"
-"""Shares are a field of some methods, and go into the potential of the others."""
+"""Proportions are a field of some methods; of the others they go into the potential."""
 
 Options = Mapping[str, Mapping[str, Any]]
 
 
-def word(kind: type[Method]) -> str:
+def word(kind: type) -> str:
     """The word for a method's class.
 
     >>> word(methods.GlobalBatchLoss), word(methods.NoBalancing), word(methods.ZLoss)
     ('global-batch', 'none', 'z-loss')
+    >>> word(type("SMEBU", (), {})), word(type("SMEBUBalancing", (), {}))
+    ('smebu', 'smebu')
     """
-    parts = [part.lower() for part in re.findall(r"[A-Z]{3,}|[A-Z][a-z]*", kind.__name__)]
+    # A run of capitals is one part, but its last letter may begin the next: SMEBU, SMEBU-Balancing.
+    parts = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]*", kind.__name__)]
     if parts[-1] in ("balancing", "loss") and len("".join(parts[:-1])) > 1:
         parts.pop()
     return "none" if parts == ["no"] else "-".join(parts)
 
 
 def method_classes() -> dict[str, type[Method]]:
-    """Every method by its word."""
+    """Every method by its word; a wrapper has none, as it cannot be made without a method.
+
+    >>> wrappers = {methods.Together, methods.Targeted, methods.Scheduled}
+    >>> wrappers & set(method_classes().values())
+    set()
+    """
     exported = (getattr(methods, name) for name in methods.__all__)
-    kinds = [
-        kind
+    return {
+        word(kind): kind
         for kind in exported
-        if isinstance(kind, type) and issubclass(kind, Method)
-        if kind not in (Method, Scheduled, Targeted, Together)
-    ]
-    return {word(kind): kind for kind in kinds}
+        if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method
+        if all(p.default is not p.empty for p in inspect.signature(kind).parameters.values())
+    }
 
 
 def build_method(name: str, options: Options | None = None) -> Method:
     """Make the method that `name` says.
 
     Args:
-        name: words joined by `+`, each with options of its own in brackets if need be:
-            `phi(strength=0.01)+loss-free`.
-        options: fields by word, for example a recipe's `[methods.phi]`; brackets go before them.
+        name: words joined by `+`, each with its own options in brackets:
+            `phi(strength=0.01)+loss-free`. A name as a value needs no quotes:
+            `phi(potential=Tsallis)`.
+        options: options by word, for example a recipe's `[methods.phi]`; brackets override them.
 
     Raises:
-        ValueError: an unknown word or option, with the nearest one that exists.
+        TypeError, ValueError: an unknown word or option, with the nearest one that exists; a value
+            that cannot be read or used.
 
     >>> made = build_method("phi(rate=0.5)+loss-free", {"phi": {"strength": 0.01, "rate": 0.1}})
     >>> made.methods[0].rate
@@ -110,64 +120,80 @@ def _parse(part: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not all(k.arg for k in call.keywords):
             raise ValueError("options are written name=value")
-        own = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        own = {str(k.arg): _value(str(k.arg), k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
+        problem = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(
-            f"Cannot read method {part!r} ({error}): write it like phi(strength=0.01, rate=0.3)."
-        ) from error
+            f"Cannot read method {part!r} ({problem}): write it like phi(strength=0.01, rate=0.3)."
+        ) from None
     return kind.strip(), own
+
+
+def _value(key: str, written: ast.expr) -> Any:
+    if isinstance(written, ast.Name):  # a name without quotes, or TOML's true and false
+        return {"true": True, "false": False}.get(written.id, written.id)
+    try:
+        return ast.literal_eval(written)
+    except ValueError:
+        raise ValueError(
+            f"{key}={ast.unparse(written)} is not a number, a name, a list or a {{table}}"
+        ) from None
 
 
 def _build_one(name: str, options: Mapping[str, Any]) -> Method:
     kinds = method_classes()
     if name not in kinds:
         raise ValueError(
-            f"Unknown method {name!r}.{did_you_mean(name, kinds)} Possible: {', '.join(kinds)}, "
-            "and combinations such as phi+loss-free."
+            f"Unknown method {name!r}.{instead_of(name, kinds)} Join several with +, for example "
+            "phi+loss-free."
         )
     kind = kinds[name]
-    own = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    possible = own if POTENTIAL not in own else [*own, PROPORTIONS]
-    if "strength" in own:
-        possible = [*possible, TARGET, SCHEDULE]
-    for key in options:
-        if key not in (*possible, TARGET, SCHEDULE):  # which say themselves whom they do not fit
-            raise ValueError(
-                f"Method {name!r} has no option {key!r}.{did_you_mean(key, possible)} "
-                f"Possible: {', '.join(possible) or 'none'}."
-            )
-    values = table_with_proportions(
-        {key: value for key, value in options.items() if key not in (TARGET, SCHEDULE)}
-    )
-    if POTENTIAL in values:
-        values[POTENTIAL] = build_potential(values[POTENTIAL])
-    if PROPORTIONS not in own and (proportions := values.pop(PROPORTIONS, None)) is not None:
-        values[POTENTIAL] = values.get(POTENTIAL, NegativeEntropy()).relative_to(proportions)
-    method = kind(**values)
-    if TARGET in options and SCHEDULE in options:
-        raise ValueError(
-            f"Method {name!r} has a target, which moves the strength, and a schedule, which sets "
-            "it: give one of them."
-        )
+    _check_options(name, kind, options)
+    own = {key: value for key, value in options.items() if key not in (TARGET, SCHEDULE)}
+    method = kind(**_fields(kind, own))
     if TARGET in options:
         return Targeted(method, _build_goal(options[TARGET]))
     return _scheduled(method, options[SCHEDULE]) if SCHEDULE in options else method
 
 
+def _check_options(name: str, kind: type[Method], options: Mapping[str, Any]) -> None:
+    own = _field_names(kind)
+    possible = own if POTENTIAL not in own else [*own, PROPORTIONS]
+    possible = possible if "strength" not in own else [*possible, TARGET, SCHEDULE]
+    # A target or a schedule says itself which method it does not fit.
+    given = [key for key in options if key not in (TARGET, SCHEDULE)]
+    check_options(f"Method {name!r}", given, possible)
+    for field in fields(kind):  # type: ignore[arg-type]
+        value = options.get(field.name, field.default)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise TypeError(f"{field.name}={value!r}: must be true or false.")
+    if TARGET in options and SCHEDULE in options:
+        raise ValueError(
+            f"Method {name!r} has a target, which moves the strength, and a schedule, which sets "
+            "it: give one of them."
+        )
+
+
+def _fields(kind: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a class's fields, with potentials and proportions built."""
+    values = table_with_proportions(options)
+    if POTENTIAL in values:
+        values[POTENTIAL] = build_potential(values[POTENTIAL])
+    outside = PROPORTIONS not in _field_names(kind)
+    if outside and (proportions := values.pop(PROPORTIONS, None)) is not None:
+        values[POTENTIAL] = values.get(POTENTIAL, NegativeEntropy()).relative_to(proportions)
+    return values
+
+
 def _scheduled(method: Method, value: Any) -> Method:
     """A table such as `{warmup_tokens = 20_000, relax_after = 300_000, floor = 0.1}`."""
-    possible = [field.name for field in fields(Scheduled) if field.name != "method_repr"]
+    possible = [field.name for field in fields(Scheduled) if field.default is not MISSING]
     if not isinstance(value, Mapping):
         raise ValueError(
             f"schedule={value!r}: must be a table, for example {{warmup_tokens = 20_000}}. "
             f"Possible: {', '.join(possible)}."
         )
-    for key in value:
-        if key not in possible:
-            raise ValueError(
-                f"A schedule has no option {key!r}.{did_you_mean(key, possible)} "
-                f"Possible: {', '.join(possible)}."
-            )
+    check_options("A schedule", value, possible)
     return Scheduled(method, **value)
 
 
@@ -176,22 +202,18 @@ def _build_goal(value: Any) -> Goal:
     if not isinstance(value, Mapping):
         return MaxVio(value)
     table = table_with_proportions(value)
-    name = table.pop("name", "MaxVio")
+    name = str(table.pop("name", "MaxVio"))
     kinds = {kind.__name__: kind for kind in GOALS}
     if name not in kinds:
-        raise ValueError(
-            f"Unknown goal {name!r}.{did_you_mean(str(name), kinds)} Possible: {', '.join(kinds)}."
-        )
-    possible = [field.name for field in fields(kinds[name])]
-    for key in table:
-        if key not in possible:
-            raise ValueError(
-                f"Goal {name} has no option {key!r}.{did_you_mean(key, possible)} "
-                f"Possible: {', '.join(possible)}."
-            )
+        raise ValueError(f"Unknown goal {name!r}.{instead_of(name, kinds)}")
+    check_options(f"Goal {name}", table, _field_names(kinds[name]))
     if "at_most" not in table:
         raise ValueError(
             f'Goal {name} needs at_most, for example {{name = "{name}", at_most = 0.3}}.'
         )
     goal: Goal = kinds[name](**table)
     return goal
+
+
+def _field_names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]

@@ -1,12 +1,12 @@
-"""Words people type become potentials, and lists of shares.
+"""Names and tables become potentials, and text becomes proportions.
 
     Tsallis
     {name = "Tsallis", alpha = 1.2, unit_slope = true}
-    {name = "NegativeEntropy", groups = 4, shares = "8x4, 24x1"}
+    {name = "NegativeEntropy", groups = 4, proportions = "8x4, 24x1"}
     [{name = "NegativeEntropy", groups = 4}, {name = "NegativeEntropy", weight = 0.1}]
 
-A list adds up. In one table the potential is rescaled first, then grouped, then made relative to
-shares, which are always those of experts; `weight` comes last.
+A list adds up. In one table the potential is first rescaled, then grouped, then made relative to
+the proportions of the experts; `weight` comes last.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from moebalance import potentials
 from moebalance.potentials import POTENTIALS, Potential
 from moebalance.proportions import Proportions, as_proportions
-from moebalance.words.suggest import did_you_mean
+from moebalance.words.suggest import check_options, instead_of
 
 _AROUND = ("unit_slope", "groups", "proportions", "weight")
 
@@ -39,38 +38,34 @@ def build_potential(value: Any) -> Potential:
         if not value:
             raise ValueError("A list of potentials is added up: give one or more.")
         return reduce(add, map(build_potential, value))
-    table = {"name": value} if isinstance(value, str) else dict(value)
+    table = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = table.pop("name", None)
-    around: dict[str, Any] = {key: table.pop(key, None) for key in _AROUND}
-    possible = [kind.__name__ for kind in POTENTIALS]
-    if name not in possible:
-        raise ValueError(
-            f"Unknown potential {name!r}.{did_you_mean(str(name), possible)} "
-            f"Possible: {', '.join(possible)}."
-        )
-    kind = getattr(potentials, name)
-    known = [field.name for field in fields(kind)]
-    for key in table:
-        if key not in known:
-            raise ValueError(
-                f"Potential {name} has no option {key!r}.{did_you_mean(key, [*known, *_AROUND])} "
-                f"Possible: {', '.join([*known, *_AROUND])}."
-            )
-    potential: Potential = kind(**table)
-    if around["unit_slope"]:
+    around = {key: table.pop(key, None) for key in _AROUND}
+    kinds = {kind.__name__: kind for kind in POTENTIALS}
+    if name not in kinds:
+        raise ValueError(f"Unknown potential {name!r}.{instead_of(str(name), kinds)}")
+    own = [field.name for field in fields(kinds[name])]  # type: ignore[arg-type]
+    check_options(f"Potential {name}", table, [*own, *_AROUND])
+    return _composed(kinds[name](**table), **around)
+
+
+def _composed(
+    potential: Potential, unit_slope: Any, groups: Any, proportions: Any, weight: Any
+) -> Potential:
+    if unit_slope:
         potential = potential.unit_slope()
-    if around["groups"] is not None:
-        potential = potential.grouped(around["groups"])
-    if around["proportions"] is not None:
-        potential = potential.relative_to(read_proportions(around["proportions"]))
-    return potential if around["weight"] is None else around["weight"] * potential
+    if groups is not None:
+        potential = potential.grouped(groups)
+    if proportions is not None:
+        potential = potential.relative_to(read_proportions(proportions))
+    return potential if weight is None else weight * potential
 
 
 def read_proportions(value: Any) -> Proportions:
-    """Shares of experts: a list of numbers, or text in which `8x4` is eight experts of 4.
+    """Proportions of experts: a list of numbers, or text in which `8x4` is eight experts of 4.
 
     Raises:
-        TypeError, ValueError: neither, or a number that is no share.
+        TypeError, ValueError: neither of them, or a number that is no proportion.
 
     >>> read_proportions("2x4, 3x1")
     (4.0, 4.0, 1.0, 1.0, 1.0)
@@ -84,14 +79,14 @@ def read_proportions(value: Any) -> Proportions:
             found += [float(share)] * int(count) if times else [float(count)]
         except ValueError as error:
             raise ValueError(
-                f"Cannot read shares {value!r} at {part.strip()!r}: write them like '8x4, 24x1', "
-                "eight experts of 4 and 24 of 1."
+                f"Cannot read proportions {value!r} at {part.strip()!r}: write them like "
+                "'8x4, 24x1', eight experts of 4 and 24 of 1."
             ) from error
     return as_proportions(found)
 
 
 def table_with_proportions(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with their `proportions`, if they have some, read."""
+    """A copy of a table in which `proportions`, if given, are read."""
     if value.get("proportions") is None:
         return dict(value)
     return {**value, "proportions": read_proportions(value["proportions"])}

@@ -1,38 +1,38 @@
-"""Which sequence is read when: mixed micro-batches, those of one domain each, or a change of text.
+"""Which sequence is read when: micro-batches are mixed, of one domain each, or change half-way.
 
-The order is a plain list of indices, fixed by a seed before training begins. No balancing method,
-grouping into optimizer steps or number of workers can change it, and a longer run begins with the
-shorter run's order.
+The order is a list of indices that a seed fixes before training begins. The balancing method, the
+accumulation and the number of workers do not change it. A longer run begins with the order of the
+shorter one.
 
-Both batchings read the same sequences. Each domain is a shuffled deck, dealt without replacement
-and shuffled again when it is used up; the deck depends on seed and domain alone. They differ in how
-turns are given to the domains: to one sequence at a time (`mixed`), or to a whole micro-batch of B
-(`one-domain`). Turns are given in rounds of 8 micro-batches a domain, in random order within the
-round and with every domain at its share of it, so after every whole round both batchings have shown
-the same number of tokens of every domain, and with equal weights the very same sequences. (Where a
-proportional share is not whole, a round rounds it up or down at random, without bias.)
+Each domain is a shuffled deck. Cards are dealt without replacement, and the deck is shuffled again
+when it is used up; it depends on seed and domain alone. A turn goes to one sequence (`mixed`), or
+to a whole micro-batch of B sequences (`one-domain`). Turns come in rounds of 8 micro-batches a
+domain, in random order within the round. After every whole round both batchings have shown the same
+number of tokens of every domain, and with equal weights the same sequences. (A proportional part of
+a round that is not whole is rounded up or down at random, without bias.)
 
-Under `shift` the run changes its text half-way: mixed micro-batches of the first half of the
-domains, then of the second half. (Here alone a longer run does not begin with the shorter one's
-order.)
+`shift` changes the text half-way: mixed micro-batches of the first half of the domains, then of the
+second half. Only here a longer run does not begin with the order of the shorter one.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import get_args
 
 import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moebalance.words.suggest import did_you_mean
+from moebalance.lab.recipe import Batching
+from moebalance.words.suggest import instead_of
 
-BATCHINGS = ("mixed", "one-domain", "shift")
+BATCHINGS: tuple[str, ...] = get_args(Batching)
 DOMAIN_WEIGHTS = ("equal", "proportional")
 
-# Micro-batches of a domain in a round, on average. One would make every window of D micro-batches
-# hold all D domains, and gradient accumulation over D would then hide the bias under study.
+# Micro-batches of a domain in a round, on average. With 1, every window of D micro-batches would
+# hold all D domains, and gradient accumulation over D would hide the bias under study.
 _TURNS_PER_ROUND = 8
 
 
@@ -198,7 +198,4 @@ def _generator(seed: int, purpose: str | int) -> torch.Generator:
 
 def _check_choice(what: str, given: str, possible: tuple[str, ...]) -> None:
     if given not in possible:
-        raise ValueError(
-            f"{what} {given!r} is unknown; choose one of {list(possible)}."
-            + did_you_mean(given, possible)
-        )
+        raise ValueError(f"{what} {given!r} is unknown.{instead_of(given, possible)}")

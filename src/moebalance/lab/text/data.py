@@ -1,10 +1,10 @@
-"""Text for an experiment: read, split by document, tokenised, packed, hashed.
+"""Text for a run: read, split by document, tokenised, packed, hashed.
 
     documents ──split──▶ training, validation ──tokenise──▶ ids ──pack──▶ (N, S) with a domain each
 
-Each stage is a pure function of its input and the recipe; the tokeniser learns from the training
-documents only. `TextData.sha256` covers the ids themselves, so two runs with the same hash have
-read the same tokens, whatever the versions of the libraries between.
+Each stage is a pure function of its input and the recipe. The tokeniser learns from the training
+documents only. `TextData.sha256` covers the ids: two runs with the same hash have read the same
+tokens, with any version of the libraries.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import logging
 import os
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,90 +21,18 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
+from moebalance.lab.recipe import DataSpec
 from moebalance.lab.text.batches import TokenDataset
 from moebalance.lab.text.corpus import Corpus, Document, load_corpus
 from moebalance.lab.text.tokens import (
-    TOKENIZERS,
     ByteTokenizer,
     Tokenizer,
+    bpe_version,
     tokenizer_from_json,
     train_bpe,
 )
-from moebalance.words.suggest import did_you_mean
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """The data part of a recipe.
-
-    Args:
-        source: `"python"`, or a path; see `corpus`.
-        tokenizer: `"bytes"`, `"bpe"`, or `"checkpoint"` for that of the model to fine-tune.
-        vocab_size: Ids of the `bpe` tokeniser in all; bytes always have 257.
-        seq_len: S, tokens in a sequence.
-        validation: Share of each domain's bytes to hold out, in (0, 0.5].
-        split_seed: Which documents those are.
-        domains: Domains to use, in this order; None uses all.
-        column: Column of a data set with text, or with conversations for a checkpoint's tokeniser.
-        domain_column: Column with each row's domain; None makes one domain of the data set.
-        extensions: File endings to read in a folder; None reads every text file.
-        max_bytes_per_domain: Cap on each domain; None reads all.
-
-    Raises:
-        TypeError, ValueError: A value of the wrong type, or one that cannot work.
-
-    >>> DataSpec(tokenizer="bpe", vocab_size=512, seq_len=64).validation
-    0.1
-    """
-
-    source: str = "python"
-    tokenizer: str = "bytes"
-    vocab_size: int = 512
-    seq_len: int = 128
-    validation: float = 0.1
-    split_seed: int = 0
-    domains: tuple[str, ...] | None = None
-    column: str = "text"
-    domain_column: str | None = None
-    extensions: tuple[str, ...] | None = None
-    max_bytes_per_domain: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("source", "tokenizer", "column"):
-            _check_type(name, getattr(self, name), str)
-        _check_type("validation", self.validation, float, int)
-        for name in ("vocab_size", "seq_len", "split_seed", "max_bytes_per_domain"):
-            if name != "max_bytes_per_domain" or self.max_bytes_per_domain is not None:
-                _check_type(name, getattr(self, name), int)
-        for name in ("domains", "extensions"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, str) or not all(isinstance(part, str) for part in value):
-                raise TypeError(f"{name} is {value!r}; give a list of names, even for one.")
-            if not value or len(set(value)) < len(value):
-                raise ValueError(f"{name} is {value!r}; give each name once, or leave it out.")
-            object.__setattr__(self, name, tuple(value))  # TOML gives lists
-        if self.tokenizer not in TOKENIZERS:
-            raise ValueError(
-                f"tokenizer {self.tokenizer!r} is unknown; choose one of {list(TOKENIZERS)}."
-                + did_you_mean(self.tokenizer, TOKENIZERS)
-            )
-        if self.seq_len < 2:
-            raise ValueError(
-                f"seq_len is {self.seq_len}; a sequence needs 2 tokens, one to predict the other."
-            )
-        if not 0 < self.validation <= 0.5:
-            raise ValueError(
-                f"validation is {self.validation}; give a share above 0 and up to 0.5, e.g. 0.1."
-            )
-        if self.max_bytes_per_domain is not None and self.max_bytes_per_domain < 1:
-            raise ValueError(
-                f"max_bytes_per_domain is {self.max_bytes_per_domain}; give at least 1, or leave "
-                "it out to read everything."
-            )
 
 
 class TextData(NamedTuple):
@@ -122,7 +48,6 @@ class TextData(NamedTuple):
         val_tokens: The same for validation.
         bytes_per_token: Bytes of validation text a token stands for, the end of a document counted
             as one byte: exactly 1 for bytes. Bits per byte = nats per token / (ln 2 · this).
-        bytes_per_token_by_domain: The same for each domain.
     """
 
     train: TokenDataset
@@ -133,7 +58,6 @@ class TextData(NamedTuple):
     train_tokens: dict[str, int]
     val_tokens: dict[str, int]
     bytes_per_token: float
-    bytes_per_token_by_domain: dict[str, float]
 
     def header(self) -> dict[str, Any]:
         """What a run header records of the data; plain JSON values."""
@@ -173,16 +97,8 @@ def load_data(
     """
     if spec.tokenizer == "checkpoint" and tokenizer is None:
         raise ValueError('tokenizer="checkpoint" needs the tokeniser of a model to fine-tune.')
-    corpus = load_corpus(
-        spec.source,
-        domains=spec.domains,
-        column=spec.column,
-        domain_column=spec.domain_column,
-        extensions=spec.extensions,
-        max_bytes_per_domain=spec.max_bytes_per_domain,
-        cache_dir=cache_dir,
-        render=None if tokenizer is None else tokenizer.render,
-    )
+    render = None if tokenizer is None else tokenizer.render
+    corpus = load_corpus(spec, cache_dir=cache_dir, render=render)
     parts = split_documents(corpus, validation=spec.validation, seed=spec.split_seed)
     tokenizer, train_streams, val_streams = _tokenise(spec, corpus, parts, tokenizer, cache_dir)
     train, train_tokens = _pack_domains(train_streams, corpus.domains, spec.seq_len, "training")
@@ -195,11 +111,8 @@ def load_data(
         digest.update(stream.numel().to_bytes(8, "little"))
         digest.update(stream.numpy().tobytes())
 
-    sizes = {
-        name: sum(len(doc.text.encode()) + 1 for doc in parts[1] if doc.domain == name) - 1
-        for name in corpus.domains
-    }
-    counts = dict(zip(corpus.domains, map(len, val_streams), strict=True))
+    # The last document of a domain has no end of document after it.
+    size = sum(len(doc.text.encode()) + 1 for doc in parts[1]) - len(corpus.domains)
     return TextData(
         train=train,
         validation=val,
@@ -208,8 +121,7 @@ def load_data(
         sha256=digest.hexdigest(),
         train_tokens=train_tokens,
         val_tokens=val_tokens,
-        bytes_per_token=sum(sizes.values()) / sum(counts.values()),
-        bytes_per_token_by_domain={name: sizes[name] / counts[name] for name in corpus.domains},
+        bytes_per_token=size / sum(map(len, val_streams)),
     )
 
 
@@ -258,32 +170,19 @@ def split_documents(
     )
 
 
-def pack(
-    texts: Sequence[Int32[Tensor, " n"]], *, seq_len: int, end_of_document: int
-) -> tuple[Int32[Tensor, "N S"], int]:
-    """Join texts with an end of document between, and cut into sequences.
-
-    Args:
-        texts: Ids of each document.
-        seq_len: S.
-        end_of_document: The id that goes between.
-
-    Returns:
-        (N, S) sequences and how many tokens at the end were too few for another: fewer than S.
-
-    >>> pack([torch.tensor([1, 2]), torch.tensor([3, 4])], seq_len=2, end_of_document=9)
-    (tensor([[1, 2],
-            [9, 3]]), 1)
-    """
-    return _cut(_join(texts, end_of_document), seq_len)
-
-
-def _join(texts: Sequence[Tensor], end_of_document: int) -> Tensor:
+def join(texts: Sequence[Int32[Tensor, " n"]], end_of_document: int) -> Int32[Tensor, " N"]:
+    """One stream of ids, with an end of document between two texts."""
     between = torch.tensor([end_of_document], dtype=texts[0].dtype)
     return torch.cat([part for text in texts for part in (between, text)][1:])
 
 
-def _cut(stream: Tensor, seq_len: int) -> tuple[Tensor, int]:
+def cut(stream: Int32[Tensor, " N"], seq_len: int) -> tuple[Int32[Tensor, "M S"], int]:
+    """Sequences of S ids, and how many ids at the end were too few for another.
+
+    >>> cut(join([torch.tensor([1, 2]), torch.tensor([3, 4])], end_of_document=9), seq_len=2)
+    (tensor([[1, 2],
+            [9, 3]]), 1)
+    """
     count, rest = divmod(len(stream), seq_len)
     return stream[: count * seq_len].view(count, seq_len), rest
 
@@ -296,38 +195,40 @@ def _tokenise(
     cache_dir: Path | None,
 ) -> tuple[Tokenizer, list[Tensor], list[Tensor]]:
     """The tokeniser and one joined stream of ids a domain, for training and for validation."""
-    train_docs, val_docs = parts
-    settings = (
-        corpus.sha256,
-        spec.tokenizer,
-        spec.vocab_size if spec.tokenizer == "bpe" else None,
-        _version("tokenizers") if spec.tokenizer == "bpe" else None,
-        [(doc.domain, doc.name) for doc in val_docs],
-        *(() if tokenizer is None else (tokenizer.to_json(),)),
-    )
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()
-    path = cache_dir / f"tokens-{key[:32]}.pt" if cache_dir else None
-    stored = _read_cache(path) if path else None
+    path = cache_dir / _cache_name(spec, corpus, parts[1], tokenizer) if cache_dir else None
+    stored = _read_cache(path)
     if stored is not None:
         made = tokenizer or tokenizer_from_json(stored["tokenizer"])
         return made, stored["train"], stored["validation"]
-
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(spec, train_docs)
-    streams: list[list[Tensor]] = []
-    for docs in parts:
-        by_domain = ([doc.text for doc in docs if doc.domain == name] for name in corpus.domains)
-        streams.append(
-            [_join(tokenizer.encode_all(texts), tokenizer.end_of_document) for texts in by_domain]
-        )
-    train, val = streams
+    made = tokenizer or _make_tokenizer(spec, parts[0])
+    train, val = (_streams(made, documents, corpus.domains) for documents in parts)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")  # renamed whole: runs may share a cache
-        content = {"tokenizer": tokenizer.to_json(), "train": train, "validation": val}
+        content = {"tokenizer": made.to_json(), "train": train, "validation": val}
         torch.save(content, unfinished)
         unfinished.replace(path)
-    return tokenizer, train, val
+    return made, train, val
+
+
+def _cache_name(
+    spec: DataSpec, corpus: Corpus, held_out: list[Document], tokenizer: Tokenizer | None
+) -> str:
+    settings = (
+        corpus.sha256,
+        spec.tokenizer,
+        (spec.vocab_size, bpe_version()) if spec.tokenizer == "bpe" else None,
+        [(doc.domain, doc.name) for doc in held_out],
+        None if tokenizer is None else tokenizer.to_json(),
+    )
+    return f"tokens-{hashlib.sha256(repr(settings).encode()).hexdigest()[:32]}.pt"
+
+
+def _streams(
+    tokenizer: Tokenizer, documents: list[Document], domains: tuple[str, ...]
+) -> list[Tensor]:
+    by_domain = ([doc.text for doc in documents if doc.domain == name] for name in domains)
+    return [join(tokenizer.encode_all(texts), tokenizer.end_of_document) for texts in by_domain]
 
 
 def _make_tokenizer(spec: DataSpec, train_docs: Sequence[Document]) -> Tokenizer:
@@ -343,8 +244,8 @@ def _make_tokenizer(spec: DataSpec, train_docs: Sequence[Document]) -> Tokenizer
     return tokenizer
 
 
-def _read_cache(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+def _read_cache(path: Path | None) -> dict[str, Any] | None:
+    if path is None or not path.is_file():
         return None
     try:
         content: dict[str, Any] = torch.load(path, weights_only=True)
@@ -357,7 +258,7 @@ def _read_cache(path: Path) -> dict[str, Any] | None:
 def _pack_domains(
     streams: Sequence[Tensor], names: tuple[str, ...], seq_len: int, part: str
 ) -> tuple[TokenDataset, dict[str, int]]:
-    packed = [_cut(stream, seq_len)[0] for stream in streams]
+    packed = [cut(stream, seq_len)[0] for stream in streams]
     for name, stream, sequences in zip(names, streams, packed, strict=True):
         if not len(sequences):
             raise ValueError(
@@ -374,15 +275,3 @@ def _pack_domains(
 
 def _rank(seed: int, doc: Document) -> bytes:
     return hashlib.sha256(f"{seed}/{doc.domain}/{doc.name}".encode()).digest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
-def _check_type(name: str, value: object, *kinds: type) -> None:
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; give a value of type {kinds[0].__name__}.")

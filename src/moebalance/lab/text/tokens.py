@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-TOKENIZERS = ("bytes", "bpe", "checkpoint")
 TOKENIZER_FILE = "moebalance_tokenizer.json"
 """Name of one of these tokenisers beside the model that was trained with it."""
 
@@ -206,6 +205,11 @@ def _sample(texts: Sequence[str]) -> list[str]:
             return [text[:share] for text in texts]
         budget -= length
     return list(texts)
+
+
+def bpe_version() -> str:
+    """The version of the library that learns and applies byte-level pairs."""
+    return str(_tokenizers().__version__)
 
 
 def _tokenizers() -> Any:
