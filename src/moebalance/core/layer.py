@@ -49,7 +49,7 @@ class LayerBalance(nn.Module):
         super().__init__()
         if not isinstance(method, Method):
             raise TypeError(
-                f"method={method!r}: must be a Method, for example PhiBalancing(strength=1e-3)."
+                f"method={method!r}: must be a Method, for example PhiBalancing(strength=0.01)."
             )
         if not isinstance(gate, Gate):
             raise TypeError(f"gate={gate!r}: must be a Gate, for example Softmax() or Sigmoid().")

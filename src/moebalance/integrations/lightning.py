@@ -1,6 +1,6 @@
 """Follow a Lightning Trainer: step, log, save in its checkpoints and resume from them.
 
-    trainer = Trainer(callbacks=[BalanceCallback(PhiBalancing(strength=1e-3))])
+    trainer = Trainer(callbacks=[BalanceCallback(PhiBalancing(strength=0.01))])
 
 With automatic optimization the trainer's loss is L_i · s/A for each of A micro-batches under a
 gradient scaler's factor s, and the balancing term is scaled by the same s/A. Where the module
@@ -53,7 +53,7 @@ class BalanceCallback(Callback):  # type: ignore[misc]
         if not isinstance(balancing, Balancing | Method):
             raise TypeError(
                 f"BalanceCallback({balancing!r}): give what moebalance.attach(model, …) returned, "
-                "or a Method such as PhiBalancing(strength=1e-3)."
+                "or a Method such as PhiBalancing(strength=0.01)."
             )
         self._method = balancing if isinstance(balancing, Method) else None
         self._balancing = balancing if isinstance(balancing, Balancing) else None

@@ -5,7 +5,7 @@ The user's plugin file, `balance.py`:
     import moebalance as mb
     from moebalance.integrations.swift import register
 
-    register(mb.PhiBalancing(strength=1e-3, rate=0.3))
+    register(mb.PhiBalancing(strength=0.01))
 
 and on the command line `--external_plugins balance.py --callbacks moebalance`. Written against
 ms-swift 4.6, whose trainers make the callbacks named by `--callbacks` from `callbacks_map`.

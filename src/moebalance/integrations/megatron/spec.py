@@ -31,7 +31,7 @@ def balanced_spec(spec: Spec, method: Method) -> Spec:
             router of its own kind.
     """
     if not isinstance(method, Method):
-        raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
+        raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=0.01).")
     found: list[MoESubmodules] = []
     copy: Spec = _replaced(spec, partial(BalancedTopKRouter, method=method), found)
     if not found and not _is_a_stage():

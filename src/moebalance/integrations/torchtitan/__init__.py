@@ -6,7 +6,7 @@
     from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_16b
 
     def deepseek_v3_16b_phi():
-        return balanced(deepseek_v3_16b(), PhiBalancing(strength=1e-3))
+        return balanced(deepseek_v3_16b(), PhiBalancing(strength=0.01))
 
 and then torchtitan's own `--module my_package --config deepseek_v3_16b_phi`. The guide is
 docs/torchtitan.md. Written against torchtitan 0.3.0; imported by its user alone.

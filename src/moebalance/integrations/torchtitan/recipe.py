@@ -41,7 +41,7 @@ def balanced(config: Any, method: Method) -> Any:
         ValueError: no MoE layer, or a configuration that is balanced already.
     """
     if not isinstance(method, Method):
-        raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
+        raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=0.01).")
     spec = config.model_spec
     layers = [] if spec is None else list(spec.traverse(MoE.Config))
     if not layers:
