@@ -19,7 +19,7 @@ import moebalance as mb
 from families import tiny
 from training import Rows, arguments, light_collections
 
-PHI = mb.PhiBalancing(strength=1e-3, rate=0.3)
+PHI = mb.PhiBalancing(strength=0.01)
 DOCS = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text("utf-8")
 
 
