@@ -10,6 +10,7 @@ import torch
 from megatron_models import (
     EXPERTS,
     HIDDEN,
+    MEGATRONS_LOG,
     RELEASE,
     TOP_K,
     MicroBatch,
@@ -112,7 +113,7 @@ def test_switch_loss_is_megatrons_aux_loss_under_the_root_of_the_softplus():
 
 @pytest.mark.skipif(RELEASE < (0, 17), reason="0.17 brought repeated prediction layers")
 @pytest.mark.parametrize("per_token", [False, True], ids=["", "per token"])
-def test_a_prediction_layer_that_is_called_twice_is_charged_once(per_token):
+def test_a_prediction_layer_that_is_called_twice_is_charged_once(per_token, monkeypatch):
     settings = {"mtp_num_layers": 2, "calculate_per_token_loss": per_token}
     stock = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": STRENGTH}
     towers = []
@@ -120,6 +121,7 @@ def test_a_prediction_layer_that_is_called_twice_is_charged_once(per_token):
         config = make_config(**settings, **more)
         config.mtp_use_repeated_layer = True
         towers.append(make_tower(config, method, is_mtp_layer=True))
+    monkeypatch.setattr(*MEGATRONS_LOG)  # whose length is that of the models before
     expected, found = (wrap(tower) for tower in towers)
     attach(found)
     plain = gradients(SwitchLoss(STRENGTH), calculate_per_token_loss=per_token)
@@ -178,7 +180,9 @@ def test_megatrons_z_loss_may_stay_beside_a_method():
 
 @pytest.mark.parametrize("potential", [NegativeEntropy(), Tsallis(alpha=1.3)], ids=repr)
 def test_phi_is_megatrons_loss_with_the_potentials_gradient_for_token_counts(potential: Potential):
-    model, balancing = balanced(PhiBalancing(potential, STRENGTH, peek=False), num_layers=1)
+    model, balancing = balanced(
+        PhiBalancing(potential, STRENGTH, peek=False, unit="paper"), num_layers=1
+    )
     run_step(model, micro_batches(seed=7))
     (layer,) = balancing.layers.values()
     price = potential.grad(layer.state.mean)

@@ -39,6 +39,7 @@ from moebalance.methods import (
     Together,
     ZLoss,
 )
+from moebalance.methods.forced import Forced
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
 
@@ -316,6 +317,12 @@ def test_the_fused_router_and_unknown_scores_are_refused():
         setattr(config, name, value)
         with pytest.raises(ValueError, match=name):
             make_tower(config, PHI)
+
+
+def test_forced_routing_is_balanced_here_too():
+    model, balancing = balanced(Forced("balanced"))
+    run_step(model, [batch()])
+    assert balancing.metrics()["maxvio"] == 0
 
 
 def test_a_forced_bias_is_refused_by_name():

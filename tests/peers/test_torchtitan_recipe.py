@@ -35,6 +35,7 @@ from torchtitan_models import (
 )
 
 from moebalance.integrations.torchtitan import BalancedTopKRouter, balanced, drive
+from moebalance.integrations.torchtitan.release import check_release
 from moebalance.methods import LossFree, Method, PhiBalancing, Together
 
 BOTH = Together(PhiBalancing(strength=1.0), LossFree())
@@ -225,6 +226,30 @@ def test_refuses_a_router_of_another_class() -> None:
     layer.router = Other.Config(num_experts=EXPERTS, gate=layer.router.gate)
     with pytest.raises(TypeError, match=r"layers\.2\.moe has a router of its own, .*Other"):
         balanced(config, PhiBalancing())
+
+
+def test_refuses_a_quantile_balanced_router_by_name_and_names_the_method() -> None:
+    class QuantileBalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
+        """As torchtitan's main branch has it, for all that its configuration shows."""
+
+        @dataclasses.dataclass(kw_only=True, slots=True)
+        class Config(TokenChoiceTopKRouter.Config):  # type: ignore[misc]
+            num_bins: int = 500
+
+    config = tiny_config()
+    layer = config.model_spec.model.layers[2].moe
+    layer.router = QuantileBalancedTopKRouter.Config(num_experts=EXPERTS, gate=layer.router.gate)
+    with pytest.raises(TypeError, match=r"QuantileBalancedTopKRouter.*Balancing\(bins=500\)"):
+        balanced(config, PhiBalancing())
+
+
+def test_refuses_a_torchtitan_whose_routers_take_tokens_without_sequences() -> None:
+    class Main(TokenChoiceTopKRouter):  # type: ignore[misc]
+        def forward(self, x_TD: Tensor, expert_bias_E: Tensor | None = None) -> None: ...
+
+    check_release()
+    with pytest.raises(ImportError, match=r"takes \(self, x_TD, expert_bias_E\).*==0\.3\.0"):
+        check_release(Main)
 
 
 def test_refuses_to_balance_a_choice_that_is_forced() -> None:

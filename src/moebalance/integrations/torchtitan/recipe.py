@@ -98,9 +98,16 @@ def _derived(name: str, router: Any, method: Method) -> Any:
             "Together(…, …) for two methods."
         )
     if type(router) is not TokenChoiceTopKRouter.Config:
+        bins = getattr(router, "num_bins", None)
+        instead = "Route that layer with moebalance.BalancedRouter."
+        if bins is not None:  # QuantileBalancedTopKRouter, of torchtitan's main branch
+            instead = (
+                "Give the layer a TokenChoiceTopKRouter.Config; QuantileBalancing("
+                f"bins={bins}) is that router's rule as a method of this library."
+            )
         raise TypeError(
             f"{name} has a router of its own, {type(router).__qualname__}: balanced() knows "
-            "torchtitan's TokenChoiceTopKRouter. Route that layer with moebalance.BalancedRouter."
+            f"torchtitan's TokenChoiceTopKRouter. {instead}"
         )
     return derive(router, BalancedTopKRouter.Config, method=method)
 
