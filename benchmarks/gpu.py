@@ -17,7 +17,7 @@ router's part also has the time with the host in it, as eager training has where
     PYTHONPATH=src python benchmarks/gpu.py --page results.json page.md
 
 Where the source tree comes without its history, COMMIT in the environment says which one it is.
-Results go to benchmarks/results/gpu/gpu.json if no file is named. Their `targets` say in a line
+Results go to benchmarks/results/gpu.json if no file is named. Their `targets` say in a line
 each what was to be reached and what was.
 """
 
@@ -357,5 +357,5 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--page"]:
         write_gpu_page(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), sys.argv[3])
     else:
-        default = Path(__file__).parent / "results" / "gpu" / "gpu.json"
+        default = Path(__file__).parent / "results" / "gpu.json"
         main(Path(sys.argv[1]) if sys.argv[1:] else default, sys.argv[2:] or list(PARTS))

@@ -1,7 +1,7 @@
-"""How far loads are from what the settings of a study aim at, whichever of them is judged.
+"""How far loads are from what a study aims at: given proportions, or equal groups of experts.
 
-A method that knows the shares, or the groups, and one that does not are held against the same ones:
-those that any setting of the study names, if they are one.
+All settings of a study are judged by the same aim, also a setting that knows nothing of it. The aim
+is what the other settings name, if they agree.
 """
 
 from __future__ import annotations
@@ -13,35 +13,37 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from moebalance.metrics.expert_parallel import contiguous, rank_violation
+from moebalance.potentials import Grouped
 from moebalance.proportions import Proportions
-
-Loads = Sequence[Sequence[float]]
-"""(L, E) hard load of every layer."""
+from moebalance.words.methods import build_method
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What loads are judged by, beside evenness.
+    """What loads are judged by, in addition to evenness.
 
     Attributes:
-        proportions: (E,) of the load that experts shall have.
-        groups: number of blocks of neighbours that shall have equal loads.
+        proportions: (E,) target parts of the load; they need not sum to 1.
+        groups: number of blocks of neighbours that should have equal loads.
     """
 
     proportions: Proportions | None = None
     groups: int | None = None
 
-    def judge(self, loads: Loads) -> dict[str, float]:
+    def judge(self, loads: Sequence[Sequence[float]]) -> dict[str, float]:
         """Means over layers.
 
+        Args:
+            loads: (L, E) hard load of every layer.
+
         Returns:
-            With shares `aim_maxvio`, the excess of the busiest expert over its share, and
-            `aim_gap`, the total variation distance from them; with groups `group_maxvio`.
+            With proportions `aim_maxvio`, the largest relative excess of an expert over its
+            proportion, and `aim_gap`, the total variation distance. With groups `group_maxvio`.
         """
         found = {}
         if self.proportions is not None:
             total = math.fsum(self.proportions)
-            rho = [share / total for share in self.proportions]
+            rho = [part / total for part in self.proportions]
             pairs = [list(zip(load, rho, strict=True)) for load in loads]
             found["aim_maxvio"] = statistics.fmean(max(f / r for f, r in p) - 1 for p in pairs)
             found["aim_gap"] = statistics.fmean(sum(abs(f - r) for f, r in p) / 2 for p in pairs)
@@ -58,25 +60,21 @@ def aim_of(settings: Iterable[str]) -> Aim:
     >>> aim_of(["none", "switch(proportions=[3, 1])", groups])
     Aim(proportions=(3, 1), groups=2)
     """
-    from moebalance.potentials import Grouped
-    from moebalance.words.methods import build_method
-
     methods = [build_method(setting) for setting in settings]
-    proportions = {method.traits.aim for method in methods if method.traits.aim is not None}
-    groups = {
-        part.groups
-        for method in methods
-        for part in _parts(method)
-        if isinstance(part, Grouped) and isinstance(part.groups, int)
-    }
+    parts = [part for method in methods for part in _parts(method)]
+    groups = {part.groups for part in parts if isinstance(part, Grouped)}
     return Aim(
-        proportions.pop() if len(proportions) == 1 else None,
-        groups.pop() if len(groups) == 1 else None,
+        _agreed({method.traits.aim for method in methods} - {None}),
+        _agreed({count for count in groups if isinstance(count, int)}),
     )
 
 
+def _agreed(found: set[Any]) -> Any:
+    return found.pop() if len(found) == 1 else None
+
+
 def _parts(value: Any) -> Iterator[Any]:
-    """A method or potential, and everything that it is made of."""
+    """A method or potential, and everything that it consists of."""
     if isinstance(value, tuple):
         for item in value:
             yield from _parts(item)

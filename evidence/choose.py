@@ -1,19 +1,17 @@
-"""Which setting of a method is reported: chosen by a written rule, on seeds that no report uses.
+"""The setting of a method that is reported, and the grid that the loss methods fill.
 
-Of a method's settings, those whose loss lies within 0.01 nats of the method's lowest are taken, and
-of them the one with the lowest MaxVio. A method so gets the most balance that costs it nothing that
-two seeds could tell.
+The rule for a setting: of the settings of a method whose loss lies within 0.01 nats of the method's
+lowest, take the one with the lowest MaxVio. It is applied to seeds that no report uses. Each method
+gets the balance that costs it no loss that two seeds could tell from noise.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from evidence.results import Study
-from moebalance.methods import EmaSwitchLoss, GlobalBatchLoss, PhiBalancing, PlugInLoss, SwitchLoss
+from evidence.study import Study, family
 from moebalance.potentials import Euclidean
 from moebalance.words.methods import build_method
 
@@ -21,9 +19,9 @@ TOLERANCE = 0.01
 """Nats per token."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Cell:
-    """A cell of the grid that the loss-lever methods fill."""
+    """A cell of the grid that the methods with a price in the loss fill."""
 
     load: Literal["hard", "soft"]
     memory: Literal["batch", "step", "EMA"]
@@ -33,48 +31,25 @@ class Cell:
         return f"{self.load} · {self.memory} · {self.potential}"
 
 
-NAMES = {
-    Cell("hard", "batch", "linear"): "Switch",
-    Cell("hard", "step", "linear"): "global-batch",
-    Cell("hard", "EMA", "linear"): "EMA-Switch",
-    Cell("soft", "EMA", "linear"): "φ, Euclidean",
-    Cell("soft", "EMA", "log"): "φ, negative entropy",
-    Cell("hard", "EMA", "log"): "φ on hard loads",
-}
-
-
 def cell(setting: str) -> Cell | None:
-    """The grid cell of a method; None for one that is no part of the grid.
+    """The grid cell of a method, or None for one outside the grid, such as a method by sequence.
+
+    A method that lets you choose no load and no potential has a price linear in the hard load. A
+    method with a rate has a moving average; any other remembers what its gradient couples.
 
     >>> cell("phi(strength=0.003)"), cell("loss-free")
     (Cell(load='soft', memory='EMA', potential='log'), None)
+    >>> print(cell("switch(strength=0.1)"), cell("plug-in(window='step')"), sep="; ")
+    hard · batch · linear; soft · step · log
     """
-    method = build_method(setting)
-    match method:
-        case SwitchLoss():
-            return Cell("hard", "batch", "linear")
-        case GlobalBatchLoss():
-            return Cell("hard", "step", "linear")
-        case EmaSwitchLoss():
-            return Cell("hard", "EMA", "linear")
-        case PhiBalancing():
-            return Cell(method.load, "EMA", _kind(method))
-        case PlugInLoss():
-            return Cell(method.load, method.window, _kind(method))
-    return None
-
-
-def family(setting: str) -> str:
-    """A method without the number that says how strongly it acts.
-
-    >>> family("phi(load='hard', strength=0.01)"), family("loss-free(speed=0.001)")
-    ("phi(load='hard')", 'loss-free')
-    >>> family("phi(strength=0.001)+loss-free"), family("ema-switch(strength=0.1, rate=0.1)")
-    ('phi+loss-free', 'ema-switch(rate=0.1)')
-    """
-    number = "rate" if setting.startswith("loss-free") else "strength"
-    bare = re.sub(rf"(, )?{number}=[0-9.e-]+", "", setting)
-    return bare.replace("(, ", "(").replace("()", "")
+    method: Any = build_method(setting)
+    if not hasattr(method, "strength"):
+        return None
+    memory: Any = "EMA" if hasattr(method, "rate") else method.traits.coupling
+    if memory not in ("batch", "step", "EMA"):
+        return None
+    linear = isinstance(getattr(method, "potential", Euclidean()), Euclidean)
+    return Cell(getattr(method, "load", "hard"), memory, "linear" if linear else "log")
 
 
 def choose(sweep: Study) -> dict[str, str]:
@@ -90,7 +65,3 @@ def choose(sweep: Study) -> dict[str, str]:
         near = [setting for setting in known if loss[setting] <= lowest + TOLERANCE]
         chosen[name] = min(near, key=lambda setting: sweep.mean(setting, "maxvio"))
     return chosen
-
-
-def _kind(method: PhiBalancing | PlugInLoss) -> Literal["linear", "log"]:
-    return "linear" if isinstance(method.potential, Euclidean) else "log"

@@ -1,41 +1,79 @@
-"""The figures of the evidence: the report's style, and a setting as a point with its spread."""
+"""The figures of the evidence: panels of series, drawn in the style of the report."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from evidence.results import Study
-from moebalance.report.canvas import (
-    CYCLE,
-    LINES,
-    legend_below,
-    logarithmic,
-    look,
-    panels,
-    save,
-    titles,
-)
-from moebalance.report.estimates import Estimate
+from evidence.study import Study
+from moebalance.report.canvas import legend_below, logarithmic, panels, titles
 
-__all__ = [
-    "CYCLE",
-    "LINES",
-    "legend_below",
-    "logarithmic",
-    "look",
-    "panels",
-    "point",
-    "save",
-    "titles",
-]
+GUIDE = "#5c6570"
+"""Colour of a line that is no measurement."""
 
 
-def point(axes: Axes, study: Study, setting: str, x: str, y: str, **style: Any) -> None:
-    """A setting's mark at the means of two metrics, with ± sd over seeds."""
-    across, up = (Estimate.of(study.by_seed(setting, metric).values()) for metric in (x, y))
-    if across is not None and up is not None:
-        axes.errorbar(
-            across.mean, up.mean, xerr=across.sd, yerr=up.sd, linestyle="", markersize=7, **style
-        )
+class Series(NamedTuple):
+    """Points of one label, with their spread where it is known."""
+
+    label: str | None
+    x: Sequence[float]
+    y: Sequence[float]
+    style: Mapping[str, Any]
+    x_sd: Sequence[float] | None = None
+    y_sd: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        title: above it.
+        x: name of the axis below.
+        y: name of the axis to the left.
+        series: what is drawn, in order.
+        log: `"x"`, `"y"` or `"xy"` for logarithmic axes.
+    """
+
+    title: str
+    x: str
+    y: str
+    series: Sequence[Series] = field(default_factory=tuple)
+    log: str = ""
+
+
+def draw(
+    shown: Sequence[Panel], *, columns: int = 4, height: float = 2.9, width: float = 7.6
+) -> Figure:
+    """Panels in a row, with the fullest legend of them below."""
+    figure, axes = panels(len(shown), height=height, width=width)
+    for ax, panel in zip(axes, shown, strict=True):
+        for each in panel.series:
+            ax.errorbar(
+                each.x, each.y, xerr=each.x_sd, yerr=each.y_sd, label=each.label, **each.style
+            )
+        logarithmic(ax, x="x" in panel.log, y="y" in panel.log)
+        titles(ax, panel.title, panel.x, panel.y)
+    fullest = max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1]))
+    if fullest.get_legend_handles_labels()[1]:
+        legend_below(figure, fullest, columns=columns)
+    return figure
+
+
+def point(
+    study: Study, setting: str, x: str, y: str, *, label: str | None = None, **style: Any
+) -> Series:
+    """The means of two metrics over the seeds of a setting, ± sd."""
+    across, up = study.estimate(setting, x), study.estimate(setting, y)
+    if across is None or up is None:
+        return Series(label, [], [], {})
+    style = {"linestyle": "", "markersize": 7, **style}
+    return Series(label, [across.mean], [up.mean], style, [across.sd or 0], [up.sd or 0])
+
+
+def line(x: Sequence[float], y: Sequence[float], **style: Any) -> Series:
+    """A line without a label."""
+    return Series(None, x, y, style)

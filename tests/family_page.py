@@ -4,7 +4,7 @@
     python tests/family_page.py mixtral jamba     # print the rows of these
     python tests/family_page.py --count           # under an older release: write how many hold
 
-The last one leaves a file in `benchmarks/results/families/`, from which the page's table of older
+The last one leaves a file in `evidence/results/families/`, from which the page's table of older
 releases comes.
 """
 
@@ -25,7 +25,7 @@ from family_checks import Row, examine, phi
 from moebalance.integrations.huggingface import find_sites
 
 ROOT = Path(__file__).parents[1]
-PAGE, COUNTS = ROOT / "docs" / "families.md", ROOT / "benchmarks" / "results" / "families"
+PAGE, COUNTS = ROOT / "docs" / "families.md", ROOT / "evidence" / "results" / "families"
 
 
 class Count(NamedTuple):
@@ -156,7 +156,7 @@ refused by name.
 ## Older Transformers
 
 The same checks with older releases, without *compile* and *resumes*, by
-`python tests/family_page.py --count`. Names and reasons are in `benchmarks/results/families/`.
+`python tests/family_page.py --count`. Names and reasons are in `evidence/results/families/`.
 
 | release | of these it builds | every promise kept | router refused | no router | not judged |
 |---|---|---|---|---|---|

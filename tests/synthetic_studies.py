@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from evidence.results import Result, Study
+from evidence.study import Result, Study
 from moebalance.report.diagnosis.oscillation import Swing
 from moebalance.words.methods import without_options
 

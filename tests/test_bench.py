@@ -194,7 +194,7 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
 
 
 def test_the_page_of_a_gpu_shows_every_part_that_ran_and_none_that_failed(tmp_path):
-    found = json.loads((ROOT / "benchmarks/results/gpu/h200.json").read_text(encoding="utf-8"))
+    found = json.loads((ROOT / "benchmarks/results/h200.json").read_text(encoding="utf-8"))
     whole = {"case": "4 layers", "variants": found["on"][0]["variants"]}
     found |= {"step": [whole], "speed": {"failed": "stopped after 50 s"}}
     found["router"][0]["variants"]["φ"]["device"] = None
@@ -260,12 +260,12 @@ def test_a_device_that_is_not_there_is_refused():
 
 
 def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path):
-    results = json.loads((ROOT / "benchmarks/results/cost/cost.json").read_text(encoding="utf-8"))
+    results = json.loads((ROOT / "benchmarks/results/cost.json").read_text(encoding="utf-8"))
     page = write_page(results, tmp_path / "cost.md", plot="cost.svg")
     for file in (page, tmp_path / "cost.svg"):
         committed = (ROOT / "docs" / file.name).read_text(encoding="utf-8")
         assert committed == file.read_text(encoding="utf-8")
-    found = json.loads((ROOT / "benchmarks/results/gpu/h200.json").read_text(encoding="utf-8"))
+    found = json.loads((ROOT / "benchmarks/results/h200.json").read_text(encoding="utf-8"))
     page = write_gpu_page(found, tmp_path / "cost_gpu.md")
     committed = (ROOT / "docs" / page.name).read_text(encoding="utf-8")
     assert committed == page.read_text(encoding="utf-8")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import sqlite3
-import sys
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -15,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from evidence import corpora
 from moebalance.lab.recipe import DataSpec
 from moebalance.lab.text.corpus import load_corpus
 
@@ -23,12 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = ROOT / "recipes" / "corpora" / "fetch.py"
-    spec = importlib.util.spec_from_file_location("fetch_corpora", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return corpora
 
 
 def make_zip(path: Path, files: dict[str, str]) -> Path:

@@ -106,7 +106,7 @@ def test_a_command_that_is_shown_is_one(page: str, words: list[str]) -> None:
     given = GROUP[name].make_context(name, list(rest)).params  # refuses unknown options, bad values
     methods = [given.get("method"), *split_outside_brackets(given.get("methods") or "", ",")]
     assert all(build_method(method) for method in methods if method)
-    files = [word for word in rest if word.startswith(("src/", "recipes/", "benchmarks/"))]
+    files = [word for word in rest if word.startswith(("src/", "evidence/", "benchmarks/"))]
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 

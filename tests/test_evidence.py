@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import moebalance as mb
+from evidence.__main__ import missing, refuse_without_clone
 from evidence.aims import Aim, aim_of
 from evidence.chapter import Verdict
 from evidence.chapters import (
+    CHAPTERS,
     finetuning,
     population,
     potentials,
@@ -21,17 +26,20 @@ from evidence.chapters import (
     specialisation,
     stability,
 )
-from evidence.choose import Cell, cell, choose, family
-from evidence.population import plug_in_bias, simulated_scores
-from evidence.results import gather, read
+from evidence.choose import Cell, cell, choose
+from evidence.keep import RECIPES, RESULTS, gather, keep, load, recipe_file
+from evidence.pages import write_page
+from evidence.population import plug_in_bias, sequence_scores, simulated_scores
+from evidence.study import family, read, write
+from families import tiny, tokens
 from moebalance.lab.compare import run_name
+from moebalance.lab.recipe import Recipe
 from moebalance.report.diagnosis.oscillation import swing
-from moebalance.runlog import read_run
+from moebalance.runlog import find_runs, read_run
 from synthetic_runs import write_run
 from synthetic_studies import GRID, STEPS, jitter, result, study, swinging
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "evidence/results"
 SEEDS = range(5)
 
 
@@ -51,7 +59,7 @@ def rows(simulated: float, trained: float, averaged: float = 0.01):
 
 
 def loads(values: np.ndarray, tokens: int = 4096, seed: int = 0) -> list[list[float]]:
-    """Loads that batches of so many assignments show of the shares 1 + values."""
+    """Loads that batches of so many assignments show of the proportions 1 + values."""
     random = np.random.default_rng(seed)
     shares = (1 + values) / (1 + values).sum(axis=1, keepdims=True)
     return [(random.multinomial(tokens, share) / tokens).tolist() for share in shares]
@@ -108,7 +116,8 @@ def test_a_study_is_kept_and_read_back(tmp_path):
     for seed in (0, 1):
         path = tmp_path / "runs/mixed" / f"phi-seed{seed}"
         write_run(path, "phi", seed=seed, steps=60, header={"recipe": recipe})
-    made = gather("s", tmp_path / "runs", ["phi"], tmp_path / "s.jsonl")
+    made = gather("s", tmp_path / "runs", ["phi"])
+    write(made, tmp_path / "s.jsonl")
     again = read(tmp_path / "s.jsonl")
     assert [r.seed for r in again.results] == [0, 1]
     assert again.about["commits"] == ["0123abc"]
@@ -119,7 +128,7 @@ def test_a_study_is_kept_and_read_back(tmp_path):
     assert curve["step"][-1] == 60
 
 
-def test_of_a_study_about_shares_and_groups_every_run_is_judged_by_them(tmp_path):
+def test_of_a_study_about_proportions_and_groups_every_run_is_judged_by_them(tmp_path):
     settings = ["none", "switch(proportions='8x4, 24x1')"]
     grouped = "phi(potential={'name': 'Euclidean', 'groups': 4})"
     aim = aim_of([*settings, grouped])
@@ -138,7 +147,7 @@ def test_of_a_study_about_shares_and_groups_every_run_is_judged_by_them(tmp_path
     header = {"recipe": {"model": {}, "data": {}, "train": {"steps": 60}}}
     folder = tmp_path / "runs/mixed" / run_name(settings[0], 0)
     write_run(folder, "none", seed=0, steps=60, header=header, experts=32)
-    (kept,) = gather("s", tmp_path / "runs", settings, tmp_path / "s.jsonl").results
+    (kept,) = gather("s", tmp_path / "runs", settings).results
     last = read_run(folder).evals[-1]
     assert kept.final["aim_gap"] == pytest.approx(aim.judge(last["load"])["aim_gap"])
 
@@ -149,7 +158,7 @@ def test_a_study_with_an_unfinished_run_is_refused(tmp_path):
     kept = [line for line in log.read_text().splitlines(True) if '"eval"' not in line]
     log.write_text("".join(kept))
     with pytest.raises(ValueError, match="not whole"):
-        gather("s", tmp_path, ["phi"], tmp_path / "s.jsonl")
+        gather("s", tmp_path, ["phi"])
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):
@@ -284,11 +293,11 @@ POTENTIALS = ("Euclidean", "LpNorm", "NegativeEntropy")
 )
 def test_potentials(equal, sloped, verdict):
     plain = {
-        f"phi(potential='{p}', strength=0.01)": v for p, v in zip(POTENTIALS, equal, strict=True)
+        f"phi(potential='{p}', strength=0.01, unit='paper')": v
+        for p, v in zip(POTENTIALS, equal, strict=True)
     }
     unit = {
-        f"phi(potential={{'name': '{p}', 'unit_slope': True}}, strength=0.32)": v
-        for p, v in zip(POTENTIALS, sloped, strict=True)
+        f"phi(potential='{p}', strength=0.32)": v for p, v in zip(POTENTIALS, sloped, strict=True)
     }
     planted = {**plain, **unit}
     found = potentials.chapter(
@@ -348,7 +357,7 @@ def test_specialisation(mi, verdict):
     assert specialisation.chapter(against(2.0, 1.0, mi)).verdict is verdict
 
 
-FINETUNE = ("none", "switch(strength=0.01)", "loss-free", "phi(strength=0.003)")
+FINETUNE = ("none", "switch(strength=0.01)", "loss-free", "phi(strength=0.096, rate=0.1)")
 
 
 @pytest.mark.parametrize(
@@ -383,3 +392,95 @@ def test_scale(gaps, verdict):
     found = scale.chapter(ladder)
     assert found.verdict is verdict
     assert "ready to run: `evidence/recipes/scale_large.toml`" in found.because
+
+
+# --- the room -----------------------------------------------------------------------------------
+
+
+def same_picture(svg: str) -> str:
+    """A figure without the names of its clips, which digest the last bits of coordinates."""
+    return re.sub(r"\bp[0-9a-f]{10}\b", "clip", svg)
+
+
+def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path):
+    write_page(load(), tmp_path / "evidence.md")
+    made, committed = tmp_path / "evidence.md", ROOT / "docs/evidence.md"
+    assert made.read_text("utf-8") == committed.read_text("utf-8")
+    figures = {file.name for file in (ROOT / "docs/evidence").iterdir()}
+    assert figures == {file.name for file in (tmp_path / "evidence").iterdir()}
+    for name in figures:
+        ours, theirs = (
+            same_picture((folder / "evidence" / name).read_text("utf-8"))
+            for folder in (tmp_path, ROOT / "docs")
+        )
+        assert ours == theirs, name
+
+
+def test_every_recipe_can_be_read_and_is_named_as_its_file():
+    for file in RECIPES.rglob("*.toml"):
+        assert Recipe.read(file).name == file.stem
+        assert file.parent.name == "checkpoints" or recipe_file(file.stem) == file
+
+
+def test_results_are_of_recipes_that_are_there():
+    studies = load()
+    for name, kept in studies.items():
+        recipe = Recipe.read(recipe_file(name))
+        assert kept.name == name
+        assert set(kept.settings()) <= set(recipe.compare.methods)
+        assert set(kept.seeds()) <= set(recipe.compare.seeds)
+    assert set(missing(RESULTS)) == {"scale_gpu", "scale_large"}
+    needed = {name for claim in CHAPTERS for name in claim.needs}
+    assert needed <= set(studies)
+
+
+def test_the_settings_that_are_reported_are_those_that_the_rule_takes():
+    studies = load()
+    chosen = choose(studies["sweep"])
+    for name in ("rivals", "grid", "corpora"):
+        assert set(studies[name].settings()) <= set(chosen.values())
+
+
+def test_outside_a_clone_it_says_what_is_missing(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").touch()
+    with pytest.raises(FileNotFoundError, match=r"no evidence/recipes and no evidence/results"):
+        refuse_without_clone(tmp_path)
+    refuse_without_clone(ROOT)
+
+
+def test_a_recipe_that_is_not_there_is_told_with_those_that_are():
+    with pytest.raises(FileNotFoundError, match=r"No recipe 'rivalz'\. There are demo, .*rivals"):
+        recipe_file("rivalz")
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_claim_without_results_is_not_run_yet(number):
+    found = CHAPTERS[number]({})
+    assert found.verdict is Verdict.OPEN
+    assert "can be run" in found.because
+
+
+def test_runs_whose_report_is_a_page_are_kept_as_logs(tmp_path):
+    header = {"recipe": {"model": {}, "data": {}, "train": {"steps": 60}}}
+    write_run(tmp_path / "runs/mixed/phi-seed0", "phi", seed=0, steps=60, header=header)
+    recipe = replace(Recipe.read(recipe_file("demo")), name="demo")
+    kept = keep(recipe, tmp_path / "runs", tmp_path / "results")
+    (run,) = find_runs(kept)
+    assert run.path == tmp_path / "results/demo/mixed/phi-seed0/log.jsonl"
+    assert not run.steps
+    assert run.evals == read_run(tmp_path / "runs/mixed/phi-seed0").evals
+
+
+def test_scores_of_sequences_are_what_a_monitor_sees_of_them():
+    model = tiny("qwen3_moe")
+    ids = tokens(4, 6, seed=1)
+    data = [{"input_ids": ids[i], "domain": i % 2} for i in range(4)]
+    scores, domains = sequence_scores(model, data, batch_size=3)
+    assert domains.tolist() == [0, 1, 0, 1]
+    with mb.attach(model, mb.NoBalancing()) as balancing:
+        balancing.watch()
+        model(input_ids=ids)
+        _, loads = balancing.evaluation()
+        soft = [soft for _, soft in loads.values()]
+    np.testing.assert_allclose(scores.mean(axis=1), torch.stack(soft).numpy(), atol=1e-6)

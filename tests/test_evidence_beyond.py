@@ -1,4 +1,4 @@
-"""The chapters beyond the paper follow their written rules: targets, the gap, shares and groups."""
+"""The chapters beyond the paper follow their written rules: targets, gap, proportions, groups."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 import pytest
 
 from evidence.chapter import Verdict
-from evidence.chapters import gap, rivals, shares, target
-from evidence.choose import family
+from evidence.chapters import gap, proportions, rivals, target
+from evidence.study import family
 from moebalance.lab.recipe import Recipe
 from synthetic_studies import GRID, jitter, study
 
@@ -55,10 +55,7 @@ def test_target(maxvio, loss, verdict):
     }
     found = target.chapter(studies)
     assert found.verdict is verdict
-    assert (
-        f"target_qwen, one-domain: MaxVio {maxvio[0]:.2f}, loss relative to `phi(strength=0.01)`"
-        in (found.because)
-    )
+    assert f"| target_qwen, one-domain | {maxvio[0]:.2f} | `phi(strength=0.01)` |" in found.body
 
 
 def test_a_target_says_when_its_price_is_paid():
@@ -90,7 +87,7 @@ def test_a_target_says_when_its_price_is_paid():
     assert "MaxVio 0.20 (0.20 to 0.20)" in body
 
 
-CHOICE = json.loads((ROOT / "benchmarks/results/target_choice.json").read_text(encoding="utf-8"))
+CHOICE = json.loads((ROOT / "evidence/results/target_choice.json").read_text(encoding="utf-8"))
 
 
 def test_a_target_is_reported_on_seeds_that_its_law_was_not_chosen_on():
@@ -149,7 +146,7 @@ def test_gap_recommends_what_balances_at_no_loss():
         (0.0, 0.0, Verdict.NOT_HERE),
     ],
 )
-def test_shares_and_groups(gap, mi, verdict):
+def test_proportions_and_groups(gap, mi, verdict):
     def plant(setting: str, seed: int, batching: str):
         noise = 0.001 * ((seed + len(setting)) % 3 - 1)
         return {
@@ -161,11 +158,11 @@ def test_shares_and_groups(gap, mi, verdict):
         }
 
     studies = {}
-    for name in ("shares", "groups"):
+    for name in ("proportions", "groups"):
         recipe = Recipe.read(ROOT / f"evidence/recipes/{name}.toml")
         both = tuple(recipe.compare.batching)
         studies[name] = study(name, tuple(recipe.compare.methods), plant, seeds=3, batchings=both)
-    found = shares.chapter(studies)
+    found = proportions.chapter(studies)
     assert found.verdict is verdict
-    assert found.body.count("| `phi(strength=0.001)` |") == 1
+    assert found.body.count("| `phi(strength=0.032, rate=0.1)` |") == 1
     assert "one-domain" in found.because

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from evidence.keep import RESULTS, TABLES, recipe_file
 from moebalance.lab.compare import plan
 from moebalance.lab.recipe import Recipe
 from moebalance.report import summarise, write_figure, write_markdown
@@ -11,14 +12,7 @@ from moebalance.runlog import find_runs
 from moebalance.words.methods import build_method
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-RECIPES = {
-    "demo": ROOT / "src" / "moebalance" / "recipes" / "demo.toml",
-    "defaults": ROOT / "recipes" / "defaults.toml",
-    "longer": ROOT / "recipes" / "longer.toml",
-    "finetune-strengths": ROOT / "recipes" / "finetune" / "strengths.toml",
-    "finetune": ROOT / "recipes" / "finetune" / "finetune.toml",
-}
+RECIPES = {name: recipe_file(name) for name in TABLES}
 
 
 @pytest.mark.parametrize("name", RECIPES)

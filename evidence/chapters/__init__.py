@@ -1,24 +1,22 @@
 """The chapters of the evidence, a file a claim, in the order of the page."""
 
-from collections.abc import Callable
-
-from evidence.chapter import Chapter, Studies
+from evidence.chapter import Claim
 from evidence.chapters import (
     finetuning,
     gap,
     memory,
     population,
     potentials,
+    proportions,
     rate,
     rivals,
     scale,
-    shares,
     specialisation,
     stability,
     target,
 )
 
-CHAPTERS: tuple[Callable[[Studies], Chapter], ...] = (
+CHAPTERS: tuple[Claim, ...] = (
     population.chapter,
     rivals.chapter,
     potentials.chapter,
@@ -29,6 +27,6 @@ CHAPTERS: tuple[Callable[[Studies], Chapter], ...] = (
     scale.chapter,
     gap.chapter,
     target.chapter,
-    shares.chapter,
+    proportions.chapter,
     memory.chapter,
 )

@@ -5,96 +5,91 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from evidence.chapter import Chapter, Studies, Verdict, estimate, table
-from evidence.figures import CYCLE, logarithmic, panels, titles
-from evidence.results import Study
+from evidence.chapter import Finding, Verdict, cells, claim, noise, table, text
+from evidence.figures import Panel, Series, draw
+from evidence.study import METRICS, Studies, Study
+from moebalance.report.canvas import CYCLE
 from moebalance.report.diagnosis.oscillation import Swing
 
 _CLAIMED = (0.6, 0.7)
-_SEQ_LEN = "seq_len"
+_BATCHINGS = ("mixed", "one-domain")
+_METRICS = ("maxvio", "loss", "dead_experts")
 
 
-def chapter(studies: Studies) -> Chapter:
+@dataclass(frozen=True)
+class Sweep:
+    """Strengths against rates, in one kind of micro-batch."""
+
+    study: Study
+
+    @cached_property
+    def settings(self) -> dict[tuple[float, float], str]:
+        """Each setting by its strength and rate."""
+        return {_numbers(setting): setting for setting in self.study.settings()}
+
+    @property
+    def strengths(self) -> list[float]:
+        """Every strength, the smallest first."""
+        return sorted({a for a, _ in self.settings})
+
+    @property
+    def rates(self) -> list[float]:
+        """Every η, the smallest first."""
+        return sorted({r for _, r in self.settings})
+
+    def maxvio(self, strength: float, rate: float) -> float:
+        """Mean over seeds."""
+        return self.study.mean(self.settings[strength, rate], "maxvio")
+
+    def best(self, strength: float) -> float:
+        """The rate with the lowest mean MaxVio."""
+        return min(self.rates, key=lambda rate: self.maxvio(strength, rate))
+
+    def swings(self, strength: float, rate: float) -> list[Swing]:
+        """Of every layer of every seed, those that oscillate."""
+        runs = self.study.runs(self.settings[strength, rate])
+        return [swing for run in runs for swing in run.swing or () if swing.oscillates]
+
+
+@claim(
+    slug="rate",
+    title="The averaging rate",
+    text="η between 0.6 and 0.7 works best (paper, ablation, at two million tokens a step).",
+    rule="*holds* if the rate with the lowest mean MaxVio is at least 0.3 everywhere, *does not* "
+    "if it is below 0.6 everywhere.",
+    needs=("rate", "rate_small_steps"),
+)
+def chapter(studies: Studies) -> Finding:
     """From rates against strengths, and the same rates at a quarter of the tokens a step."""
     study, small = studies["rate"], studies["rate_small_steps"]
-    strengths, rates = _axes(study)
-    best = {
-        (batching, a): min(rates, key=lambda r: _maxvio(study, a, r, batching))
-        for batching in ("mixed", "one-domain")
-        for a in strengths
-    }
+    sweeps = {batching: Sweep(study.only(batching)) for batching in _BATCHINGS}
+    best = {(name, a): each.best(a) for name, each in sweeps.items() for a in each.strengths}
     verdict = Verdict.NOT_HERE if max(best.values()) < min(_CLAIMED) else Verdict.IN_PART
     if min(best.values()) >= 0.3:
         verdict = Verdict.HOLDS
-    named = "; ".join(f"{batching}, α = {a}: {best[batching, a]}" for batching, a in best)
-    swings = [
-        [f"{a}", f"{r}", batching, *_swing_cells(study, a, r, batching)]
-        for batching in ("mixed", "one-domain")
-        for a in strengths
-        for r in rates
-        if any(s.oscillates for s in swings_of(study, a, r, batching))
-    ]
-    return Chapter(
-        slug="rate",
-        title="The averaging rate",
-        claim="η between 0.6 and 0.7 works best (paper, ablation, at two million tokens a step).",
-        verdict=verdict,
-        because=f"The rate with the lowest MaxVio at {tokens_a_step(study)} tokens a step: {named}."
-        " (Rule: holds if the best rate is at least 0.3 everywhere, not if it is below 0.6 "
-        "everywhere.)",
-        body="\n\n".join(
-            [
-                f"Over the evaluation set, seeds: {len(study.seeds())}; in one-domain runs "
-                "a whole step is of one domain.",
-                *(_map(study, batching, strengths, rates) for batching in ("mixed", "one-domain")),
-                "### Oscillation",
-                _why(),
-                table(
-                    ["Strength", "Rate", "Micro-batches", "Period, steps", "Swing, even shares"],
-                    swings,
-                )
-                if swings
-                else "None of these runs oscillates by the rule of `Swing.oscillates`.",
-                "### From tokens to a rate",
-                _memory(study, small),
-            ]
+    named = "; ".join(f"{name}, strength {a}: {rate}" for (name, a), rate in best.items())
+    return Finding(
+        verdict,
+        f"The rate with the lowest mean MaxVio at {study.tokens_a_step()} tokens a step: {named}. "
+        "Rates next to each other differ by little more than seed noise: read the trend.",
+        noise=noise({name: sweep.study for name, sweep in sweeps.items()}, *_METRICS),
+        body=text(
+            "In one-domain runs a whole step has text of one domain.",
+            *(_map(name, sweep) for name, sweep in sweeps.items()),
+            "### Oscillation",
+            _oscillation(sweeps),
+            "### From tokens to a rate",
+            _memory(study, small),
         ),
         figures={
-            "rate": (
-                _figure(study, strengths, rates),
-                "MaxVio against the rate; rings mark runs that oscillate.",
-            )
+            "rate": (_figure(sweeps), "MaxVio against the rate; rings mark runs that oscillate.")
         },
     )
-
-
-def _why() -> str:
-    return (
-        "The price answers an average that lags 1/η steps behind, and the router answers the price "
-        "with an inertia of its own: two delays in a loop. If the strength is large, the router "
-        "has passed the balance before the average says so, and swings back. Table: runs in which "
-        "a layer swings by more than a tenth of an even share and comes back (mean over layers and "
-        "seeds). Loads that drift in few directions can pass the rule too, as runs without any "
-        "memory, η = 1, show where they are listed: read the size of a swing, not the bare fact."
-    )
-
-
-def swings_of(study: Study, strength: float, rate: float, batching: str) -> list[Swing]:
-    """Every layer of every seed."""
-    runs = study.select(_setting(study, strength, rate), batching=batching)
-    return [found for run in runs for found in run.swing or ()]
-
-
-def _swing_cells(study: Study, strength: float, rate: float, batching: str) -> list[str]:
-    found = [s for s in swings_of(study, strength, rate, batching) if s.oscillates]
-    period = statistics.fmean(s.period for s in found)
-    return [f"{period:.0f}", f"{statistics.fmean(s.amplitude for s in found):.2f}"]
-
-
-def _setting(study: Study, strength: float, rate: float) -> str:
-    return next(s for s in study.settings() if _numbers(s) == (strength, rate))
 
 
 def _numbers(setting: str) -> tuple[float, float]:
@@ -105,80 +100,71 @@ def _numbers(setting: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
-def _axes(study: Study) -> tuple[list[float], list[float]]:
-    pairs = [_numbers(setting) for setting in study.settings()]
-    return sorted({a for a, _ in pairs}), sorted({r for _, r in pairs})
-
-
-def _maxvio(study: Study, strength: float, rate: float, batching: str) -> float:
-    return study.mean(_setting(study, strength, rate), "maxvio", batching=batching)
-
-
-def _map(study: Study, batching: str, strengths: list[float], rates: list[float]) -> str:
-    rows = [
-        [
-            f"{words}, α = {a}",
-            *(
-                estimate(study, _setting(study, a, r), metric, digits, batching=batching)
-                for r in rates
-            ),
-        ]
-        for words, metric, digits in (
-            ("MaxVio", "maxvio", 2),
-            ("loss", "loss", 3),
-            ("dead experts", "dead_experts", 1),
-        )
-        for a in strengths
-    ]
-    return table([batching, *(f"η = {r}" for r in rates)], rows)
-
-
-def tokens_a_step(study: Study) -> int:
-    """Tokens of a step in every run of a study."""
-    recipe = study.about["recipe"]
-    train = recipe["train"]
-    return int(train["batch_size"] * train["accumulation"] * recipe["data"][_SEQ_LEN])
-
-
-def _memory(study: Study, small: Study) -> str:
+def _map(batching: str, sweep: Sweep) -> str:
     rows = []
-    strength = 0.01
-    for each in (study, small):
-        _, rates = _axes(each)
-        for batching in ("mixed", "one-domain"):
-            best = min(rates, key=lambda r: _maxvio(each, strength, r, batching))
-            memory = -tokens_a_step(each) / math.log1p(-best) if best < 1 else 0.0
-            lowest = _maxvio(each, strength, best, batching)
-            rows.append(
-                [f"{tokens_a_step(each)}", batching, f"{best}", f"{memory:,.0f}", f"{lowest:.2f}"]
-            )
-    return "\n\n".join(
-        [
-            "If what matters is how many *tokens* the average remembers, M = −n / ln(1 − η) for n "
-            f"tokens a step, then the best M should be the same whatever n is. At α = {strength}:",
-            table(["Tokens a step", "Micro-batches", "Best η", "M, tokens", "MaxVio"], rows),
-            "Rule: choose the memory, not the rate. Let M span several changes of domain (tens of "
-            "thousands of tokens here) and give it as `memory_tokens=`; a rate of 0.6 at two "
-            "million tokens a step is a memory of 2.2 million tokens, far more than any here.",
-        ]
+    for metric in _METRICS:
+        for a in sweep.strengths:
+            found = [cells(sweep.study, sweep.settings[a, r], [metric])[0] for r in sweep.rates]
+            rows.append([f"{METRICS[metric][0]}, strength {a}", *found])
+    return table([batching, *(f"η = {r}" for r in sweep.rates)], rows)
+
+
+def _oscillation(sweeps: dict[str, Sweep]) -> str:
+    rows = []
+    for batching, sweep in sweeps.items():
+        for a, r in sorted(sweep.settings):
+            if found := sweep.swings(a, r):
+                period = statistics.fmean(swing.period for swing in found)
+                size = statistics.fmean(swing.amplitude for swing in found)
+                rows.append([f"{a}", f"{r}", batching, f"{period:.0f}", f"{size:.2f}"])
+    if not rows:
+        return "None of these runs oscillates by the rule of `Swing.oscillates`."
+    columns = ["Strength", "Rate", "Micro-batches", "Period, steps", "Swing, even loads"]
+    return text(
+        "The price follows an average that lags 1/η steps behind. The router follows the price "
+        "with an inertia of its own. These are two delays in a loop: if the strength is large, the "
+        "router has passed the balance before the average says so, and swings back. The table has "
+        "the runs in which a layer swings by more than a tenth of an even load and comes back: "
+        "mean over those layers and seeds. Loads that drift in a few directions can pass this rule "
+        "too. Runs with η = 1, which have no memory, show it. So read the size of a swing.",
+        table(columns, rows),
     )
 
 
-def _figure(study: Study, strengths: list[float], rates: list[float]) -> Any:
-    figure, axes = panels(2)
-    for ax, batching in zip(axes, ("mixed", "one-domain"), strict=True):
-        for i, a in enumerate(strengths):
-            values = [_maxvio(study, a, r, batching) for r in rates]
-            ax.plot(rates, values, "o-", color=CYCLE[i], markersize=4, label=f"α = {a}")
-            rings = [
-                (r, v)
-                for r, v in zip(rates, values, strict=True)
-                if any(s.oscillates for s in swings_of(study, a, r, batching))
-            ]
-            if rings:
-                x, y = zip(*rings, strict=True)
-                ax.plot(x, y, "o", markersize=11, fillstyle="none", color=CYCLE[i])
-        logarithmic(ax, x=True, y=True)
-        titles(ax, f"{batching} micro-batches", "rate η", "MaxVio")
-    axes[0].legend()
-    return figure
+def _memory(study: Study, small: Study) -> str:
+    rows, strength = [], Sweep(small).strengths[0]
+    for each in (study, small):
+        tokens = each.tokens_a_step()
+        for batching in _BATCHINGS:
+            sweep = Sweep(each.only(batching))
+            best = sweep.best(strength)
+            memory = -tokens / math.log1p(-best) if best < 1 else 0.0
+            lowest = f"{sweep.maxvio(strength, best):.2f}"
+            rows.append([f"{tokens}", batching, f"{best}", f"{memory:,.0f}", lowest])
+    return text(
+        "An average remembers M = −n / ln(1 − η) tokens if a step has n. If the number of *tokens* "
+        "matters, the M with the lowest MaxVio is the same at every n. At "
+        f"strength {strength}, the rate with the lowest mean MaxVio:",
+        table(["Tokens a step", "Micro-batches", "η", "M, tokens", "MaxVio"], rows),
+        "So choose the memory, not the rate: give `memory_tokens=`, long enough for several "
+        "changes of domain, here tens of thousands of tokens. A rate of 0.6 at two million tokens "
+        "a step is a memory of 2.2 million tokens, far more than any memory here.",
+    )
+
+
+def _figure(sweeps: dict[str, Sweep]) -> Any:
+    shown = []
+    for batching, sweep in sweeps.items():
+        series = []
+        for colour, a in zip(CYCLE, sweep.strengths, strict=False):
+            y = [sweep.maxvio(a, r) for r in sweep.rates]
+            style = {"fmt": "o-", "color": colour, "markersize": 4}
+            series += [Series(f"strength {a}", sweep.rates, y, style), _rings(sweep, a, colour)]
+        shown.append(Panel(f"{batching} micro-batches", "rate η", "MaxVio", series, log="xy"))
+    return draw(shown)
+
+
+def _rings(sweep: Sweep, strength: float, colour: str) -> Series:
+    x: Sequence[float] = [r for r in sweep.rates if sweep.swings(strength, r)]
+    style = {"fmt": "o", "markersize": 11, "fillstyle": "none", "color": colour}
+    return Series(None, x, [sweep.maxvio(strength, r) for r in x], style)

@@ -3,163 +3,142 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from evidence.chapter import (
-    Chapter,
-    Studies,
+    Finding,
     Verdict,
-    difference,
-    estimate,
+    cells,
+    claim,
+    differences,
+    heads,
     in_words,
+    noise,
+    settings_table,
+    sign,
     table,
+    text,
 )
-from evidence.choose import NAMES, Cell, cell, family
-from evidence.figures import legend_below, logarithmic, look, panels, point, titles
-from evidence.results import Study
+from evidence.choose import Cell, cell
+from evidence.figures import Panel, Series, draw, line, point
+from evidence.study import METRICS, Studies, Study, family
+from moebalance.report.canvas import look
 from moebalance.report.methods import display_name
 from moebalance.report.verdict import Difference, paired
 
-_METRICS = (("loss", 3), ("maxvio", 2), ("soft_maxvio", 2), ("mi", 3), ("dead_experts", 1))
-_HEADS = ("Validation loss", "MaxVio", "Soft MaxVio", "Domain MI", "Dead experts")
-_RIVALS = ("switch", "loss-free")
-_SHOWN = (
-    "none",
-    "switch",
-    "global-batch",
-    "ema-switch(rate=0.1)",
-    "loss-free",
-    "phi",
-    "phi(load='hard')",
-    "phi+loss-free",
-)
 TEXTS = {"rivals": "mixed", "grid": "one-domain", "corpora": "one-domain, other text"}
 """Studies of φ and its rivals, with words for their micro-batches; the last may be missing."""
 SWEEPS = {"grid": "sweep", "rivals": "sweep_mixed"}
-"""All strengths in the micro-batches of a study; that of mixed ones may be missing."""
+"""All strengths in the micro-batches of a study; those of mixed ones may be missing."""
+_METRICS = ("loss", "maxvio", "soft_maxvio", "mi", "dead_experts")
+_EFFECTS = ("loss", "maxvio", "soft_maxvio", "mi")
+_RIVALS = ("switch", "loss-free")
+_SHOWN = (
+    *("none", "switch", "global-batch", "ema-switch"),
+    *("loss-free", "phi", "phi(load='hard')", "phi+loss-free"),
+)
+_INGREDIENTS = {
+    "soft instead of hard": ("load", "soft", "hard"),
+    "step instead of batch": ("memory", "step", "batch"),
+    "EMA instead of step": ("memory", "EMA", "step"),
+    "log instead of linear": ("potential", "log", "linear"),
+}
 
 
-def chapter(studies: Studies) -> Chapter:
-    """From the sweeps (strengths) and the studies of `TEXTS`."""
+@claim(
+    slug="rivals",
+    title="Against the rivals",
+    text="φ-balancing reaches better balance and lower validation loss than Switch-style losses "
+    "and the loss-free bias (paper, Fig. 2 and Table 2).",
+    rule="*holds* if φ is better beyond seed noise in every comparison, *in part* if in some.",
+    needs=("rivals", "grid", "sweep"),
+)
+def chapter(studies: Studies) -> Finding:
+    """From the sweeps of strengths, and the studies of `TEXTS`."""
     verdict, because = _judge(studies)
-    parts = [
-        "Strengths were chosen on seeds 100 and 101 in one-domain micro-batches, by the rule "
-        "of `evidence/choose.py`: of a method's settings within 0.01 nats of its lowest loss, the "
-        "one with the lowest MaxVio. What follows are other seeds of another run. The same "
-        "setting is used everywhere. Every run has the same tokens, steps and model. On other "
-        "text than Python's, seven domains of [corpora](corpora.md), the same comparison is "
-        "`evidence/recipes/corpora.toml`.",
-    ]
-    for name, batching in there(studies).items():
-        study = studies[name]
-        title = f"### Micro-batches: {batching}, {len(study.seeds())} seeds"
-        parts += [title, _methods(study)]
-    parts += ["### Which ingredient helps", _grid(studies)]
-    return Chapter(
-        slug="rivals",
-        title="Against the rivals",
-        claim="φ-balancing reaches better balance and lower validation loss than Switch-style "
-        "losses and the loss-free bias (paper, Fig. 2 and Table 2).",
-        verdict=verdict,
-        because=because,
-        body="\n\n".join(parts),
+    each = there(studies)
+    return Finding(
+        verdict,
+        because,
+        noise=noise({words: studies[name] for name, words in each}, "loss", "maxvio", "mi"),
+        body=text(
+            differences(pairs(studies), ("loss", "maxvio"), head="φ − rival, 95 % interval"),
+            "Strengths were chosen on seeds 100 and 101 in one-domain micro-batches, by the rule "
+            "of `evidence/choose.py`: of the settings of a method within 0.01 nats of its lowest "
+            "loss, the one with the lowest MaxVio. The runs below have other seeds. The same "
+            "setting is used everywhere, and every run has the same tokens, steps and model. "
+            "*Other text* is seven domains of [corpora](corpora.md) instead of the text of Python "
+            "(`evidence/recipes/corpora.toml`).",
+            *(
+                f"### Micro-batches: {words}, {len(studies[name].seeds())} seeds\n\n"
+                + settings_table(studies[name], _METRICS)
+                for name, words in each
+            ),
+            "### Which ingredient helps",
+            _grid(studies["sweep"]),
+            *(
+                _effects(studies[sweep], TEXTS[name])
+                for name, sweep in SWEEPS.items()
+                if sweep in studies
+            ),
+        ),
         figures={
             "pareto": (
-                _pareto(studies),
-                "Loss against MaxVio. Lines: every strength of the sweeps (two other seeds: read "
-                "their shape, not their level). Marks: the "
-                "chosen strengths on other seeds, with ± sd.",
+                _figure(studies),
+                "Loss against MaxVio. Marks are the chosen strengths, mean ± sd over seeds. Lines "
+                "connect every strength of the sweeps, which have two other seeds: read their "
+                "shape, not their level.",
             )
         },
     )
 
 
-def _judge(studies: Studies) -> tuple[Verdict, str]:
-    words, won, lost = [], 0, 0
-    for name, batching in there(studies).items():
-        study = studies[name]
-        phi = setting_of(study, "phi")
-        for rival in _RIVALS:
-            other = setting_of(study, rival)
-            loss = difference(study, phi, other, "loss")
-            balance = difference(study, phi, other, "maxvio")
-            for found in (loss, balance):
-                won += found is not None and found.sign == -1
-                lost += found is not None and found.sign == 1
-            words.append(
-                f"{batching}, φ − {display_name(rival)}: loss {in_words(loss)}, MaxVio "
-                f"{in_words(balance, 2)}"
-            )
-    total = 2 * len(there(studies)) * len(_RIVALS)
-    verdict = Verdict.IN_PART if won else Verdict.NOT_HERE
-    if won == total:
-        verdict = Verdict.HOLDS
-    count = (
-        f"Of {total} comparisons (loss and MaxVio, two rivals, each study) φ is better in "
-        f"{won}, worse in {lost}, within seed noise in {total - won - lost}. "
-    )
-    tail = ". Paired over seeds, 95 % intervals, uncorrected."
-    return verdict, count + "; ".join(words) + tail
+def there(studies: Studies) -> list[tuple[str, str]]:
+    """Name and words of each of `TEXTS` whose results are committed."""
+    return [(name, words) for name, words in TEXTS.items() if name in studies]
 
 
-def setting_of(study: Study, name: str) -> str:
-    """The setting of a family that a study ran.
-
-    Raises:
-        KeyError: it ran none.
-    """
-    for setting in study.settings():
-        if family(setting) == name:
-            return setting
-    raise KeyError(f"{study.name} has no setting of {name!r}; it has {study.settings()}.")
-
-
-def there(studies: Studies) -> dict[str, str]:
-    """Those of `TEXTS` whose results are committed."""
-    return {name: words for name, words in TEXTS.items() if name in studies}
-
-
-def ran(study: Study, names: Iterable[str]) -> list[str]:
-    """Those of the families that a study ran."""
-    there = set(map(family, study.settings()))
-    return [name for name in names if name in there]
-
-
-def _methods(study: Study) -> str:
-    rows = []
-    for setting in study.settings():
-        cells = [estimate(study, setting, metric, digits) for metric, digits in _METRICS]
-        rows.append([f"`{setting}`", *cells])
-    return table(["Method", *_HEADS], rows)
-
-
-def _grid(studies: Studies) -> str:
-    sweep = studies["sweep"]
-    grids = matched(sweep)
-    middle = grids[len(grids) // 2]
-    rows = []
-    for where, setting in middle.items():
-        numbers = [estimate(sweep, setting, metric, digits) for metric, digits in _METRICS]
-        name = f" ({NAMES[where]})" if where in NAMES else ""
-        rows.append([f"{where}{name}", f"`{setting}`", *numbers])
-    rows.sort()
-    parts = [
-        "All twelve cells of {hard, soft} × {batch, step, EMA} × {linear, log}, in one-domain "
-        "micro-batches, from the sweep, whose strengths push alike: α for log, 32 α for "
-        "linear. Linear is the Euclidean potential, log negative entropy; Switch, "
-        "global-batch, EMA-Switch and both ends of φ-balancing are corners. At the middle one "
-        "of three strengths, two seeds:",
-        table(["Cell", "Setting", *_HEADS], rows),
-        "The effect of one ingredient, averaged over all cells that differ in nothing else "
-        "and over the three strengths, paired over seeds, with its 95 % interval. With two "
-        "seeds the intervals are wide:",
+def pairs(studies: Studies) -> list[tuple[str, Study, str, str]]:
+    """Words, study, φ and a rival."""
+    return [
+        (f"{words}, {display_name(rival)}", study, study.setting("phi"), study.setting(rival))
+        for name, words in there(studies)
+        for study in [studies[name]]
+        for rival in _RIVALS
     ]
-    for study, name in SWEEPS.items():
-        if name in studies:
-            heads = [f"Ingredient, {TEXTS[study]}", "Loss", "MaxVio", "Soft MaxVio", "Domain MI"]
-            parts.append(table(heads, _effects(studies[name], matched(studies[name]))))
-    return "\n\n".join(parts)
+
+
+def _judge(studies: Studies) -> tuple[Verdict, str]:
+    found = [
+        sign(study.less(phi, rival, metric))
+        for _, study, phi, rival in pairs(studies)
+        for metric in ("loss", "maxvio")
+    ]
+    won, lost, total = found.count(-1), found.count(1), len(found)
+    verdict = Verdict.IN_PART if won else Verdict.NOT_HERE
+    return (
+        Verdict.HOLDS if won == total else verdict,
+        f"Of {total} comparisons (loss and MaxVio, two rivals, {len(there(studies))} studies) φ is "
+        f"better in {won}, worse in {lost}, within seed noise in {total - won - lost}.",
+    )
+
+
+def _grid(sweep: Study) -> str:
+    grids = matched(sweep)
+    middle = sorted(grids[len(grids) // 2].items(), key=lambda item: str(item[0]))
+    rows = [[str(c), f"`{s}`", *cells(sweep, s, _METRICS)] for c, s in middle]
+    return text(
+        "A price in the loss has three ingredients: the load (hard or soft), its memory (batch, "
+        "step or moving average, EMA) and the potential (linear or log). *Linear* is the Euclidean "
+        "potential and *log* is negative entropy. Equal strengths push alike. The table has all "
+        f"twelve cells at the middle one of {len(grids)} strengths, in one-domain micro-batches, "
+        f"{len(sweep.seeds())} seeds.",
+        table(["Cell", "Setting", *heads(_METRICS)], rows),
+        "The next tables show the effect of one ingredient: the mean difference of all pairs of "
+        "cells that differ in nothing else, over all strengths, paired over seeds, with its 95 % "
+        "interval. Two seeds make these intervals wide.",
+    )
 
 
 def matched(sweep: Study) -> list[dict[Cell, str]]:
@@ -172,20 +151,13 @@ def matched(sweep: Study) -> list[dict[Cell, str]]:
     return [{where: settings[i] for where, settings in ladder.items()} for i in range(levels)]
 
 
-_INGREDIENTS = (
-    ("soft instead of hard", "load", "soft", "hard"),
-    ("step instead of batch", "memory", "step", "batch"),
-    ("EMA instead of step", "memory", "EMA", "step"),
-    ("log instead of linear", "potential", "log", "linear"),
-)
-
-
-def _effects(study: Study, grids: Sequence[dict[Cell, str]]) -> list[list[str]]:
-    metrics = (("loss", 3), ("maxvio", 2), ("soft_maxvio", 2), ("mi", 3))
-    return [
-        [words, *(in_words(effect(study, grids, part, to, of, m), d) for m, d in metrics)]
-        for words, part, to, of in _INGREDIENTS
+def _effects(study: Study, batching: str) -> str:
+    grids = matched(study)
+    rows = [
+        [words, *(in_words(effect(study, grids, *swap, m), METRICS[m][1]) for m in _EFFECTS)]
+        for words, swap in _INGREDIENTS.items()
     ]
+    return table([f"Ingredient, {batching}", *heads(_EFFECTS)], rows)
 
 
 def effect(
@@ -193,39 +165,39 @@ def effect(
 ) -> Difference | None:
     """Mean difference over all pairs of cells that differ in one part only, paired over seeds."""
     sides: tuple[dict[int, list[float]], dict[int, list[float]]] = ({}, {})
-    for cells in grids:
-        for where, setting in cells.items():
+    for grid in grids:
+        for where, setting in grid.items():
             if getattr(where, part) != to:
                 continue
-            twin = next(c for c in cells if vars(c) == {**vars(where), part: of})
-            for side, name in zip(sides, (setting, cells[twin]), strict=True):
+            twin = next(c for c in grid if vars(c) == {**vars(where), part: of})
+            for side, name in zip(sides, (setting, grid[twin]), strict=True):
                 for seed, value in study.by_seed(name, metric).items():
                     side.setdefault(seed, []).append(value)
     means = [{seed: statistics.fmean(v) for seed, v in side.items()} for side in sides]
     return paired(*means)
 
 
-def _pareto(studies: Studies) -> Any:
-    figure, axes = panels(len(there(studies)), height=3.4, width=9.4)
-    for ax, (name, batching) in zip(axes, there(studies).items(), strict=True):
-        study = studies[name]
-        for wanted in ran(study, _SHOWN):
-            setting = setting_of(study, wanted)
-            style = look(study.select(setting)[0].method)
-            hard = wanted == "phi(load='hard')"
-            label = display_name(study.select(setting)[0].method) + (", hard" if hard else "")
-            if SWEEPS.get(name) in studies:
-                _front(ax, studies[SWEEPS[name]], wanted, style["color"])
-            fill = {"markerfacecolor": "white"} if hard else {}
-            point(ax, study, setting, "maxvio", "loss", label=label, **style, **fill)
-        logarithmic(ax, x=True)
-        titles(ax, batching, "MaxVio, log scale", "validation loss, nats/byte")
-    legend_below(figure, axes[1], columns=7)
-    return figure
+def _figure(studies: Studies) -> Any:
+    shown = []
+    for name, batching in there(studies):
+        study, sweep = studies[name], studies.get(SWEEPS.get(name, ""))
+        series = []
+        for setting in study.of(_SHOWN):
+            method, hard = study.runs(setting)[0].method, "load='hard'" in setting
+            style = look(method) | ({"markerfacecolor": "white"} if hard else {})
+            label = display_name(method) + (", hard" if hard else "")
+            if sweep is not None:
+                series += _front(sweep, family(setting), style["color"])
+            series.append(point(study, setting, "maxvio", "loss", label=label, **style))
+        axes = ("MaxVio, log scale", "validation loss, nats/byte")
+        shown.append(Panel(batching, *axes, series, log="x"))
+    return draw(shown, columns=7, height=3.4, width=9.4)
 
 
-def _front(ax: Any, sweep: Study, wanted: str, colour: str) -> None:
-    settings = [s for s in sweep.settings() if family(s) == wanted]
+def _front(sweep: Study, name: str, colour: str) -> list[Series]:
+    settings = [setting for setting in sweep.settings() if family(setting) == name]
     points = sorted((sweep.mean(s, "maxvio"), sweep.mean(s, "loss")) for s in settings)
-    if len(points) > 1:
-        ax.plot(*zip(*points, strict=True), color=colour, linewidth=1, alpha=0.6)
+    if len(points) < 2:
+        return []
+    x, y = zip(*points, strict=True)
+    return [line(x, y, color=colour, linewidth=1, alpha=0.6)]

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from evidence.chapter import (
-    Chapter,
-    Studies,
-    Verdict,
-    difference,
-    estimate,
-    in_words,
-    table,
-)
-from evidence.chapters.rivals import setting_of
-from evidence.figures import legend_below, logarithmic, look, panels, titles
-from evidence.results import Study
+from evidence.chapter import Finding, Verdict, cells, change, claim, noise, sign, table, text
+from evidence.figures import GUIDE, Panel, Series, draw
+from evidence.study import Studies, Study
+from moebalance.report.canvas import look
 from moebalance.report.methods import display_name
 
 SIZES = ("scale_tiny", "scale_small", "scale_medium")
@@ -24,46 +17,37 @@ LARGER = ("scale_large", "scale_gpu")
 _METHODS = ("switch", "loss-free", "phi", "phi+loss-free")
 
 
-def chapter(studies: Studies) -> Chapter:
+@claim(
+    slug="scale",
+    title="Scale",
+    text="The gap in validation loss to the auxiliary loss grows with size, from 0.005 nats at "
+    "111M active parameters to 0.065 at 986M (paper, Fig. 2).",
+    rule="*in part* if the gap falls from size to size and is below zero beyond seed noise at the "
+    "largest; else untested.",
+    needs=SIZES,
+)
+def chapter(studies: Studies) -> Finding:
     """From three sizes on a CPU, and from larger ones where their results are committed."""
     ladder = [studies[name] for name in (*SIZES, *LARGER) if name in studies]
-    gaps = [difference(s, setting_of(s, "phi"), setting_of(s, "switch"), "loss") for s in ladder]
+    gaps = [s.less(s.setting("phi"), s.setting("switch"), "loss") for s in ladder]
     known = [gap for gap in gaps if gap is not None]
     falling = all(b.mean < a.mean for a, b in pairwise(known))
-    verdict = Verdict.UNTESTED
-    if falling and known[-1].sign == -1:
-        verdict = Verdict.IN_PART
-    sizes = [f"{parameters(s) / 1e3:,.0f}k" for s in ladder]
-    rows = []
-    for name in ("none", *_METHODS):
-        row = [display_name(name)]
-        for s in ladder:
-            setting = setting_of(s, name)
-            loss = difference(s, setting, "none", "loss")
-            first = estimate(s, setting, "loss", 3) if name == "none" else in_words(loss)
-            row += [first, estimate(s, setting, "maxvio", 2)]
-        rows.append(row)
-    heads = [head for size in sizes for head in (f"{size}: loss − none", f"{size}: MaxVio")]
+    verdict = Verdict.IN_PART if falling and sign(known[-1]) == -1 else Verdict.UNTESTED
     said = "; ".join(
-        f"{size} parameters {in_words(gap)}" for size, gap in zip(sizes, gaps, strict=True)
+        f"{_size(s)} parameters {change(s, s.setting('phi'), s.setting('switch'), 'loss')}"
+        for s in ladder
     )
     missing = [f"`evidence/recipes/{name}.toml`" for name in LARGER if name not in studies]
-    larger = f" Larger rungs are ready to run: {' and '.join(missing)}." if missing else ""
-    return Chapter(
-        slug="scale",
-        title="Scale",
-        claim="The gap in validation loss to the auxiliary loss grows with size, from 0.005 nats "
-        "at 111M active parameters to 0.065 at 986M (paper, Fig. 2).",
-        verdict=verdict,
-        because=f"Loss, φ − Switch: {said}. At a thousandth of the paper's sizes no gap is to be "
-        "expected, and a trend over so few sizes is no law. (Rule: *in part* if the gap falls from "
-        "size to size and is below zero beyond seed noise at the largest; else untested.)" + larger,
-        body="\n\n".join(
-            [
-                "Loss relative to no balancing with its 95 % interval (first row: the loss "
-                f"itself), {len(ladder[0].seeds())} seeds, mixed text; tokens grow with the model.",
-                table(["Method", *heads], rows),
-            ]
+    larger = f" Larger sizes are ready to run: {' and '.join(missing)}." if missing else ""
+    return Finding(
+        verdict,
+        f"Loss, φ − Switch: {said}. These sizes are a thousandth of the paper's, where no gap is "
+        f"to be expected, and a trend over so few sizes is no law.{larger}",
+        noise=noise({_size(study): study for study in ladder}, "loss", "maxvio"),
+        body=text(
+            "Loss less the loss without balancing, with its 95 % interval, mixed text. The first "
+            "row has the loss without balancing itself. Tokens grow with the model.",
+            _table(ladder),
         ),
         figures={"ladder": (_figure(ladder), "Loss relative to no balancing, mean over seeds.")},
     )
@@ -74,19 +58,36 @@ def parameters(study: Study) -> int:
     return int(study.about["model"]["active_parameters"])
 
 
-def _figure(ladder: list[Study]) -> Any:
-    figure, axes = panels(2)
+def _size(study: Study) -> str:
+    return f"{parameters(study) / 1e3:,.0f}k"
+
+
+def _table(ladder: Sequence[Study]) -> str:
+    rows = []
+    for name in ("none", *_METHODS):
+        row = [display_name(name)]
+        for s in ladder:
+            loss, maxvio = cells(s, s.setting(name), ("loss", "maxvio"))
+            row += [loss if name == "none" else change(s, s.setting(name), "none", "loss"), maxvio]
+        rows.append(row)
+    heads = [f"{_size(s)}: {what}" for s in ladder for what in ("loss − none", "MaxVio")]
+    return table(["Method", *heads], rows)
+
+
+def _figure(ladder: Sequence[Study]) -> Any:
     x = [parameters(study) for study in ladder]
+    loss, balance = [], []
     for name in _METHODS:
-        gaps = [difference(s, setting_of(s, name), "none", "loss") for s in ladder]
-        balance = [s.mean(setting_of(s, name), "maxvio") for s in ladder]
-        label = display_name(name)
-        axes[0].plot(x, [g.mean if g else float("nan") for g in gaps], label=label, **look(name))
-        axes[1].plot(x, balance, label=label, **look(name))
-    axes[0].axhline(0, color="#5c6570", linewidth=1)
-    titles(axes[0], "Loss", "active parameters", "loss − loss without balancing")
-    titles(axes[1], "Balance", "active parameters", "MaxVio")
-    for ax in axes:
-        logarithmic(ax, x=True)
-    legend_below(figure, axes[0])
+        gaps = [s.less(s.setting(name), "none", "loss") for s in ladder]
+        y = [gap.mean if gap else float("nan") for gap in gaps]
+        loss.append(Series(display_name(name), x, y, look(name)))
+        y = [s.mean(s.setting(name), "maxvio") for s in ladder]
+        balance.append(Series(None, x, y, look(name)))
+    axes = "active parameters"
+    shown = [
+        Panel("Loss", axes, "loss − loss without balancing", loss, log="x"),
+        Panel("Balance", axes, "MaxVio", balance, log="x"),
+    ]
+    figure = draw(shown)
+    figure.axes[0].axhline(0, color=GUIDE, linewidth=1)
     return figure

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evidence.chapter import (
-    Chapter,
-    Studies,
+    Finding,
     Verdict,
-    difference,
-    estimate,
+    cells,
+    change,
+    claim,
+    heads,
     in_words,
+    noise,
+    settings_table,
     table,
+    text,
 )
-from evidence.figures import CYCLE, legend_below, panels, titles
-from evidence.results import Study
-from moebalance.report.estimates import Estimate
+from evidence.figures import GUIDE, Panel, draw, point
+from evidence.study import METRICS, Studies, Study
+from moebalance.report.canvas import CYCLE
 from moebalance.report.verdict import Difference, paired
 
 STUDIES = ("target_qwen", "target_olmoe", "target_glm")
@@ -26,8 +31,7 @@ COURSE = "target_course"
 """The first mix under the strength of the controller's rise, held or relaxed; may be missing."""
 TARGET = 0.3
 TOLERANCE = 0.2
-_METRICS = (("loss", 3), ("maxvio", 2), ("dead_experts", 1), ("mi", 3))
-_HEADS = ("Validation loss", "MaxVio", "Dead experts", "Domain MI")
+_METRICS = ("loss", "maxvio", "dead_experts", "mi")
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,11 @@ class Mix:
     """One model on one kind of text, under the target and under fixed strengths."""
 
     study: Study
-    batching: str
 
     @property
     def name(self) -> str:
         """`qwen3_moe, one-domain`."""
-        return f"{self.study.about['model']['architecture']}, {self.batching}"
+        return f"{self.study.about['model']['architecture']}, {self.study.batchings()[0]}"
 
     @property
     def targeted(self) -> str:
@@ -58,11 +61,11 @@ class Mix:
         near = [s for s in self.fixed if self.maxvio(s) <= TARGET * (1 + TOLERANCE)]
         if not near:
             return min(self.fixed, key=self.maxvio)
-        return min(near, key=lambda s: self.study.mean(s, "loss", batching=self.batching))
+        return min(near, key=lambda s: self.study.mean(s, "loss"))
 
     def maxvio(self, setting: str) -> float:
         """Of the held-out text, mean over seeds."""
-        return self.study.mean(setting, "maxvio", batching=self.batching)
+        return self.study.mean(setting, "maxvio")
 
     @property
     def reached(self) -> bool:
@@ -72,69 +75,63 @@ class Mix:
     @property
     def single(self) -> list[float]:
         """MaxVio of each run under the target."""
-        found = self.study.by_seed(self.targeted, "maxvio", batching=self.batching)
-        return list(found.values())
+        return list(self.study.by_seed(self.targeted, "maxvio").values())
 
     @property
     def costs(self) -> Difference | None:
-        """Loss of the target over that of the best fixed strength, paired over seeds."""
-        return difference(
-            self.study, self.targeted, self.best_fixed, "loss", batching=self.batching
-        )
+        """Loss of the target over the loss of the best fixed strength, paired over seeds."""
+        return self.study.less(self.targeted, self.best_fixed, "loss")
 
     @property
     def cheap(self) -> bool:
         """Whether that is at most the standard deviation over seeds of the best fixed strength."""
-        values = self.study.by_seed(self.best_fixed, "loss", batching=self.batching).values()
-        spread, costs = Estimate.of(values), self.costs
+        spread, costs = self.study.estimate(self.best_fixed, "loss"), self.costs
         return bool(spread and spread.sd is not None and costs and costs.mean <= spread.sd)
 
 
-def chapter(studies: Studies) -> Chapter:
+@claim(
+    slug="target",
+    title="A target instead of a coefficient",
+    text=f"Our own claim: one setting, MaxVio at most {TARGET}, reaches its target on every model "
+    "and text, at no more loss than the best fixed strength.",
+    rule=f"*holds* if on every mix of model and text mean MaxVio lies within {TOLERANCE:.0%} of "
+    "the target, and the loss exceeds the loss of the best fixed strength by at most its standard "
+    "deviation over seeds. The best fixed strength is found with hindsight: of those that keep the "
+    "target the one of lowest mean loss, else the most even one.",
+    needs=STUDIES,
+)
+def chapter(studies: Studies) -> Finding:
     """From one target, and three fixed strengths, on four mixes of model and text."""
     mixes = [
-        Mix(studies[name], batching)
+        Mix(studies[name].only(batching))
         for name in STUDIES
-        for batching in dict.fromkeys(r.batching for r in studies[name].results)
+        for batching in studies[name].batchings()
     ]
     reached, cheap = sum(m.reached for m in mixes), sum(m.cheap for m in mixes)
     verdict = Verdict.IN_PART if reached and cheap else Verdict.NOT_HERE
     if reached == cheap == len(mixes):
         verdict = Verdict.HOLDS
-    said = "; ".join(
-        f"{m.name}: MaxVio {m.maxvio(m.targeted):.2f}, loss relative to `{m.best_fixed}` "
-        f"{in_words(m.costs)}"
-        for m in mixes
-    )
-    single = [vio for m in mixes for vio in m.single]
-    worst = max(mixes, key=lambda m: max(m.single))
-    fixed = [[m.maxvio(s) for s in m.fixed] for m in mixes]
-    spread = max(max(column) / min(column) for column in zip(*fixed, strict=True))
-    return Chapter(
-        slug="target",
-        title="A target instead of a coefficient",
-        claim=f"Our own claim: one setting, MaxVio at most {TARGET}, reaches its target on every "
-        "model and text, at no more loss than the best fixed strength.",
-        verdict=verdict,
-        because=f"On {reached} of {len(mixes)} mixes the target is reached within "
-        f"{TOLERANCE:.0%}, and on {cheap} it costs at most the standard deviation over seeds more "
-        f"than the best fixed strength. {said}. (Rule: *holds* if both on every mix. The best "
-        "fixed strength is the one of lowest loss among those that keep the target, found with "
-        "hindsight; where none does, the most even one.)",
-        body="\n\n".join(
-            [
-                f"`{mixes[0].targeted}` on all of them: the strength starts at 0.001 in every "
-                "layer and is moved by the controller (`methods/targeted.py`), whose law and "
-                "constants were [chosen](targets.md#how-the-law-was-chosen) on seeds from 100; "
-                "those reported here were run once, when it was final. It is the mean over seeds "
-                f"that is judged: of the single runs {sum(map(_near, single))} of {len(single)} "
-                f"end within {TOLERANCE:.0%} of the target, the least even one, of {worst.name}, "
-                f"at MaxVio {max(single):.2f}. Beside it fixed strengths, whose MaxVio differs by "
-                f"up to {spread:.1f} times from one mix to another: a coefficient does not carry "
-                "over.",
-                *(f"### {m.name}\n\n{_table(m)}" for m in mixes),
-                *_course(studies, mixes[0]),
-            ]
+    return Finding(
+        verdict,
+        f"Mean MaxVio is within {TOLERANCE:.0%} of the target on {reached} of {len(mixes)} mixes. "
+        "The loss is at most one standard deviation over seeds above the loss of the best fixed "
+        f"strength on {cheap}.",
+        noise=noise({m.name: m.study for m in mixes}, "loss", "maxvio"),
+        body=text(
+            table(
+                ["Mix", "MaxVio", "Best fixed strength", "Loss − its loss, 95 % interval"],
+                [
+                    [m.name, f"{m.maxvio(m.targeted):.2f}", f"`{m.best_fixed}`", in_words(m.costs)]
+                    for m in mixes
+                ],
+            ),
+            _setting(mixes),
+            *(
+                f"### {m.name}\n\n"
+                + settings_table(m.study, _METRICS, (*m.fixed, m.targeted), head="Setting")
+                for m in mixes
+            ),
+            *([_course(studies[COURSE], mixes[0])] if COURSE in studies else ()),
         ),
         figures={
             "mixes": (
@@ -150,79 +147,66 @@ def _near(maxvio: float) -> bool:
     return abs(maxvio / TARGET - 1) <= TOLERANCE
 
 
-def _table(mix: Mix) -> str:
-    rows = []
-    for setting in (*mix.fixed, mix.targeted):
-        cells = [
-            estimate(mix.study, setting, metric, digits, batching=mix.batching)
-            for metric, digits in _METRICS
-        ]
-        rows.append([f"`{setting}`", *cells])
-    return table(["Setting", *_HEADS], rows)
+def _setting(mixes: Sequence[Mix]) -> str:
+    single = [vio for m in mixes for vio in m.single]
+    worst = max(mixes, key=lambda m: max(m.single))
+    fixed = [[m.maxvio(s) for s in m.fixed] for m in mixes]
+    spread = max(max(column) / min(column) for column in zip(*fixed, strict=True))
+    return text(
+        f"Every mix has the setting `{mixes[0].targeted}`. The strength starts at 0.001, in the "
+        "paper's unit, in every layer, and the controller (`methods/targeted.py`) moves it. Its "
+        "law and constants were [chosen](targets.md#how-the-law-was-chosen) on seeds from 100. The "
+        "seeds reported here were run once, when the law was final.",
+        "The mean over seeds is judged. Single runs vary more: "
+        f"{sum(map(_near, single))} of {len(single)} end within {TOLERANCE:.0%} of the target, and "
+        f"the least even run, of {worst.name}, ends at MaxVio {max(single):.2f}. A coefficient "
+        f"does not carry over: at one fixed strength MaxVio differs by up to {spread:.1f} times "
+        "from one mix to another.",
+    )
 
 
-def _course(studies: Studies, mix: Mix) -> list[str]:
+def _course(study: Study, mix: Mix) -> str:
     """When the loss is paid: strengths that begin as the controller's did."""
-    if COURSE not in studies:
-        return []
-    study = studies[COURSE]
     held, relaxed = study.settings()
-    rows = [
-        [words, *(estimate(of, setting, metric, digits) for metric, digits in _METRICS)]
-        for words, of, setting in (
-            ("held to the end", study, held),
-            ("relaxed to about three fifths after 520 steps", study, relaxed),
-        )
-    ]
-    cells = [
-        estimate(mix.study, mix.targeted, metric, digits, batching=mix.batching)
-        for metric, digits in _METRICS
-    ]
-    rows.append(["as the controller moved it", *cells])
-    courses = [r.curve["multiplier"] for r in mix.study.select(mix.targeted, batching=mix.batching)]
+    courses = [run.curve["multiplier"] for run in mix.study.runs(mix.targeted)]
     highest = statistics.fmean(max(course) for course in courses)
     last = statistics.fmean(course[-1] for course in courses)
-    less_held = {
-        metric: paired(
-            mix.study.by_seed(mix.targeted, metric, batching=mix.batching),
-            study.by_seed(held, metric),
-        )
-        for metric in ("loss", "maxvio")
+    moved = {
+        m: paired(mix.study.by_seed(mix.targeted, m), study.by_seed(held, m))
+        for m in ("loss", "maxvio")
     }
-    return [
+    rows = [
+        ["held to the end", *cells(study, held, _METRICS)],
+        ["relaxed to about three fifths after 520 steps", *cells(study, relaxed, _METRICS)],
+        ["as the controller moved it", *cells(mix.study, mix.targeted, _METRICS)],
+    ]
+    return text(
         "### When the price is paid",
         f"The controller raised the strength to {highest:.1f} times where it starts while the load "
-        f"was far off, and ended at {last:.1f} times. Beside it, on {mix.name}, the strength that "
-        "it rose to on the seeds that it was chosen on, from the first step on. Relaxed less held, "
-        f"paired over seeds: loss {in_words(difference(study, relaxed, held, 'loss'))}, MaxVio "
-        f"{in_words(difference(study, relaxed, held, 'maxvio'), 2)}. As the controller moved it "
-        f"less held: loss {in_words(less_held['loss'])}, MaxVio "
-        f"{in_words(less_held['maxvio'], 2)}.",
-        table(["Strength", *_HEADS], rows),
-    ]
+        f"was far off, and ended at {last:.1f} times. The table compares it, on {mix.name}, with "
+        "the strength that it rose to on the seeds on which it was chosen, used from the first "
+        "step on.",
+        f"Relaxed − held, paired over seeds: loss {change(study, relaxed, held, 'loss')}, MaxVio "
+        f"{change(study, relaxed, held, 'maxvio')}. As the controller moved it − held: loss "
+        f"{in_words(moved['loss'])}, MaxVio {in_words(moved['maxvio'], METRICS['maxvio'][1])}.",
+        table(["Strength", *heads(_METRICS)], rows),
+    )
 
 
 def _figure(mixes: Sequence[Mix]) -> Any:
-    figure, axes = panels(len(mixes), height=2.9, width=1.9 * len(mixes))
-    for ax, mix in zip(axes, mixes, strict=True):
+    shown = []
+    for mix in mixes:
+        series = []
+        for colour, setting in zip(CYCLE[1:], mix.fixed, strict=False):
+            label = f"strength {re.findall(r'strength=([0-9.]+)', setting)[0]}"
+            style = {"color": colour, "marker": "o"}
+            series.append(point(mix.study, setting, "maxvio", "loss", label=label, **style))
+        style = {"color": CYCLE[0], "marker": "D"}
+        series.append(point(mix.study, mix.targeted, "maxvio", "loss", label="target", **style))
+        y = "loss" if mix is mixes[0] else ""
+        shown.append(Panel(mix.name.replace(", ", "\n"), "MaxVio", y, series))
+    figure = draw(shown, width=1.9 * len(mixes))
+    for ax in figure.axes:
         ax.axvspan(TARGET * (1 - TOLERANCE), TARGET * (1 + TOLERANCE), color="#e7e9ec")
-        ax.axvline(TARGET, color="#5c6570", linewidth=1)
-        for i, setting in enumerate((*mix.fixed, mix.targeted)):
-            last = setting == mix.targeted
-            x, y = (
-                Estimate.of(mix.study.by_seed(setting, metric, batching=mix.batching).values())
-                for metric in ("maxvio", "loss")
-            )
-            if x is not None and y is not None:
-                ax.errorbar(
-                    x.mean,
-                    y.mean,
-                    xerr=x.sd,
-                    yerr=y.sd,
-                    marker="D" if last else "o",
-                    color=CYCLE[0] if last else CYCLE[1 + i],
-                    label="target" if last else "α = " + setting.split("strength=")[1].rstrip(")"),
-                )
-        titles(ax, mix.name.replace(", ", "\n"), "MaxVio", "loss" if mix is mixes[0] else "")
-    legend_below(figure, axes[0])
+        ax.axvline(TARGET, color=GUIDE, linewidth=1)
     return figure

@@ -24,7 +24,7 @@ def write_gpu_page(results: Mapping[str, Any], path: Path | str) -> Path:
     machine = results["machine"]
     parts = [
         "# What it costs on a GPU",
-        "Generated from benchmarks/results/gpu by `benchmarks/gpu.py --page`; do not edit by hand.",
+        "Generated from benchmarks/results/h200.json by `python -m evidence`; do not edit by hand.",
         f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, "
         f"moebalance {machine['moebalance']} ({machine['commit']}).",
     ]
