@@ -24,7 +24,7 @@ def checkpoint_folder(checkpoint: str) -> Path:
         checkpoint: its path, from the current folder.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or no model in it; says what there is.
+        FileNotFoundError, ValueError: no such folder, or no model in it.
     """
     folder = Path(checkpoint)
     where = f"[model] checkpoint={checkpoint!r}"
@@ -54,9 +54,10 @@ def checkpoint_folder(checkpoint: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hex digest that tells a checkpoint from another: its configuration, samples of its weights.
+    """Hex digest of a checkpoint: its configuration, and samples of its weights.
 
-    Small files are read whole, of a large one blocks at even distances: 100 GB take no minute.
+    Small files are read whole. Of a large file, blocks at even distances are read, so that 100 GB
+    take less than a minute.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in _weights(folder):
@@ -86,7 +87,6 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
     needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", STATE_FILE]
     weights = _weights(checkpoint)
     try:
@@ -122,5 +122,4 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files of a model's or an adapter's weights, in one order everywhere."""
     return sorted(path for path in folder.glob("*.safetensors") if path.name != STATE_FILE)

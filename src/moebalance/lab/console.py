@@ -1,4 +1,4 @@
-"""What the command line prints: tables, verdicts, diagnoses, in a terminal of any width."""
+"""Tables, verdicts and diagnoses for a terminal of any width."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence

@@ -139,7 +139,7 @@ def pair_lift(together: Tensor) -> Tensor:
     N_ij over c_i c_j · Σ_{i≠j} N_ij / Σ_{i≠j} c_i c_j, with c the tokens of each expert.
 
     Args:
-        together: (E, E) tokens that both experts serve; those of one expert on the diagonal.
+        together: (E, E) tokens that both experts serve; on the diagonal the tokens of one expert.
 
     Returns:
         (E, E) multiples, 1 where two experts ignore each other; 0 on the diagonal, and for an

@@ -1,7 +1,7 @@
-"""Fine-tuning: a model from a checkpoint's folder, all of it or LoRA, and the folder it leaves.
+"""Fine-tuning: a model from the folder of a checkpoint, whole or with LoRA, and its own folder.
 
-A run is that of `train`; this is where its model comes from. Every weight starts as the checkpoint
-has it; the seed fixes the data order, and LoRA's first factors.
+`train` runs it; its model comes from here. Every weight starts as the checkpoint has it. The seed
+fixes the data order, and the first factors of LoRA.
 """
 
 import json
@@ -33,14 +33,14 @@ def start(
 ) -> tuple[PreTrainedModel, Balancing]:
     """Load the model of a fine-tuning recipe, adapt it if the recipe says so, and balance it.
 
-    A balancing state of the same method beside the checkpoint is taken up, so that a price or an
-    average that belongs to these weights goes on.
+    If the folder holds a balancing state of the same method, that state goes on: a price or an
+    average belongs to its weights.
 
     Args:
-        recipe: with `[model] checkpoint`.
+        recipe: a recipe with `[model] checkpoint`.
         method: the method.
-        vocab_size: ids of the tokeniser; the model needs as many embeddings.
-        resumed: a checkpoint of this very run to take the weights from.
+        vocab_size: ids of the tokeniser; the model needs at least as many embeddings.
+        resumed: a checkpoint of this run to take the weights from.
 
     Raises:
         ValueError: no such key, no causal language model, weights that do not fit, no MoE router,
@@ -70,16 +70,16 @@ def save_final(
     *,
     writes: bool = True,
 ) -> Path:
-    """Detach and save what a run ends with, whole or not at all.
+    """Detach and save the model that a run ends with, whole or not at all.
 
-    The folder holds the model (or the adapter), the tokeniser and the balancing state; a selection
+    The folder holds the model (or the adapter), the tokeniser and the balancing state. A selection
     price that the model can hold is in its weights.
 
     Args:
         model: the model; a sharded one is gathered, so that all ranks must call this.
         balancing: the handle on its layers.
-        tokenizer: saved beside it.
-        folder: of the run.
+        tokenizer: its tokeniser, saved into the same folder.
+        folder: folder of the run.
         writes: False on a rank that only hands over its part.
 
     Returns:
@@ -95,7 +95,7 @@ def save_final(
     save(balancing, partial)
     try:
         check_export(model, balancing)
-    except ValueError as error:  # said, not refused: with the state beside it the folder is whole
+    except ValueError as error:  # said, not refused: with its state the folder is whole
         logger.warning("%s: %s", final, error)
     balancing.detach(keep_price=not balancing.price_outside)
     model.save_pretrained(partial)
@@ -155,7 +155,7 @@ def _check_texts(recipe: Recipe, model: PreTrainedModel, vocab_size: int) -> Non
 
 
 def _earlier_state(model: PreTrainedModel, method: Method, folder: Path) -> dict[str, Any] | None:
-    """The balancing state that a run of this method left beside the weights; None for none."""
+    """The balancing state that a run of this method left with the weights; None for none."""
     path = folder / STATE_FILE
     if not path.is_file():
         return None

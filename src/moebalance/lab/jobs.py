@@ -73,7 +73,7 @@ def compare_all(
     workers: int | None = None,
     track: str | None = None,
 ) -> None:
-    """Make all runs of a comparison, and report; also what there is, if it ends early.
+    """Make all runs of a comparison, and report; if it ends early, report the runs so far.
 
     Args:
         recipe: what to compare on what.

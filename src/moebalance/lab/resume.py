@@ -37,8 +37,8 @@ def find_start(
 
     Args:
         recipe: what is asked for now.
-        identity: the same.
-        folder: of the run.
+        identity: identity of the run that is asked for.
+        folder: folder of the run.
         resume: go on from the last whole checkpoint, if there is one.
         save_model: whether the run leaves its model in `final`.
 

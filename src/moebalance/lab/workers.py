@@ -135,7 +135,7 @@ def _start(threads: int) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     torch.set_num_threads(threads)
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # those of several workers would run into each other
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # bars of several workers would mix
 
 
 def end_with_parent(grace: float = 30.0) -> None:

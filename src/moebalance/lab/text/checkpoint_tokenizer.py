@@ -1,4 +1,4 @@
-"""The tokeniser that lies beside a model's weights: Transformers' own kind, or one of ours."""
+"""The tokeniser in the folder of a model: Transformers' own kind, or one of ours."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from jaxtyping import Int32
 from torch import Tensor
 
 TOKENIZER_FILE = "moebalance_tokenizer.json"
-"""Name of one of these tokenisers beside the model that was trained with it."""
+"""File of one of these tokenisers in the folder of the model that was trained with it."""
 
 BYTE_VALUES = 256
 # Pairs are learnt from a sample: the first bytes of each text, so much in all.
