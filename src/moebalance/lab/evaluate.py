@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from moebalance import Balancing, LayerBalance, metrics
+from moebalance import Balancing, metrics
+from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface import Site, find_sites
 from moebalance.lab.text.batches import TokenDataset
 
