@@ -19,7 +19,6 @@ STILL_TO_DO: set[str] = {
     "docs/finetune.md",
     "docs/longer.md",
     "docs/results.md",
-    "src/moebalance/core/handle.py",
     "src/moebalance/integrations/huggingface/exporting.py",
     "src/moebalance/integrations/huggingface/state_file.py",
     "src/moebalance/integrations/huggingface/trainer.py",

@@ -1,6 +1,6 @@
-"""The handle on a model's balanced layers: one object to step, read, save and take away.
+"""The handle on a model's balanced layers: step it, read it, save it, detach it.
 
-It knows layers by name and nothing of the framework that they came from.
+It knows layers by name, and no framework.
 """
 
 import logging
@@ -32,16 +32,16 @@ Loads = tuple[Float[Tensor, "E"], Float[Tensor, "E"]]
 class Balancing:
     """All balanced layers of one model under one method.
 
-    Made by `attach`. Call `step()` once after each optimizer step, or let a trainer's callback do
-    it. As a context manager it detaches on leaving.
+    `attach` makes it. Call `step()` once after each optimizer step, or let a trainer's callback do
+    so. Used as a context manager, it detaches at the end.
 
     Args:
         method: the method.
         layers: the layers by name.
-        group: ranks that hold these same layers and disjoint tokens; None for the default group
-            where there is one.
-        global_metrics: whether metrics and loads are those of all ranks, for a message of 2E + 1
-            numbers a layer instead of the E + 1 that most methods need.
+        group: ranks that hold the same layers and disjoint tokens; None for the default process
+            group, if there is one.
+        global_metrics: whether metrics and loads cover all ranks. The message of a step then has
+            2E + 1 numbers per layer, instead of the E + 1 that most methods need.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Balancing:
         self._on_step: list[Callable[[], None]] = []
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
         self.price_outside: set[str] = set()
-        """Layers whose selection price no weight of the model holds."""
+        """Names of layers whose selection price is in no weight of the model."""
         self._share_loss_scale()
 
     def place(self, devices: Mapping[str, torch.device]) -> None:
-        """Move layers to where their routers are, by name."""
+        """Move each named layer to the device of its router."""
         strays = [name for name, to in devices.items() if self.layers[name].running.device != to]
         for name in strays:
             self.layers[name].to(devices[name])
@@ -72,42 +72,43 @@ class Balancing:
             self._share_loss_scale()
 
     def on_step(self, call: Callable[[], None]) -> None:
-        """Call this after each step and each load, for example to write prices into a model."""
+        """Call `call` after each step and each load, for example to write prices into a model."""
         self._on_step.append(call)
 
     def on_detach(self, call: Callable[[], None], *, restores_price: bool = False) -> None:
-        """Call this once on detaching, last come first.
+        """Call `call` once in `detach`, the last registered first.
 
         Args:
-            call: what undoes something.
-            restores_price: it undoes a price written into the model, which a user may keep.
+            call: undoes one change.
+            restores_price: whether it undoes a price written into the model; a user may keep that.
         """
         self._on_detach.append((call, restores_price))
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Begin to add up what all ranks counted; `step` waits for it.
+        """Start to add up the sums of all ranks; `step` waits for the result.
 
-        Called after the last backward and before `optimizer.step()`, it hides the one message of
-        a step behind the optimizer. Left out, `step` does it. Nothing to do in one process.
+        Call it after the last backward and before `optimizer.step()`: the one message of a step
+        then travels while the optimizer works. Without this call `step` does it. One process has
+        nothing to add up.
 
         Raises:
-            RuntimeError: at the first step, if the ranks balance different things.
+            RuntimeError: at the first step, if the ranks balance different layers or methods.
         """
         self._ledger.reduce(self.steps + 1)
 
     def step(self) -> None:
-        """End an optimizer step: advance every layer by what it counted.
+        """End an optimizer step: advance the state of every layer by its sums.
 
-        A layer that counted no token, such as that of experts for images in a step of text, keeps
-        its state and is named in a warning once.
+        A layer that counted no token keeps its state and is named once in a warning. For example,
+        experts for images see no token in a step of text.
 
         Raises:
-            RuntimeError: no layer counted a token since the last step, on any rank; or one did
-                between `reduce` and this.
+            RuntimeError: no layer counted a token since the last step, on any rank; or a layer did
+                between `reduce` and this call.
             FloatingPointError: a layer saw NaN or infinite logits, on any rank; nothing is changed.
-                On a CUDA device each of these is raised when the next step ends, so that no step
-                waits for the device.
+                On a CUDA device both errors come at the end of the next step, so that no step waits
+                for the device.
         """
         self._ledger.close(self.steps + 1)
         self.steps += 1
@@ -117,27 +118,27 @@ class Balancing:
             self._announce()
 
     def discard(self) -> None:
-        """Forget what was counted since the last step, for example of a step that was given up."""
+        """Forget the sums since the last step, for example of a step that you gave up."""
         self._ledger.discard()
 
     def follow(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """Return `loss`; from now on the balancing term is scaled exactly as this loss is.
+        """Return `loss`; the balancing term is from now on scaled exactly as this loss is.
 
-        Wrap the mean loss of a batch before dividing it by accumulation steps or handing it to a
-        gradient scaler. Not needed where the model computes its own loss.
+        Wrap the mean loss of a batch before you divide it by accumulation steps or give it to a
+        gradient scaler. You do not need it if the model computes its own loss.
         """
         for scale in self._loss_scales():
             loss = follow(loss, scale)
         return loss
 
     def set_loss_scale(self, scale: float) -> None:
-        """Fix the factor of the balancing term for losses that are not followed; 1 at first."""
+        """Set the factor of the balancing term for losses that are not followed; 1 at first."""
         self._loss_scale = scale
         self._reset_loss_scale()
 
     @torch.no_grad()
     def loads(self) -> dict[str, Loads]:
-        """Hard and soft load of each layer in the last finished step, fractions that sum to 1."""
+        """Hard and soft load (E,) of each layer in the last finished step, fractions that sum to 1."""
         return _loads({name: layer.last_sums for name, layer in self.layers.items()})
 
     @torch.no_grad()
@@ -151,10 +152,10 @@ class Balancing:
         Returns:
             `maxvio`, `maxvio_worst` (largest over layers), `minvio`, `cv`, `gini`, `entropy`
             (1 is uniform), `dead` (share of experts) on the hard load; `soft_maxvio` and
-            `soft_hard_gap`; `aim_maxvio` and `aim_gap`, relative to the shares of a method that has
-            some; `price_spread` where it prices selection; `tokens` per layer; what a method says
-            of itself, as `multiplier`, with `_least` and `_most` over layers. Empty before the
-            first step.
+            `soft_hard_gap`; `aim_maxvio` and `aim_gap`, relative to a method's proportions if it has
+            some; `price_spread` of a selection price; `tokens` per layer; the method's own
+            readings, for example `multiplier`, with `_least` and `_most` over layers. Empty before
+            the first step.
         """
         sums = [layer.last_sums for layer in self.layers.values()]
         found = summary(sums, self.method.traits.aim)
@@ -182,15 +183,15 @@ class Balancing:
         return found
 
     def watch(self) -> None:
-        """From now on count what the model does in evaluation mode too; see `evaluation`."""
+        """From now on also count in evaluation mode; see `evaluation`."""
         for layer in self.layers.values():
             layer.start_watching()
 
     @torch.no_grad()
     def evaluation(self) -> tuple[dict[str, float], dict[str, Loads]]:
-        """Metrics and loads of all forwards in evaluation mode since the last call.
+        """Metrics and loads of all evaluation forwards since the last call.
 
-        Nothing of it enters the balancing.
+        They never enter the balancing.
 
         Raises:
             RuntimeError: `watch` was not called before.
@@ -202,7 +203,7 @@ class Balancing:
         return summary(list(seen.values()), self.method.traits.aim), _loads(seen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on: format, method, steps and each layer's tensors."""
+        """All that a later run needs: format, method, steps and each layer's tensors."""
         return {
             "format": FORMAT,
             "method": method_name(self.method),
@@ -220,13 +221,13 @@ class Balancing:
         *,
         parents: Sequence[int | Sequence[int]] | None = None,
     ) -> None:
-        """Go on from a saved state. Refused whole, with the reason, if it does not fit.
+        """Go on from a saved state. A state that does not fit is refused whole, with the reason.
 
         Args:
-            state: what `state_dict` returned.
-            parents: where experts were copied, merged, added or taken out since: for each expert of
-                this model those of the saved one that it descends from (`Lineage`); one, several in
-                brackets, or none, `()`. Means split and add up, prices are passed on.
+            state: from `state_dict`.
+            parents: if experts were copied, merged, added or removed since: for each expert of this
+                model its parents among the saved experts (`Lineage`). Give one number, several in
+                brackets, or `()` for a new expert. Means split and add up; prices are passed on.
 
         Raises:
             ValueError: another format, method, set of layers or number of experts.
@@ -244,14 +245,14 @@ class Balancing:
         self._publish()
 
     def detach(self, *, keep_price: bool = False) -> None:
-        """Take everything away: the model's outputs are again what they were before `attach`.
+        """Undo `attach`: the model's outputs are again as they were before it.
 
         Args:
-            keep_price: leave the trained price in the model's own selection bias, so that it routes
-                on as it was trained and is saved so.
+            keep_price: leave the trained price in the model's own selection bias, so that the model
+                routes as it was trained, and is saved so.
 
         Raises:
-            ValueError: `keep_price` where no bias of the model holds the price; nothing is undone.
+            ValueError: `keep_price`, and no bias of the model holds the price; nothing is undone.
         """
         if keep_price and self.price_outside:
             raise ValueError(
@@ -268,7 +269,7 @@ class Balancing:
         self._on_step.clear()
 
     def __enter__(self) -> "Balancing":
-        """Use the attachment for a block of code."""
+        """Stay attached for a block of code."""
         return self
 
     def __exit__(
@@ -303,7 +304,7 @@ class Balancing:
         )
 
     def _share_loss_scale(self) -> None:
-        """Give layers on one device one cell, so that following a loss costs one copy."""
+        """Layers on one device share one cell: following a loss then costs one copy."""
         cells: dict[torch.device, Tensor] = {}
         for layer in self.layers.values():
             cell = cells.setdefault(layer.loss_scale.device, layer.loss_scale)
