@@ -138,22 +138,22 @@ class Balancing:
 
     @torch.no_grad()
     def loads(self) -> dict[str, Loads]:
-        """Hard and soft load (E,) of each layer in the last finished step, fractions that sum to 1."""
+        """Hard and soft load (E,) of each layer in the last step, fractions that sum to 1."""
         return _loads({name: layer.last_sums for name, layer in self.layers.items()})
 
     @torch.no_grad()
     def metrics(self, *, ep_size: int | None = None) -> dict[str, float]:
-        """About ten numbers on the last finished step, means over layers unless named otherwise.
+        """About ten numbers on the last finished step: means over layers, unless named otherwise.
 
         Args:
-            ep_size: ranks that the experts would be laid out on in order, for `rankvio`: by how
-                much the busiest rank exceeds its share (`moebalance.metrics.expert_parallel`).
+            ep_size: number of expert-parallel ranks, for `rankvio`: how far the busiest rank is
+                above its part, with experts on ranks in order (`metrics.expert_parallel`).
 
         Returns:
             `maxvio`, `maxvio_worst` (largest over layers), `minvio`, `cv`, `gini`, `entropy`
             (1 is uniform), `dead` (share of experts) on the hard load; `soft_maxvio` and
-            `soft_hard_gap`; `aim_maxvio` and `aim_gap`, relative to a method's proportions if it has
-            some; `price_spread` of a selection price; `tokens` per layer; the method's own
+            `soft_hard_gap`; `aim_maxvio` and `aim_gap`, relative to a method's proportions if it
+            has some; `price_spread` of a selection price; `tokens` per layer; the method's own
             readings, for example `multiplier`, with `_least` and `_most` over layers. Empty before
             the first step.
         """
