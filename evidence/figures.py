@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from evidence.study import Study
-from moebalance.report.canvas import legend_below, logarithmic, panels, titles
+from moebalance.report.canvas import legend_below, logarithmic, look, panels, titles
 
 GUIDE = "#5c6570"
 """Colour of a line that is no measurement."""
@@ -21,7 +21,7 @@ class Series(NamedTuple):
     label: str | None
     x: Sequence[float]
     y: Sequence[float]
-    style: Mapping[str, Any]
+    style: dict[str, Any]
     x_sd: Sequence[float] | None = None
     y_sd: Sequence[float] | None = None
 
@@ -63,17 +63,22 @@ def draw(
     return figure
 
 
-def point(
-    study: Study, setting: str, x: str, y: str, *, label: str | None = None, **style: Any
-) -> Series:
-    """The means of two metrics over the seeds of a setting, ± sd."""
-    across, up = study.estimate(setting, x), study.estimate(setting, y)
-    if across is None or up is None:
-        return Series(label, [], [], {})
-    style = {"linestyle": "", "markersize": 7, **style}
-    return Series(label, [across.mean], [up.mean], style, [across.sd or 0], [up.sd or 0])
-
-
-def line(x: Sequence[float], y: Sequence[float], **style: Any) -> Series:
-    """A line without a label."""
-    return Series(None, x, y, style)
+def points(
+    study: Study,
+    settings: Iterable[str],
+    x: str,
+    y: str,
+    *,
+    label: Callable[[str], str | None],
+    hollow: Collection[str] = (),
+) -> list[Series]:
+    """A mark for each setting: the means of two metrics over seeds, ± sd."""
+    found = []
+    for setting in settings:
+        style = {"linestyle": "", "markersize": 7, **look(study.method(setting))}
+        style |= {"markerfacecolor": "white"} if setting in hollow else {}
+        across, up = study.estimate(setting, x), study.estimate(setting, y)
+        if across and up:
+            sds = [across.sd or 0], [up.sd or 0]
+            found.append(Series(label(setting), [across.mean], [up.mean], style, *sds))
+    return found

@@ -15,6 +15,7 @@ from typing import Any
 
 from moebalance.report.diagnosis.oscillation import Swing
 from moebalance.report.estimates import Estimate, finite
+from moebalance.report.methods import display_name
 from moebalance.report.verdict import Difference, paired
 from moebalance.runlog import Row
 
@@ -98,20 +99,27 @@ class Study:
         return [result for result in self.results if result.setting == setting]
 
     def setting(self, name: str) -> str:
-        """The setting of a family that was run.
+        """The setting of a family.
 
         Raises:
-            KeyError: there is none.
+            KeyError: none was run.
         """
-        for setting in self.settings():
-            if family(setting) == name:
-                return setting
+        if found := self.of([name]):
+            return found[0]
         raise KeyError(f"{self.name} has no setting of {name!r}; it has {self.settings()}.")
 
     def of(self, names: Iterable[str]) -> list[str]:
         """The settings of these families, as far as they were run."""
-        there = {family(setting): setting for setting in self.settings()}
+        there = {family(setting): setting for setting in reversed(self.settings())}
         return [there[name] for name in names if name in there]
+
+    def method(self, setting: str) -> str:
+        """The word of its method."""
+        return self.runs(setting)[0].method
+
+    def title(self, setting: str) -> str:
+        """The name of its method in words."""
+        return display_name(self.method(setting))
 
     def by_seed(self, setting: str, metric: str) -> dict[int, float]:
         """A number of the last evaluation, for each seed."""

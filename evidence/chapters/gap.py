@@ -6,9 +6,8 @@ from typing import Any
 
 from evidence.chapter import Finding, Verdict, change, claim, noise, settings_table, sign, text
 from evidence.chapters.rivals import there
-from evidence.figures import GUIDE, Panel, draw, line, point
+from evidence.figures import GUIDE, Panel, Series, draw, points
 from evidence.study import Studies, Study
-from moebalance.report.canvas import look
 
 _SHOWN = ("none", "phi", "phi(load='hard')", "phi+loss-free", "loss-free", "switch")
 _METRICS = ("loss", "soft_maxvio", "maxvio", "soft_hard_gap", "mi")
@@ -65,15 +64,12 @@ def recommended(study: Study) -> str | None:
 
 
 def _figure(study: Study) -> Any:
-    ends = [0.05, 5]
-    series = [line(ends, ends, color=GUIDE, linewidth=1)]
-    for setting in study.settings():
-        series.append(
-            point(study, setting, "soft_maxvio", "maxvio", **look(study.runs(setting)[0].method))
-        )
+    ends, settings = [0.05, 5], study.settings()
+    series = [Series(None, ends, ends, {"color": GUIDE, "linewidth": 1})]
+    series += points(study, settings, "soft_maxvio", "maxvio", label=lambda _: None)
     panel = Panel("Soft and hard load, mixed text", "soft MaxVio", "hard MaxVio", series, log="xy")
     figure = draw([panel], height=3.6, width=5.2)
-    for setting in study.settings():
+    for setting in settings:
         at = study.mean(setting, "soft_maxvio"), study.mean(setting, "maxvio")
-        figure.axes[0].annotate(setting, at, xytext=(5, 4), textcoords="offset points", fontsize=6)
+        figure.axes[0].annotate(setting, at, (5, 4), textcoords="offset points", fontsize=6)
     return figure

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from evidence.chapter import Finding, Verdict, change, claim, noise, settings_table, sign, text
-from evidence.figures import Panel, Series, draw, point
+from evidence.figures import Panel, draw, points
 from evidence.study import Studies, Study
-from moebalance.report.canvas import look
 
 AIMED = "phi(proportions='8x4, 24x1')"
 LEVELS = (
@@ -70,32 +69,24 @@ def chapter(studies: Studies) -> Finding:
 
 
 def _figure(unequal: Study, groups: Study) -> Any:
+    sides = (
+        (unequal, "aim_gap", "loss", "proportions="),
+        (groups, "group_maxvio", "mi", "groups"),
+    )
+    left, right = (
+        points(study, study.settings(), x, y, label=_short, hollow=_without(study, knows))
+        for study, x, y, knows in sides
+    )
+    away, loss = "distance from the proportions", "validation loss, nats/byte"
     shown = [
-        Panel(
-            "Proportions, mixed text",
-            "distance from the proportions",
-            "validation loss, nats/byte",
-            _points(unequal, "aim_gap", "loss", knows="proportions="),
-            log="x",
-        ),
-        Panel(
-            "Groups, one domain a batch",
-            "MaxVio of devices",
-            "domain MI, nats",
-            _points(groups, "group_maxvio", "mi", knows="groups"),
-            log="x",
-        ),
+        Panel("Proportions, mixed text", away, loss, left, log="x"),
+        Panel("Groups, one-domain text", "MaxVio of devices", "domain MI, nats", right, log="x"),
     ]
     return draw(shown, columns=3, height=3.4)
 
 
-def _points(study: Study, x: str, y: str, *, knows: str) -> list[Series]:
-    found = []
-    for setting in study.settings():
-        fill = {} if knows in setting else {"markerfacecolor": "white"}
-        style = look(study.runs(setting)[0].method) | fill
-        found.append(point(study, setting, x, y, label=_short(setting), **style))
-    return found
+def _without(study: Study, knows: str) -> list[str]:
+    return [setting for setting in study.settings() if knows not in setting]
 
 
 def _short(setting: str) -> str:

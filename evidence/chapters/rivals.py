@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from evidence.chapter import (
@@ -21,7 +22,7 @@ from evidence.chapter import (
     text,
 )
 from evidence.choose import Cell, cell
-from evidence.figures import Panel, Series, draw, line, point
+from evidence.figures import Panel, Series, draw, points
 from evidence.study import METRICS, Studies, Study, family
 from moebalance.report.canvas import look
 from moebalance.report.methods import display_name
@@ -181,23 +182,36 @@ def _figure(studies: Studies) -> Any:
     shown = []
     for name, batching in there(studies):
         study, sweep = studies[name], studies.get(SWEEPS.get(name, ""))
-        series = []
-        for setting in study.of(_SHOWN):
-            method, hard = study.runs(setting)[0].method, "load='hard'" in setting
-            style = look(method) | ({"markerfacecolor": "white"} if hard else {})
-            label = display_name(method) + (", hard" if hard else "")
-            if sweep is not None:
-                series += _front(sweep, family(setting), style["color"])
-            series.append(point(study, setting, "maxvio", "loss", label=label, **style))
+        settings = study.of(_SHOWN)
+        series = _fronts(sweep, settings, study) if sweep else []
+        series += points(
+            study,
+            settings,
+            *("maxvio", "loss"),
+            label=partial(_label, study),
+            hollow=list(filter(_hard, settings)),
+        )
         axes = ("MaxVio, log scale", "validation loss, nats/byte")
         shown.append(Panel(batching, *axes, series, log="x"))
     return draw(shown, columns=7, height=3.4, width=9.4)
 
 
-def _front(sweep: Study, name: str, colour: str) -> list[Series]:
-    settings = [setting for setting in sweep.settings() if family(setting) == name]
-    points = sorted((sweep.mean(s, "maxvio"), sweep.mean(s, "loss")) for s in settings)
-    if len(points) < 2:
-        return []
-    x, y = zip(*points, strict=True)
-    return [line(x, y, color=colour, linewidth=1, alpha=0.6)]
+def _label(study: Study, setting: str) -> str:
+    return study.title(setting) + (", hard" if _hard(setting) else "")
+
+
+def _hard(setting: str) -> bool:
+    return "load='hard'" in setting
+
+
+def _fronts(sweep: Study, shown: Sequence[str], study: Study) -> list[Series]:
+    """A line through all strengths of each method."""
+    found = []
+    for setting in shown:
+        settings = [s for s in sweep.settings() if family(s) == family(setting)]
+        front = sorted((sweep.mean(s, "maxvio"), sweep.mean(s, "loss")) for s in settings)
+        style = {"color": look(study.method(setting))["color"], "linewidth": 1, "alpha": 0.6}
+        if len(front) > 1:
+            x, y = zip(*front, strict=True)
+            found.append(Series(None, x, y, style))
+    return found

@@ -6,10 +6,8 @@ from typing import Any
 
 from evidence.chapter import Finding, Verdict, claim, differences, noise, settings_table, sign, text
 from evidence.chapters.rivals import pairs, there
-from evidence.figures import Panel, draw, point
+from evidence.figures import Panel, draw, points
 from evidence.study import Studies
-from moebalance.report.canvas import look
-from moebalance.report.methods import display_name
 
 _METRICS = ("mi", "purity", "top_pair_lift", "router_similarity")
 _SHOWN = ("none", "switch", "global-batch", "loss-free", "phi", "phi+loss-free")
@@ -55,10 +53,6 @@ def _figure(studies: Studies) -> Any:
     shown = []
     for name, batching in there(studies):
         study = studies[name]
-        series = []
-        for setting in study.of(_SHOWN):
-            method = study.runs(setting)[0].method
-            title = display_name(method)
-            series.append(point(study, setting, "maxvio", "mi", label=title, **look(method)))
-        shown.append(Panel(batching, "MaxVio, log scale", "domain MI, nats", series, log="x"))
+        marks = points(study, study.of(_SHOWN), "maxvio", "mi", label=study.title)
+        shown.append(Panel(batching, "MaxVio, log scale", "domain MI, nats", marks, log="x"))
     return draw(shown, columns=6, height=3.4, width=9.4)

@@ -101,9 +101,9 @@ def _mean(values: list[float | None], digits: int) -> str:
 def _lines(study: Study, curve: str) -> list[Series]:
     return [
         Series(
-            display_name(method := study.runs(setting)[0].method),
+            study.title(setting),
             *study.curve(setting, curve),
-            {"color": look(method)["color"]},
+            {"color": look(study.method(setting))["color"]},
         )
         for setting in study.of(_SHOWN)
     ]
