@@ -7,21 +7,40 @@ READY := $(VENV)/.ready
 # Frameworks that are heavy, or pin what they do not need, live beside .venv and see its packages.
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
+# Releases of Megatron-Core beside the one in constraints-peers.txt, for which pip has no wheel here.
+MEGATRON := 0.17.1 0.18.2 0.19.2
+RUN_PEERS := $(PEERS)/bin/python -m pytest -n 2 --dist loadfile --timeout 900
 
-.PHONY: demo test lint shapes peers docs corpora clean
+NEWEST_MEGATRON := 0.19.2
+
+.PHONY: demo test lint shapes peers megatron frameworks docs corpora clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
 
 # Two workers on two cores: more threads than that only wait for each other.
-test peers shapes: export OMP_NUM_THREADS := 1
+test peers megatron frameworks shapes: export OMP_NUM_THREADS := 1
 
-test: lint shapes peers docs
+test: lint shapes peers megatron-$(NEWEST_MEGATRON) docs
 	$(BIN)/pytest -n 2 --dist worksteal
 
 # Against the released packages of the frameworks we plug into.
 peers: $(PEERS_READY)
-	$(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers
+	$(RUN_PEERS) tests/peers
+
+# Megatron-Core's tests once more, on each of its other releases.
+megatron: $(MEGATRON:%=megatron-%)
+
+megatron-%: build/megatron/%
+	MEGATRON=$< $(RUN_PEERS) tests/peers/test_megatron*.py
+
+build/megatron/%: $(PEERS_READY)
+	$(PEERS)/bin/python tests/peers/fetch_megatron.py build/megatron $*
+
+# docs/frameworks.md, from runs of all of it.
+frameworks: export RECORD := build/frameworks
+frameworks: peers megatron
+	$(PEERS)/bin/python tests/peers/frameworks.py
 
 # The site, in build/docs; it needs no network, to build or to read.
 docs: $(READY)
@@ -53,7 +72,9 @@ $(PEERS_READY): $(READY) constraints-peers.txt
 	$(BIN)/python -m venv $(PEERS)
 	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
 	> "$$($(PEERS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/moebalance.pth"
-	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement constraints-peers.txt
+	$(PEERS)/bin/python -m pip install --quiet setuptools==80.9.0 wheel==0.45.1
+	DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-deps --no-build-isolation \
+	--requirement constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt tensorboard==2.21.0
 	@touch $(PEERS_READY)
 
