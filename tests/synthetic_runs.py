@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from moebalance import methods, potentials
+from moebalance.methods.describe import describe
 from moebalance.report import summarise
 from moebalance.runlog import LOG_NAME, Run, RunLog
+from moebalance.words.methods import build_method
 
 # method: (validation loss, MaxVio, dead experts, MI, time of a step in seconds)
 METHODS: dict[str, tuple[float, float, int, float, float]] = {
@@ -170,6 +173,7 @@ def planted(
         "name": "planted",
         "method": method,
         "method_repr": method_repr,
+        "parts": described(method_repr),
         "seed": seed,
         "batching": batching,
         "steps": steps,
@@ -187,6 +191,11 @@ def planted(
         tuple({"kind": "eval", "step": steps, **row} for row in evals),
         {"kind": "end", "status": "complete"} if end is None else end,
     )
+
+
+def described(method_repr: str) -> list[dict[str, Any]]:
+    """The parts of a method, as the header of a run of it has them."""
+    return describe(eval(method_repr, {**vars(methods), **vars(potentials)}))
 
 
 def _plain(value: Any) -> float | None:
@@ -224,7 +233,9 @@ def _header(
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     gates = [f"model.layers.{i}.mlp.gate" for i in range(layers)]
+    known = method in METHODS and "method_repr" not in more
     return {
+        **({"parts": describe(build_method(method))} if known else {}),
         "name": "synthetic",
         "method": method,
         "method_repr": REPRS.get(method, f"{method}(strength=0.01)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from moebalance import methods
 from moebalance.lab.cli import app
-from moebalance.report.diagnosis import Finding, Severity, examine, render
-from moebalance.report.diagnosis.method import parts
+from moebalance.methods.describe import describe
+from moebalance.report.diagnosis import (
+    Diagnosis,
+    Finding,
+    Severity,
+    counted,
+    diagnose,
+    examine,
+    render,
+)
+from moebalance.report.parts import balances, parse, parts_of
 from moebalance.runlog import Run
+from moebalance.words.methods import method_classes
 from synthetic_runs import made, planted, write_run
 
 PHI = "PhiBalancing(potential=NegativeEntropy(), strength=0.03, rate=0.05, load='soft')"
@@ -35,6 +47,13 @@ def skewed(factor: float, *, layers: tuple[int, ...] = (0, 1), steps: int = STEP
     load = even(steps)
     for layer in layers:
         load[:, layer, 3] = factor * (EXPERTS - 1) / (EXPERTS - factor)
+    return load
+
+
+def turning(factor: float) -> np.ndarray:
+    """Skewed, by an expert that is not the same at first and at the end: the router does move."""
+    load = skewed(factor)
+    load[:10] = load[:10, :, ::-1]
     return load
 
 
@@ -178,7 +197,7 @@ def test_a_load_on_its_way_is_a_note():
 
 def test_without_a_method_it_is_told_to_attach_one_and_with_loss_free_to_raise_the_rate():
     assert "Attach" in findings(planted(NONE, skewed(4), method="none"))["uneven"].do
-    assert "LossFree from 0.001" in findings(planted(FREE, skewed(4)))["uneven"].do
+    assert "loss-free from 0.001" in findings(planted(FREE, skewed(4)))["uneven"].do
 
 
 def test_soft_even_and_hard_not_is_a_gap_and_not_a_weak_strength():
@@ -231,8 +250,8 @@ def test_routers_that_never_move_are_an_error_and_those_that_learn_are_not():
 
 
 def test_a_loss_above_that_of_the_twin_is_told_beyond_noise_only():
-    def run(method: str, loss: float, **more) -> Run:
-        return planted(method, even(), evals=[{"loss": loss}], **more)
+    def run(method_repr: str, loss: float, **more) -> Run:
+        return planted(method_repr, even(), evals=[{"loss": loss}], **more)
 
     twins = [run(NONE, 2.0 + 0.01 * s, method="none", seed=s) for s in (0, 1)]
     found = findings(run(HARD, 2.1), *twins)["costs-loss"]
@@ -350,41 +369,202 @@ def test_a_slow_return_after_a_change_of_text_asks_for_a_shorter_memory():
 # --- words --------------------------------------------------------------------------------------
 
 
+def test_a_header_says_what_each_part_does_whatever_its_class_is_called():
+    class Mine(methods.SwitchLoss):
+        pass
+
+    both = methods.Together(
+        methods.Targeted(Mine(strength=0.1), methods.MaxVio(0.3)), methods.LossFree()
+    )
+    run = Run(Path("x"), {"method": "mine", "parts": describe(both)})
+    found = parts_of(run)
+    assert [part.kind for part in found] == ["Targeted", "Mine", "LossFree"]
+    assert [part.charges for part in found] == [True, True, False]
+    assert [part.selects for part in found] == [False, False, True]
+    assert found[0].settings["goal"].startswith("MaxVio(at_most=0.3")
+    assert json.loads(json.dumps(run.header["parts"])) == run.header["parts"]
+
+
+def test_every_method_balances_but_no_balancing_and_the_router_z_loss():
+    found = {
+        word: balances(parts_of(Run(Path("x"), {"method": word, "parts": describe(kind())})))
+        for word, kind in method_classes().items()
+    }
+    assert {word for word, does in found.items() if does is False} == {"none", "z-loss"}
+    assert None not in found.values()
+
+
 def test_a_method_is_read_back_from_its_repr():
-    both = parts(f"Together(Targeted(method={PHI}, goal=MaxVio(at_most=0.3)), {FREE})")
-    assert [part.kind for part in both] == ["Together", "Targeted", "PhiBalancing", "LossFree"]
-    assert both[2].number("strength") == 0.03
-    assert both[2].rate(1024) == 0.05
-    assert parts("PhiBalancing(strength=0.1, memory_tokens=100)")[0].rate(100) == pytest.approx(
+    both = parse(f"Together(Targeted(method={PHI}, goal=MaxVio(at_most=0.3)), {FREE})")
+    assert [part.kind for part in both] == ["Targeted", "PhiBalancing", "LossFree"]
+    assert both[1].number("strength") == 0.03
+    assert both[1].rate(1024) == 0.05
+    assert parse("PhiBalancing(strength=0.1, memory_tokens=100)")[0].rate(100) == pytest.approx(
         1 - math.exp(-1)
     )
-    assert parts("not a repr at all") == ()
-    assert parts("PhiBalancing(rate='auto')")[0].rate(1) is None
+    assert parse("not a repr at all") == ()
+    assert parse("PhiBalancing(rate='auto')")[0].rate(1) is None
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.text(alphabet="Phi(strength=0.1, ').+\x00Ωη", max_size=60))
 def test_whatever_stands_in_the_log_for_the_method_is_read_without_an_error(text):
-    parts(text)
+    parse(text)
 
 
-def test_the_paragraph_of_a_run_has_what_why_and_what_to_do():
+@pytest.mark.parametrize("parts", [None, [], "phi", [1], [{"kind": 3}], [{"kind": "A"}]])
+def test_a_log_without_parts_is_judged_by_its_repr_without_guessing_what_the_method_does(parts):
     run = planted(HARD, skewed(4))
-    ((_, found),) = examine([run])
-    text = render(run, found, width=80)
+    old = Run(
+        run.path, {**run.header, "parts": parts}, run.steps, run.snapshots, run.evals, run.end
+    )
+    assert [part.kind for part in parts_of(old)] == ["PhiBalancing"]
+    found = findings(old)
+    assert "uneven" in found
+    assert found["uneven"].do == ""  # more of what? the log does not say
+    assert "never-acted" not in found
+
+
+# --- one answer -----------------------------------------------------------------------------------
+
+
+def judged(*runs: Run) -> Diagnosis:
+    """The diagnosis of the first run's method."""
+    return diagnose(runs)[0]
+
+
+def test_one_fault_gives_its_own_advice():
+    found = judged(planted(HARD, turning(4)))
+    assert [evidence.finding.rule for evidence in found.evidence] == ["uneven"]
+    assert found.advice == found.evidence[0].finding.do
+    assert found.severity is Severity.WARNING
+
+
+def test_of_two_faults_the_cause_is_mended_first_and_both_are_told():
+    load = turning(4)
+    load[:, 0] += 0.6 * waves(25)[:, 0] - 0.6
+    found = judged(planted(HARD, load))
+    rules = [evidence.finding.rule for evidence in found.evidence]
+    assert rules[0] == "oscillation"
+    assert "uneven" in rules
+    assert found.advice == found.evidence[0].finding.do
+
+
+def costly(load: np.ndarray, method: str = HARD, word: str = "phi") -> tuple[Run, ...]:
+    """Runs of three seeds with this load, whose loss is above that of those without balancing."""
+    bare = [
+        planted(NONE, even(), method="none", seed=seed, evals=[{"loss": 2.0}]) for seed in range(3)
+    ]
+    own = [
+        planted(method, load, method=word, seed=seed, evals=[{"loss": 2.2}]) for seed in range(3)
+    ]
+    return (*own, *bare)
+
+
+def test_more_pressure_and_less_become_one_answer_that_asks_for_neither_alone():
+    found = judged(*costly(turning(4)))
+    assert {"uneven", "costs-loss"} <= {evidence.finding.rule for evidence in found.evidence}
+    assert found.advice.startswith(
+        "Balance by a selection price, and charge less: phi+loss-free with the strength of phi "
+        "from 0.03 to about 0.01."
+    )
+    assert "aise the strength" not in found.advice
+
+
+def test_with_a_selection_price_at_hand_it_does_more_and_the_loss_less():
+    both = f"Together(first={HARD}, second={FREE})"
+    found = judged(*costly(turning(4), both, "phi+loss-free"))
+    assert found.advice == (
+        "Let the selection price do more, and the loss less: speed of loss-free from 0.001 to "
+        "about 0.003, strength of phi from 0.03 to about 0.01."
+    )
+
+
+def test_a_gap_that_no_strength_reaches_is_not_answered_with_more_strength():
+    load = turning(3)
+    load[:, 1, 7] = 1e-4  # an expert is dead as well, which alone asks for more
+    found = judged(planted(PHI, load, soft=even()))
+    assert {"soft-hard-gap", "dead"} <= {evidence.finding.rule for evidence in found.evidence}
+    assert found.advice.startswith("A larger strength does not reach this.")
+
+
+def test_seeds_are_one_paragraph_that_says_in_how_many_each_fault_is():
+    load = dying(20)
+    runs = [planted(HARD, load if seed < 2 else even(), seed=seed) for seed in range(3)]
+    found = judged(*runs)
+    assert [(e.finding.rule, e.where) for e in found.evidence] == [
+        ("dead", "in 2 of 3 runs, here seed 0")
+    ]
+    text = render([found], width=80)
+    assert text.startswith(
+        "φ-balancing, mixed, seeds 0, 1, 2, 300 steps\n  warning   layer 1 has 2"
+    )
+    assert text.count("→") == 1
+
+
+def test_what_one_seed_of_many_shows_does_not_decide():
+    runs = [planted(HARD, turning(4), seed=seed) for seed in range(3)]
+    loss = falling(0.0)
+    loss[199] += 1.5
+    odd = planted(HARD, turning(4), seed=3, loss=loss, batching="mixed")
+    found = judged(*runs, odd)
+    assert "spikes" in {evidence.finding.rule for evidence in found.evidence}
+    assert "Raise the strength" in found.advice
+
+
+def test_two_settings_are_headed_by_what_differs_and_reprs_are_not_shown():
+    other = HARD.replace("0.03", "0.1")
+    text = render(diagnose([planted(HARD, turning(4)), planted(other, turning(4))]), width=80)
+    heads = [line for line in text.splitlines() if line.startswith("φ")]
+    assert [head.split(",")[0] for head in heads] == [
+        "φ-balancing · strength=0.03",
+        "φ-balancing · strength=0.1",
+    ]
+    assert "PhiBalancing" not in text
+
+
+def test_the_paragraph_of_a_method_has_what_why_and_one_thing_to_do():
+    run = planted(HARD, skewed(4))
+    text = render(diagnose([run]), width=80)
     # Loads that never move are the worst of it, and come first.
-    assert text.startswith("phi-0: phi, mixed, seed 0, 300 steps\n  error     The loads are")
-    assert "→ Raise the strength" in text
+    assert text.startswith(
+        "φ-balancing, mixed, seed 0, 300 steps, phi-0\n  error     The loads are"
+    )
+    assert "→ Routers that are frozen" in text
+    assert text.count("→") == 1
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert "Nothing is found to be wrong" in render(run, ())
+    quiet = render(diagnose([planted(HARD, even(), tokens=65536)]))
+    assert "Nothing is found to be wrong" in quiet
 
 
-def test_doctor_takes_runs_each_with_a_paragraph_and_ends_with_1_on_an_error(tmp_path):
+def test_a_paragraph_stays_short_however_many_layers_and_rules_speak():
+    rng = np.random.default_rng(0)
+    load = np.broadcast_to(
+        1 + rng.uniform(0, 6, (1, 40, EXPERTS)) ** 2, (STEPS, 40, EXPERTS)
+    ).copy()
+    load[:, :, :3] = 1e-5
+    loss = falling(1.0)
+    loss[150] += 4
+    run = planted(HARD, load, loss=loss, every=50, end={"kind": "end", "status": "interrupted"})
+    (found,) = diagnose([run])
+    assert len(found.evidence) >= 5
+    text = render([found], width=80)
+    assert len(text.splitlines()) <= 24
+    assert "  also " in text
+    assert "and 39 more layers likewise." in text
+
+
+def test_findings_are_counted_in_words():
+    found = diagnose([planted(HARD, skewed(4)), planted(FREE, turning(4), method="loss-free")])
+    assert counted(found) == "1 error, 2 warnings"
+
+
+def test_doctor_takes_runs_a_paragraph_for_each_method_and_ends_with_1_on_an_error(tmp_path):
     write_run(tmp_path / "a", "phi", steps=120)
     log = write_run(tmp_path / "b", "phi", steps=120) / "log.jsonl"
     whole = CliRunner().invoke(app, ["doctor", str(tmp_path)])
     assert whole.exit_code == 0, whole.output
-    assert " ".join(whole.output.split()).count("phi, mixed, seed 0, 120 steps") == 2
+    assert " ".join(whole.output.split()).count("φ-balancing, mixed, seeds 0, 0, 120 steps") == 1
     lines = log.read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[60]) | {"loss": None}
     log.write_text("\n".join([*lines[:60], json.dumps(row), *lines[61:]]) + "\n", encoding="utf-8")

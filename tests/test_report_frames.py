@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 from itertools import combinations
 from pathlib import Path
@@ -15,15 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moebalance as mb
-import moebalance.report.loads
-import moebalance.report.pack
-import moebalance.report.watch
 from families import tiny
 from moebalance.lab.evaluate import evaluate, pair_lift
 from moebalance.lab.text.batches import TokenDataset
 from moebalance.metrics import coactivation
 from moebalance.report import summarise
-from moebalance.report.axes import Ink
 from moebalance.report.frames import (
     domain_frames,
     load_frames,
@@ -31,18 +29,19 @@ from moebalance.report.frames import (
     pair_frames,
     strongest_pairs,
 )
-from moebalance.report.load_plots import soft_against_hard, sorted_loads
-from moebalance.report.loads import relative
-from moebalance.report.methods import LOOKS
+from moebalance.report.loads import promised_and_delivered, relative
 from moebalance.report.pack import code, pack, ratio, thinned, unpack
+from moebalance.report.pictures import _ranks, discs, pictures
 from moebalance.runlog import Run, read_run
 from synthetic_runs import write_run
 
-INK = Ink("#000", "#555", "#ddd", "#fff", dict.fromkeys(LOOKS, "#123456"))
-
 
 @pytest.mark.parametrize(
-    "module", [moebalance.report.pack, moebalance.report.loads, moebalance.report.watch]
+    "module",
+    [
+        importlib.import_module(f"moebalance.report.{name}")
+        for name in ("pack", "loads", "watch", "methods", "parts", "draw", "embed", "frames")
+    ],
 )
 def test_examples(module):
     assert doctest.testmod(module).failed == 0
@@ -230,12 +229,12 @@ def test_pairs_that_cannot_be_read_are_left_out(pairs):
 def test_the_line_by_rank_stands_where_its_axis_says(tmp_path):
     write_run(tmp_path, "phi", load=[[0.5, 0.25, 0.25, 0.0]], layers=1)
     run = read_run(tmp_path)
-    (method,) = summarise([run])[0].methods
-    svg = ET.fromstring(sorted_loads([(method, run)], INK) or "")
+    svg = ET.fromstring(_ranks(summarise([run])[0].methods, {}) or "")
     low, high, start, end = map(float, svg.get("data-y", "").split())
     line = svg.find(".//path[@class='line']")
     assert line is not None
     heights = [float(p.split()[1]) for p in line.get("d", "")[1:].split("L")]
+    assert len(heights) == 4
     values = [low + (y - start) / (end - start) * (high - low) for y in heights]
     assert values == pytest.approx([2.0, 1.0, 1.0, 0.0], abs=0.01)
 
@@ -243,8 +242,11 @@ def test_the_line_by_rank_stands_where_its_axis_says(tmp_path):
 def test_discs_count_every_expert_once(tmp_path):
     soft = [[0.25] * 4, [0.25] * 4]
     write_run(tmp_path, "phi", load=[[0.5, 0.25, 0.25, 0.0], [0.25] * 4], soft=soft)
-    svg = ET.fromstring(soft_against_hard(read_run(tmp_path), "#123", INK) or "")
-    found = {c.findtext("title"): float(c.get("r", "")) for c in svg.iter("circle")}
+    svg = ET.fromstring(discs(promised_and_delivered(read_run(tmp_path)), "#112233", {}))
+    found = {}
+    for disc in svg.findall(".//path[@class='disc']"):
+        numbers = [float(x) for x in re.findall(r"-?[\d.]+", disc.get("d", ""))]
+        found[disc.findtext("title")] = max(numbers[::2]) - min(numbers[::2])  # how wide it is
     assert set(found) == {
         "6 of 8 experts: promised about 1×, got about 1×",
         "1 of 8 experts: promised about 1×, got about 2×",
@@ -256,4 +258,6 @@ def test_discs_count_every_expert_once(tmp_path):
 
 def test_no_discs_without_soft_loads(tmp_path):
     write_run(tmp_path, "phi", soft=None)
-    assert soft_against_hard(read_run(tmp_path), "#123", INK) is None
+    assert promised_and_delivered(read_run(tmp_path)) == []
+    (section,) = summarise([read_run(tmp_path)])
+    assert pictures(section, {}, still_cells=99, packed_cells=99)["soft_hard"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -87,13 +88,24 @@ def test_the_table_holds_the_numbers_it_shows(runs, page):
     line = re.search(r'<tr>\s*<th scope="row" data-sort="Switch loss".*?</tr>', page, re.DOTALL)
     assert line is not None
     assert f'data-sort="{row["val_loss"]!r}">{row["val_loss"]:.3f}<small>± ' in line[0]
+
+
+def test_step_times_are_shown_of_runs_that_took_turns_only(runs, page, tmp_path):
+    assert 'popovertarget="help-time"' not in page
+    turns = [dataclasses.replace(r, header={**r.header, "interleaved": True}) for r in runs]
+    html = write_report(turns, tmp_path / "r.html").read_text("utf-8")
+    row = next(r for r in summary_rows(turns) if r["method"] == "switch")
+    line = re.search(r'<tr>\s*<th scope="row" data-sort="Switch loss".*?</tr>', html, re.DOTALL)
+    assert line is not None
     assert f"{row['step_time_ratio']:.2f}×" in line[0]
+    heads = [a for tag, a in check_html(html).tags if tag == "th" and "aria-sort" in a]
+    assert len(heads) == 2 * 12
 
 
 def test_columns_are_buttons_with_aria_sort_and_words(page):
     checker = check_html(page)
     heads = [a for tag, a in checker.tags if tag == "th" and "aria-sort" in a]
-    assert len(heads) == 2 * 12
+    assert len(heads) == 2 * 11
     for metric in METRICS:
         assert f"<dt>{metric.title}</dt>" in page
 

@@ -17,6 +17,7 @@ from moebalance import __version__
 from moebalance.attachment import attach
 from moebalance.core.handle import Balancing, Loads
 from moebalance.methods import NoBalancing
+from moebalance.methods.describe import describe
 from moebalance.router import BalancedRouter
 from moebalance.runlog import RunLog
 
@@ -162,6 +163,7 @@ def _header(model: nn.Module, balancing: Balancing, name: str | None) -> dict[st
         "name": name or type(model).__name__,
         "method": "monitor",
         "method_repr": repr(balancing.method),
+        "parts": describe(balancing.method),
         "seed": None,
         "versions": {"moebalance": __version__, "torch": torch.__version__},
         "model": {

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def method_repr(self) -> str:
-        """The method_repr with its hyper-parameters, as its ``repr``; empty if not recorded."""
+        """The method with its hyper-parameters, as its ``repr``; empty if not recorded."""
         return str(self.header.get("method_repr") or "")
 
     @property

@@ -155,9 +155,9 @@ def show_diagnosis(target: str) -> bool:
     if _holds_runs(Path(target)):
         from moebalance.report import diagnosis
 
-        examined = diagnosis.examine(find_runs(target))
-        texts = [diagnosis.render(run, found, width=console.width) for run, found in examined]
-        severities = [str(finding.severity) for _, found in examined for finding in found]
+        found = diagnosis.diagnose(find_runs(target))
+        texts = [diagnosis.render(found, width=console.width)]
+        severities = [str(each.severity) for each in found]
     else:
         from moebalance.lab import doctor
 

@@ -18,6 +18,7 @@ from moebalance.lab.identity import Identity
 from moebalance.lab.inputs import Texts
 from moebalance.lab.recipe import Recipe
 from moebalance.lab.text.batches import TokenDataset
+from moebalance.methods.describe import describe
 from moebalance.runlog import RunLog
 
 OLD = "old_"
@@ -130,6 +131,7 @@ def header(
         "name": recipe.name,
         "method": identity.method,
         "method_repr": identity.method_repr,
+        "parts": describe(balancing.method),
         "seed": identity.seed,
         "batching": identity.batching,
         "steps": recipe.train.steps,

@@ -1,10 +1,13 @@
 """How Matplotlib's figures look: one size, one grid, the report's colours and marks.
 
-The figures for papers and the page of evidence draw with it. The same figure gives the same bytes.
+All that is drawn, here and in the evidence, is drawn on it. The same figure gives the same bytes.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,39 +18,71 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from moebalance.report.methods import looks
+from moebalance.report.methods import LINES, MARKERS
+from moebalance.report.methods import look as look_of
 
+__all__ = [
+    "CYCLE",
+    "GRID",
+    "GROUND",
+    "INK",
+    "LINES",
+    "MARKS",
+    "MUTED",
+    "grid",
+    "heading",
+    "legend_below",
+    "logarithmic",
+    "look",
+    "panels",
+    "plain",
+    "save",
+    "sheet",
+    "svg_text",
+    "titles",
+]
+
+INK, MUTED, GRID, GROUND = "#1b1f24", "#5c6570", "#e6e8ea", "#fdfdfc"
+"""Text, axes, grid lines and what lies behind; a page has other values for them in the dark."""
 _STYLE: Any = {
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e7e9ec",
+    "grid.color": GRID,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "svg.fonttype": "none",
+    "path.simplify": False,
     "svg.hashsalt": "moebalance",
     "pdf.fonttype": 42,  # TrueType, whole glyphs: what publishers take
 }
-_MARKS = {
-    "circle": "o",
-    "square": "s",
-    "diamond": "D",
-    "up": "^",
-    "down": "v",
-    "left": "<",
-    "right": ">",
-    "plus": "P",
-    "cross": "X",
-    "hexagon": "h",
-    "pentagon": "p",
-    "star": "*",
+MARKS = dict(zip(MARKERS, "osD^v<>PXhp*", strict=True))
+_PIXELS: Any = {
+    "font.size": 12,
+    "axes.labelsize": 12,
+    "axes.titlesize": 12,
+    "axes.facecolor": "none",
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "xaxis.labellocation": "right",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 11,
 }
 CYCLE = ("#f2465f", "#414fcb", "#316613", "#32a1a1", "#8e5188", "#a3520b", "#708a04", "#39444c")
-LINES = ("-", "--", ":", "-.")
 
 
 def panels(count: int = 1, *, height: float = 2.9, width: float = 7.6) -> tuple[Figure, list[Axes]]:
@@ -76,8 +111,18 @@ def grid(
 
 def look(method: str) -> dict[str, Any]:
     """Colour and mark of a method, as the report has them."""
-    found = looks([method])[method]
-    return {"color": found.light, "marker": _MARKS[found.marker]}
+    found = look_of(method)
+    return {"color": found.light, "marker": MARKS[found.marker]}
+
+
+class _Ticks(LogLocator):
+    """Ticks at 1, 2 and 5; at more or fewer digits where that is too sparse or too dense."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        """The places of ticks between two values."""
+        decades = math.log10(max(vmin, vmax) / min(vmin, vmax)) if min(vmin, vmax) > 0 else 9
+        self.set_params(subs=range(1, 10) if decades < 0.8 else (1, 2, 5) if decades < 3 else (1,))
+        return super().tick_values(vmin, vmax)
 
 
 def logarithmic(axes: Axes, *, x: bool = False, y: bool = False) -> None:
@@ -90,15 +135,37 @@ def logarithmic(axes: Axes, *, x: bool = False, y: bool = False) -> None:
         axes.set_yscale("log")
         scaled.append(axes.yaxis)
     for axis in scaled:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_locator(_Ticks())
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
 
 
-def words(text: str, most: int = 44) -> str:
+def plain(text: str, most: int = 60) -> str:
     """A name from a log as plain text, cut if long; a dollar sign would begin a formula."""
     cut = text if len(text) <= most else text[: most - 1] + "…"
     return cut.replace("$", r"\$")
+
+
+def heading(label: str) -> str:
+    """A method's name over a small panel; what tells its setting apart gets a line of its own."""
+    return "\n".join(plain(part, 34) for part in label.split(" · "))
+
+
+@contextmanager
+def sheet(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """Axes for a picture in a page, one unit a pixel; draw on them within the context."""
+    with rc_context({**_STYLE, **_PIXELS}):
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
+        axes = figure.add_axes((62 / width, 48 / height, 1 - 80 / width, 1 - 84 / height))
+        yield figure, axes
+
+
+def svg_text(figure: Figure) -> str:
+    """The figure as SVG, without dates or versions."""
+    text = StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
 
 
 def titles(axes: Axes, title: str, x: str, y: str) -> None:
@@ -123,7 +190,5 @@ def save(figure: Figure, path: Path) -> None:
             undated = {"CreationDate": None} if path.suffix == ".pdf" else {}
             figure.savefig(path, dpi=300, metadata={**undated})
             return
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    lines = (line.rstrip() for line in text.getvalue().splitlines())
+    lines = (line.rstrip() for line in svg_text(figure).splitlines())
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

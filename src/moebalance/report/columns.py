@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LEAST_LOSS = 0.02
+"""Nats: a smaller difference of losses is noise where no seeds say otherwise."""
+
 
 @dataclass(frozen=True)
 class Metric:

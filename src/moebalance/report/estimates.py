@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moebalance.report.methods import display_name, looks
+from moebalance.report.methods import Look, display_name, look, looks
+from moebalance.report.parts import balances, parts_of
 from moebalance.runlog import Row, Run
 
 
@@ -54,12 +56,17 @@ class MethodSummary:
 
     ``values[metric][seed]`` is what ``estimates[metric]`` summarises; a metric that no run has is
     in neither. ``before`` is the same from the evaluations before the first step, where there are
-    any. ``used`` are the runs behind them.
+    any. ``used`` are the runs behind them. ``key`` is the method's word, with a number for its
+    second setting and those after it. ``balances`` says whether the method puts pressure on
+    the load, None if the log does not say.
     """
 
     method: str
     method_repr: str
+    key: str
     label: str
+    look: Look
+    balances: bool | None
     runs: tuple[Run, ...]
     used: tuple[Run, ...]
     partial: bool
@@ -75,26 +82,44 @@ class MethodSummary:
         return len({_seed(run) for run in self.used})
 
 
-def method_summaries(runs: Sequence[Run], metrics: Iterable[str]) -> list[MethodSummary]:
+def method_summaries(
+    runs: Sequence[Run], metrics: Iterable[str], among: Sequence[Run] = ()
+) -> list[MethodSummary]:
     """Group runs of one batching mode by method and hyper-parameters, in page order.
 
     Args:
         runs: runs that share a batching mode.
         metrics: the keys of the evaluation row to summarise.
+        among: all runs of the report, so that a setting has one name and look in all of it.
     """
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.method, run.method_repr), []).append(run)
-    order = list(looks(method for method, _ in groups))
-    keys = sorted(groups, key=lambda key: (order.index(key[0]), key[1]))
-    labels = _labels(keys)
-    times = {key: _step_times_s(groups[key]) for key in keys}
+    known, groups = _grouped(among or runs), _grouped(runs)
+    order = list(looks(method for method, _ in known))
+    keys = sorted(known, key=lambda key: (order.index(key[0]), key[1]))
+    labels = _labels({key: known[key] for key in keys})
+    rivals = {key: [other for other in keys if other[0] == key[0]] for key in keys}
+    times = {key: _step_times_s(groups.get(key, ())) for key in keys}
     baseline = next((times[key] for key in keys if key[0] == "none"), {})
     metrics = tuple(metrics)
     return [
-        _summary(key, labels[key], groups[key], metrics, times_s=times[key], baseline_s=baseline)
+        _summary(
+            key,
+            labels[key],
+            rivals[key].index(key),
+            groups[key],
+            metrics,
+            times_s=times[key],
+            baseline_s=baseline,
+        )
         for key in keys
+        if key in groups
     ]
+
+
+def _grouped(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.method_repr), []).append(run)
+    return groups
 
 
 def is_whole(run: Run) -> bool:
@@ -134,6 +159,7 @@ def number(value: float, digits: int) -> str:
 def _summary(
     key: tuple[str, str],
     label: str,
+    setting: int,
     runs: list[Run],
     metrics: tuple[str, ...],
     *,
@@ -146,7 +172,10 @@ def _summary(
     return MethodSummary(
         method=key[0],
         method_repr=key[1],
+        key=f"{key[0]}:{setting}" if setting else key[0],
         label=label,
+        look=look(key[0], setting),
+        balances=balances(parts_of(runs[0])),
         runs=tuple(runs),
         used=tuple(used),
         partial=not whole,
@@ -170,7 +199,9 @@ def _estimates(values: Mapping[str, Mapping[Any, float]]) -> dict[str, Estimate]
 
 
 def _step_times_s(runs: Iterable[Run]) -> dict[Any, float]:
-    return _by_seed([(run, {"step_time_s": run.step_time_s}) for run in runs], "step_time_s")
+    """Of runs that took turns on one machine; of others a step's time says how busy that was."""
+    timed = [run for run in runs if run.header.get("interleaved") is True]
+    return _by_seed([(run, {"step_time_s": run.step_time_s}) for run in timed], "step_time_s")
 
 
 def _ratio(times: Mapping[Any, float], baseline: Mapping[Any, float]) -> float | None:
@@ -201,36 +232,28 @@ def _seed(run: Run) -> int | str:
     return run.seed if run.seed is not None else str(run.path)
 
 
-def _labels(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+def _labels(groups: Mapping[tuple[str, str], Sequence[Run]]) -> dict[tuple[str, str], str]:
     """The method's name; where several settings of it were run, what tells them apart as well."""
     labels = {}
-    for method, method_repr in keys:
-        rivals = [other for m, other in keys if m == method]
-        label = display_name(method)
-        if len(rivals) > 1:
-            arguments = [_arguments(other) for other in rivals]
-            mine = arguments[rivals.index(method_repr)]
-            own = [a for a in mine if not all(a in other for other in arguments)]
-            label += " · " + (", ".join(own) or f"setting {rivals.index(method_repr) + 1}")
-        labels[method, method_repr] = label
+    for key in groups:
+        name = display_name(key[0])
+        rivals = {k: _settings(runs[0]) for k, runs in groups.items() if k[0] == key[0]}
+        own = [
+            f"{setting}={mine}" if (mine := rivals[key].get(setting)) else f"no {setting}"
+            for setting in dict.fromkeys(s for settings in rivals.values() for s in settings)
+            if len({settings.get(setting) for settings in rivals.values()}) > 1
+        ]
+        tail = ", ".join(own) or f"setting {list(rivals).index(key) + 1}"
+        labels[key] = f"{name} · {tail}" if len(rivals) > 1 else name
     return labels
 
 
-def _arguments(method_repr: str) -> list[str]:
-    """The settings in a ``repr``: ``A(b=C(1, 2), d=3)`` gives ``b=C(1, 2)``, ``d=3``.
-
-    The parts of a composition, ``first=…`` and ``second=…``, give their own settings instead.
-    """
-    inner = method_repr.partition("(")[2].removesuffix(")")
-    found, depth = [""], 0
-    for character in inner:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            found.append("")
-        else:
-            found[-1] += character
-    settings: list[str] = []
-    for argument in (argument.strip() for argument in found if argument.strip()):
-        name, _, value = argument.partition("=")
-        settings += _arguments(value) if name in ("first", "second") else [argument]
-    return settings
+def _settings(run: Run) -> dict[str, str]:
+    """The settings of a run's method in words; of two parts that share a name, with the part's."""
+    parts = parts_of(run)
+    shared = Counter(name for part in parts for name in part.settings)
+    return {
+        f"{part.word} {name}" if shared[name] > 1 else name: str(value).removesuffix("()")
+        for part in parts
+        for name, value in part.settings.items()
+    }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from moebalance.report.loads import domain_names, layer_names, matrix, relative
+from moebalance.report.loads import domain_loads, domain_names, layer_names, matrix, relative
 from moebalance.report.pack import code, pack, thinned
 from moebalance.runlog import Row, Run
 
@@ -50,8 +50,7 @@ def domain_frames(run: Run, row: Row, *, max_cells: int) -> dict[str, Any] | Non
         As :func:`load_frames`, with layers for frames and domains for rows; None if there is no
         such load, or one that is not a matrix a layer.
     """
-    layers = row.get("domain_load")
-    grids = [[relative(line) for line in matrix(layer)] for layer in layers or []]
+    grids = domain_loads(row)
     shapes = {(len(grid), *{len(line) for line in grid}) for grid in grids}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or 0 in shape:
         return None
@@ -110,6 +109,31 @@ def mean_sorted(grid: Matrix) -> list[float]:
         math.fsum(line[i] for line in lines if i < len(line)) / sum(i < len(x) for x in lines)
         for i in range(width)
     ]
+
+
+def ranked(layer: Sequence[float | None], most: int) -> list[float | None]:
+    """A layer's ratios from the largest down; where there are more, neighbours are averaged.
+
+    >>> ranked([1.0, None, 3.0, 0.0], 9), ranked([4.0, 2.0, 1.0, 0.0], 2)
+    ([None, 3.0, 1.0, 0.0], [3.0, 0.5])
+    """
+    order = sorted(layer, key=lambda x: math.inf if x is None else x, reverse=True)
+    group = math.ceil(len(order) / most)
+    parts = (order[i : i + group] for i in range(0, len(order), group))
+    known = ([x for x in part if x is not None] for part in parts)
+    return [math.fsum(part) / len(part) if part else None for part in known]
+
+
+def by_domain(ratios: Matrix) -> list[int]:
+    """Experts by the domain that they serve most, so that specialists line up as blocks."""
+
+    def served(expert: int) -> tuple[int, float]:
+        column = [line[expert] or 0.0 for line in ratios]
+        main = max(range(len(column)), key=column.__getitem__)
+        total = math.fsum(column)
+        return main, -column[main] / total if total else 0.0
+
+    return sorted(range(len(ratios[0])), key=served)
 
 
 def pairs(row: Row) -> list[tuple[int, list[float | None]]]:

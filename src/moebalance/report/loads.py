@@ -48,6 +48,15 @@ def promised_and_delivered(run: Run) -> list[tuple[float, float]]:
     ]
 
 
+def domain_loads(row: Row | None) -> list[list[list[float | None]]]:
+    """Domain × expert of each layer, as multiples of an even share; empty where it is no matrix."""
+    grids = [matrix(layer) for layer in (row or {}).get("domain_load") or []]
+    return [
+        [relative(line) for line in grid] if len({len(line) for line in grid} - {0}) == 1 else []
+        for grid in grids
+    ]
+
+
 def matrix(value: Any) -> list[list[float | None]]:
     """Lists of numbers, with whatever is not a finite number as None."""
     if not isinstance(value, list):
@@ -68,6 +77,16 @@ def relative(shares: Sequence[float | None]) -> list[float | None]:
     known = [share for share in shares if share is not None]
     mean = math.fsum(known) / len(known) if known else 0.0
     return [None if share is None or mean <= 0 else share / mean for share in shares]
+
+
+def maxvio(shares: Sequence[float | None]) -> float:
+    """How far the largest share lies above the mean one, relative to it; nan without a share.
+
+    >>> maxvio([0.5, 0.25, 0.25, 0.0])
+    1.0
+    """
+    known = [ratio for ratio in relative(shares) if ratio is not None]
+    return max(known) - 1 if known else math.nan
 
 
 def layer_names(run: Run, count: int) -> list[str]:

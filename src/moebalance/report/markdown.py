@@ -32,8 +32,9 @@ def write_markdown(runs: Sequence[Run], path: Path | str, title: str) -> Path:
 
 
 def _section(section: Section) -> str:
-    columns = ["Method", *(metric.title for metric in METRICS), "Step time"]
-    rows = [_row(method) for method in section.methods]
+    timed = any(method.step_time_ratio is not None for method in section.methods)
+    columns = ["Method", *(metric.title for metric in METRICS), *(["Step time"] if timed else [])]
+    rows = [_row(method)[: len(columns)] for method in section.methods]
     table = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
     parts = [f"## {section.title}", section.verdict, "\n".join(table)]
     if section.before_after is not None:

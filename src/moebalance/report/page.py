@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from moebalance.report.axes import Ink
 from moebalance.report.columns import METRICS, Metric
 from moebalance.report.configuration import run_rows, settings, what_was_run
 from moebalance.report.cost import CostCell
+from moebalance.report.diagnosis import counted, judge
 from moebalance.report.estimates import Estimate, MethodSummary, number
-from moebalance.report.findings import counted, remarks
-from moebalance.report.heatmap import BINS
-from moebalance.report.methods import Look, display_name, looks
-from moebalance.report.pictures import pictures
-from moebalance.report.plots import marker
 from moebalance.report.summary import Section, summarise
 from moebalance.runlog import Run
 
@@ -37,7 +33,7 @@ def write_report(runs: Sequence[Run], path: Path | str, title: str | None = None
 
     Raises:
         ValueError: there is no run.
-        ModuleNotFoundError: jinja2 is missing.
+        ModuleNotFoundError: jinja2 or Matplotlib is missing.
     """
     html = render_report(runs, title)
     path = Path(path)
@@ -63,12 +59,12 @@ def render_report(
 
     Raises:
         ValueError: there is no run.
-        ModuleNotFoundError: jinja2 is missing.
+        ModuleNotFoundError: jinja2 or Matplotlib is missing.
     """
     sections = summarise(runs)
-    look = looks(run.method for run in runs)
-    variables = {method: f"var(--m{i})" for i, method in enumerate(look)}
-    ink = Ink("var(--ink)", "var(--muted)", "var(--grid)", "var(--paper)", variables)
+    drawing = _drawing()
+    look = {m.look.light: m.look for section in sections for m in section.methods}
+    paint = {light: f"var(--m{i})" for i, light in enumerate(look)}
     methods = sum(len(section.methods) for section in sections)
     cells = {
         "still_cells": max(256, _STILL_CELLS // (3 * methods)),
@@ -81,15 +77,28 @@ def render_report(
         stamp=stamp,
         problems=problems,
         palette=list(enumerate(look.values())),
+        paint=paint,
+        shape=drawing.shape_of,
         sections=[
-            _section(section, ink, look) | pictures(section, ink, **cells) for section in sections
+            _section(section) | drawing.pictures(section, paint, **cells) for section in sections
         ],
         metrics=METRICS,
-        scale=range(BINS),
+        shades=range(13),
         runs=run_rows(runs),
         method_reprs=_method_reprs(sections),
         settings=settings(runs),
     )
+
+
+def _drawing() -> ModuleType:
+    """What draws; Matplotlib is imported when a page is made, and only then."""
+    try:
+        from moebalance.report import pictures
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the report needs {error.name}: pip install 'moebalance[report]'"
+        ) from error
+    return pictures
 
 
 def _render(**values: Any) -> str:
@@ -109,9 +118,8 @@ def _render(**values: Any) -> str:
     return environment.get_template("page.html.j2").render(**values)
 
 
-def _section(section: Section, ink: Ink, look: dict[str, Look]) -> dict[str, Any]:
+def _section(section: Section) -> dict[str, Any]:
     """What the template needs of one batching mode beside its pictures."""
-    present = [method for method in look if any(m.method == method for m in section.methods)]
     floor = section.floor
     return {
         "title": section.title,
@@ -121,12 +129,12 @@ def _section(section: Section, ink: Ink, look: dict[str, Look]) -> dict[str, Any
         "columns": [m for m in METRICS if any(m.key in s.estimates for s in section.methods)],
         "timed": any(m.step_time_s is not None for m in section.methods),
         "slots": section.num_slots,
-        "before_after": _before_after(section, ink),
-        "cost": _cost(section, ink),
-        "findings": _findings(section, ink),
+        "before_after": _before_after(section),
+        "cost": _cost(section),
+        "findings": _findings(section),
         "floor": None if floor is None else number(floor, 2 if floor >= 0.1 else 3),
-        "rows": [_row(method, section, ink) for method in section.methods],
-        "legend": [(m, display_name(m), ink.methods[m], marker(m)) for m in present],
+        "rows": [_row(method) for method in section.methods],
+        "legend": section.methods,
     }
 
 
@@ -135,7 +143,7 @@ def _tied(sentence: str) -> str:
     return sentence.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u202f%")
 
 
-def _row(method: MethodSummary, section: Section, ink: Ink) -> dict[str, Any]:
+def _row(method: MethodSummary) -> dict[str, Any]:
     ratio, time_s = method.step_time_ratio, method.step_time_s
     time = {"sort": "", "mean": "—", "below": ""}
     if time_s is not None:
@@ -143,52 +151,25 @@ def _row(method: MethodSummary, section: Section, ink: Ink) -> dict[str, Any]:
         time = {"sort": repr(time_s), "mean": milliseconds, "below": ""}
         if ratio is not None:
             time |= {"mean": f"{ratio:.2f}×", "below": milliseconds}
-    return {
-        "method": method.method,
-        "label": method.label,
-        "method_repr": method.method_repr,
-        "colour": ink.methods[method.method],
-        "marker": marker(method.method),
-        "partial": method.partial,
-        "seeds": method.seeds,
-        "cells": {m.key: _cell(method.estimates.get(m.key), m) for m in METRICS},
-        "time": time,
-    }
+    cells = {m.key: _cell(method.estimates.get(m.key), m) for m in METRICS}
+    return {"method": method, "cells": cells, "time": time}
 
 
-def _cost(section: Section, ink: Ink) -> dict[str, Any] | None:
+def _cost(section: Section) -> dict[str, Any] | None:
     """The table of what imbalance would cost on several ranks."""
     found = section.cost
     if found is None:
         return None
-    rows = []
-    for line in found.lines:
-        method = line.method.method
-        cells = [_cost_cell(cell) for cell in line.cells]
-        look = {"colour": ink.methods[method], "marker": marker(method)}
-        rows.append({"label": line.method.label, **look, "cells": cells})
+    rows = [{"method": line.method, "cells": map(_cost_cell, line.cells)} for line in found.lines]
     return {"sizes": found.ep_sizes, "caption": found.caption, "rows": rows}
 
 
-def _findings(section: Section, ink: Ink) -> dict[str, Any] | None:
-    """What the doctor says of the section's runs; None where it finds nothing."""
-    found = remarks(section.methods)
-    if not found:
+def _findings(section: Section) -> dict[str, Any] | None:
+    """What the doctor says of the section's methods; None where it finds nothing wrong."""
+    found = judge(section.methods)
+    if not (words := counted(found)):
         return None
-    rows = [
-        {
-            "label": remark.method.label,
-            "colour": ink.methods[remark.method.method],
-            "marker": marker(remark.method.method),
-            "severity": remark.finding.severity.value,
-            "what": remark.finding.what,
-            "because": remark.finding.because,
-            "do": remark.finding.do,
-            "where": remark.where,
-        }
-        for remark in found
-    ]
-    return {"counted": counted(found), "rows": rows}
+    return {"counted": words, "rows": sorted(found, key=lambda d: d.severity.rank)}
 
 
 def _cost_cell(cell: CostCell | None) -> dict[str, str]:
@@ -198,26 +179,21 @@ def _cost_cell(cell: CostCell | None) -> dict[str, str]:
     return {"mean": cell.rank_violation.text(2), "below": _tied(waits)}
 
 
-def _before_after(section: Section, ink: Ink) -> dict[str, Any] | None:
+def _before_after(section: Section) -> dict[str, Any] | None:
     found = section.before_after
     if found is None:
         return None
-    return {
-        "verdict": _tied(found.verdict),
-        "columns": found.columns,
-        "rows": [
-            {
-                "label": line.label,
-                "colour": ink.methods[line.method.method] if line.method else "",
-                "marker": marker(line.method.method) if line.method else "",
-                "cells": [
-                    _cell(estimate, metric)
-                    for estimate, metric in zip(line.cells, found.columns, strict=True)
-                ],
-            }
-            for line in found.lines
-        ],
-    }
+    rows = [
+        {
+            "label": line.label,
+            "method": line.method,
+            "cells": [
+                _cell(e, metric) for e, metric in zip(line.cells, found.columns, strict=True)
+            ],
+        }
+        for line in found.lines
+    ]
+    return {"verdict": _tied(found.verdict), "columns": found.columns, "rows": rows}
 
 
 def _cell(estimate: Estimate | None, metric: Metric) -> dict[str, str]:

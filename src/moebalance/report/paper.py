@@ -1,7 +1,7 @@
-"""Figures for papers, drawn from run logs by Matplotlib: PDF, SVG and PNG.
+"""Figures as files, drawn from run logs: for papers as PDF, SVG and PNG, for a README as SVG.
 
-As wide as a page with two columns (7 in) or one of its columns (3.4 in), with type 42 fonts in the
-PDF and 300 dots an inch in the PNG. The same runs give the same bytes.
+Those for papers are as wide as a page with two columns (7 in) or one of its columns (3.4 in), with
+type 42 fonts in the PDF and 300 dots an inch in the PNG. The same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from moebalance.report.summary import summarise
 from moebalance.runlog import Run
@@ -34,22 +35,16 @@ def write_figures(
         ModuleNotFoundError: Matplotlib is missing.
     """
     formats = _known(formats)
-    try:
-        from moebalance.report.canvas import save
-        from moebalance.report.paper_figures import FIGURES
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"figures need {error.name}: pip install 'moebalance[report]'"
-        ) from error
+    figures = _figures()
     written = []
     for section in summarise(runs):
         prefix = re.sub(r"[^\w-]+", "-", section.batching)
-        for name, draw in FIGURES.items():
+        for name, draw in figures.FIGURES.items():
             figure = draw(section)
             if figure is not None:
                 paths = [Path(folder) / f"{prefix}-{name}.{ending}" for ending in formats]
                 for path in paths:
-                    save(figure, path)
+                    figures.save(figure, path)
                 written += paths
     if not written:
         raise ValueError(
@@ -57,6 +52,38 @@ def write_figures(
             "one run reach its first step"
         )
     return written
+
+
+def write_figure(runs: Sequence[Run], path: Path | str) -> Path:
+    """Write validation loss against MaxVio as a standalone SVG on an opaque card.
+
+    With several batching modes, the first in the report's order is drawn.
+
+    Raises:
+        ValueError: there is no run, or none has both numbers.
+        ModuleNotFoundError: Matplotlib is missing.
+    """
+    text = _figures().readme(summarise(runs)[0])
+    if text is None:
+        raise ValueError(
+            "no run has an evaluation with both a loss and a MaxVio, so there is nothing to draw; "
+            "let at least one run reach its evaluation"
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _figures() -> ModuleType:
+    """What draws; Matplotlib is imported when it is needed, and only then."""
+    try:
+        from moebalance.report import figures
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"figures need {error.name}: pip install 'moebalance[report]'"
+        ) from error
+    return figures
 
 
 def _known(formats: Sequence[str]) -> tuple[str, ...]:

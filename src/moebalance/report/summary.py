@@ -67,7 +67,9 @@ def summarise(runs: Sequence[Run]) -> tuple[Section, ...]:
         raise ValueError("there is no run to report; give at least one run directory")
     present = {run.batching for run in runs}
     order = [mode for mode in _BATCHINGS if mode in present] + sorted(present - _BATCHINGS.keys())
-    return tuple(_section(mode, [run for run in runs if run.batching == mode]) for mode in order)
+    return tuple(
+        _section(mode, [run for run in runs if run.batching == mode], runs) for mode in order
+    )
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -97,9 +99,9 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def _section(batching: str, runs: Sequence[Run]) -> Section:
+def _section(batching: str, runs: Sequence[Run], among: Sequence[Run]) -> Section:
     keys = [metric.key for metric in (*METRICS, *OLD_TEXT)]
-    methods = tuple(method_summaries(runs, keys))
+    methods = tuple(method_summaries(runs, keys, among))
     title, about = _BATCHINGS.get(batching, (f"{batching} micro-batches", ""))
     slots = {_num_slots(run) for run in runs}
     floors = {_floor(run) for method in methods for run in method.used}
@@ -126,8 +128,8 @@ def _notes(runs: Sequence[Run], methods: Sequence[MethodSummary]) -> list[str]:
     ):
         if len(values) > 1:
             notes.append(
-                f"These runs differ in {word} ({len(values)} kinds): a difference between methods "
-                "may come from there."
+                f"These runs differ in {word} ({len(values)} of them): a difference between "
+                "methods may come from there."
             )
     for method in methods:
         for run in method.runs:

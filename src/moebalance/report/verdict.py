@@ -13,16 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moebalance.report.estimates import MethodSummary, number
-from moebalance.report.methods import UNBALANCED
+from scipy.special import stdtrit
 
-# The 97.5 % quantile of Student's t for 1 … 30 degrees of freedom; beyond, the last one is used,
-# which makes the interval a little too wide, never too narrow.
-T_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
+from moebalance.report.estimates import MethodSummary, number
 
 _WORDS = {"maxvio": ("MaxVio", 2), "loss": ("validation loss", 3)}
 
@@ -47,7 +40,7 @@ def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference
     """The mean of ours − theirs over the seeds both have; None where they share none.
 
     >>> paired({0: 1.0, 1: 1.2}, {0: 2.0, 1: 2.4, 2: 9.0})
-    Difference(mean=-1.1, half=1.2706, n=2)
+    Difference(mean=-1.1, half=1.270620473617, n=2)
     """
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     n = len(differences)
@@ -55,8 +48,8 @@ def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference
         return None
     half = None
     if n > 1:
-        t = T_975[min(n - 1, len(T_975)) - 1]
-        half = round(t * statistics.stdev(differences) / math.sqrt(n), 12)
+        error = statistics.stdev(differences) / math.sqrt(n)
+        half = round(float(stdtrit(n - 1, 0.975)) * error, 12)
     return Difference(round(statistics.fmean(differences), 12), half, n)
 
 
@@ -77,7 +70,7 @@ def verdict(methods: Sequence[MethodSummary]) -> str:
     name = hero.label
     if len(settings) > 1:
         name += f" (the best by validation loss of {len(settings)} settings)"
-    rivals = [m for m in known if m.method not in UNBALANCED and m.method != "phi"]
+    rivals = [m for m in known if m.balances is not False and m.method not in ("none", "phi")]
     parts = [
         _against_baseline(name, hero, baseline) if baseline else _alone(name, hero),
         _against_rivals(hero, rivals),
@@ -156,14 +149,31 @@ def _without_phi(known: Sequence[MethodSummary], baseline: MethodSummary | None)
         against = ""
         if baseline and "maxvio" in baseline.estimates:
             against = f" against {_text(baseline, 'maxvio')} with no balancing"
-        parts.append(f"the lowest MaxVio is that of {best.label}, {_text(best, 'maxvio')}{against}")
+        lead = _lead("maxvio", best, balanced)
+        parts.append(f"{lead}, {_text(best, 'maxvio')}{against}" if lead else "")
     losses = [m for m in known if "loss" in m.estimates]
     if len(losses) > 1:
         best = min(losses, key=lambda m: _mean(m, "loss"))
-        words = f"the lowest validation loss is that of {best.label}"
-        parts.append(f"{words}, {_text(best, 'loss')}")
+        lead = _lead("loss", best, losses)
+        parts.append(f"{lead}, {_text(best, 'loss')}" if lead else "")
         parts.append(_against_rivals(best, [m for m in losses if m is not best], kind="method"))
     return "; ".join(part for part in parts if part) + "."
+
+
+def _lead(metric: str, best: MethodSummary, among: Sequence[MethodSummary]) -> str:
+    """Who has the lowest: alone only if it is below every other one beyond the noise of seeds."""
+    word = _WORDS[metric][0]
+    signs = [(m, d.sign) for m in among if m is not best if (d := _difference(metric, best, m))]
+    if len(among) == 1:
+        return f"{best.label} has {word}"
+    if any(sign is None for _, sign in signs) or not signs:
+        return ""
+    level = [m.label for m, sign in signs if sign != -1]
+    if not level:
+        return f"the lowest {word} is that of {best.label}"
+    if len(level) == len(signs):
+        return f"in {word} the methods are within seed noise of one another: {best.label}"
+    return f"the lowest {word} is that of {best.label}, within seed noise of {listed(level)}"
 
 
 def _against_rivals(
@@ -193,8 +203,10 @@ def _against_rivals(
 
 
 def _best_balance(hero: MethodSummary, rivals: Sequence[MethodSummary]) -> str:
-    better = [m for m in rivals if _mean(m, "maxvio") < _mean(hero, "maxvio")]
-    if not better or "maxvio" not in hero.estimates:
+    """Who is more even than the hero, beyond the noise of seeds."""
+    found = [(m, _difference("maxvio", m, hero)) for m in rivals]
+    better = [m for m, difference in found if difference is not None and difference.sign == -1]
+    if not better:
         return ""
     best = min(better, key=lambda m: _mean(m, "maxvio"))
     return f"the lowest MaxVio is that of {best.label}, {_text(best, 'maxvio')}"

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from moebalance.report.estimates import finite, number
-from moebalance.report.loads import layer_names, matrix, relative, source
+from moebalance.report.loads import layer_names, matrix, maxvio, relative, source
 from moebalance.report.methods import display_name
 from moebalance.report.pack import DEAD
 from moebalance.runlog import Run
@@ -121,7 +121,7 @@ def _layers(run: Run, width: int) -> Text:
             ratio = ranked[j * len(ranked) // columns]
             block = BLOCKS[min(len(BLOCKS) - 1, round(2 * ratio))]
             text.append(block if ratio >= DEAD else "·", _shade(ratio))
-        worst = f"  MaxVio {number(ranked[0] - 1, 2)}" if ranked else "  –"
+        worst = f"  MaxVio {number(maxvio(layers[i]), 2)}" if ranked else "  –"
         text.append(f"{worst}\n")
     return text
 

@@ -1,20 +1,42 @@
-"""A diagnosis in words: what is wrong with a run, from which numbers, and what to change.
+"""A diagnosis in words: what is wrong with runs, from which numbers, and the one thing to change.
 
 A rule is a function of a `Reading` that gives findings, or none. Every threshold is a constant with
 the reason for it; every rule is tested on runs that have its fault and nearly have it.
+
+    finding.py       what a rule says
+    reading.py       a run log as the rules read it
+    course.py        rules about the run: whole, long enough, does its loss behave
+    balance.py       rules about the balance that was reached
+    pressure.py      rules about how hard a method pushes
+    oscillation.py   does a load swing
+    movement.py      rules about how the load moves
+    advice.py        the findings of a method's runs become one recommendation
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 from moebalance.report.diagnosis import balance, course, movement, pressure
-from moebalance.report.diagnosis.finding import Finding, Severity
+from moebalance.report.diagnosis.advice import Diagnosis, Evidence, counted, reconcile, render
+from moebalance.report.diagnosis.finding import Finding, Severity, Wish
 from moebalance.report.diagnosis.reading import Reading
+from moebalance.report.estimates import MethodSummary, method_summaries
 from moebalance.runlog import Run
 
-__all__ = ["RULES", "Finding", "Severity", "examine", "render"]
+__all__ = [
+    "RULES",
+    "Diagnosis",
+    "Evidence",
+    "Finding",
+    "Severity",
+    "Wish",
+    "counted",
+    "diagnose",
+    "examine",
+    "judge",
+    "render",
+]
 
 RULES: tuple[Callable[[Reading], Iterator[Finding]], ...] = (
     course.unfinished,
@@ -39,6 +61,19 @@ RULES: tuple[Callable[[Reading], Iterator[Finding]], ...] = (
 )
 
 
+def diagnose(runs: Sequence[Run]) -> tuple[Diagnosis, ...]:
+    """Judge runs of any kind: one diagnosis for each batching mode, method and setting."""
+    modes = dict.fromkeys(run.batching for run in runs)
+    alike = ([run for run in runs if run.batching == mode] for mode in modes)
+    return tuple(found for some in alike for found in judge(method_summaries(some, (), runs)))
+
+
+def judge(methods: Sequence[MethodSummary]) -> tuple[Diagnosis, ...]:
+    """Judge the methods of one batching mode, each in the light of the others."""
+    examined = iter(examine([run for method in methods for run in method.runs]))
+    return tuple(reconcile(method, [next(examined) for _ in method.runs]) for method in methods)
+
+
 def examine(runs: Sequence[Run]) -> list[tuple[Run, tuple[Finding, ...]]]:
     """Examine runs, each in the light of those beside it that differ in the method alone.
 
@@ -54,20 +89,6 @@ def examine(runs: Sequence[Run]) -> list[tuple[Run, tuple[Finding, ...]]]:
     return found
 
 
-def render(run: Run, findings: Sequence[Finding], *, width: int = 100) -> str:
-    """One run's paragraph in lines of at most `width` characters where words allow it."""
-    seed = "" if run.seed is None else f", seed {run.seed}"
-    lines = [f"{run.path.parent}: {run.method}, {run.batching}{seed}, {run.last_step} steps"]
-    for finding in findings:
-        lines += _wrapped(f"  {finding.severity:<8}  ", finding.what, width)
-        lines += _wrapped(" " * 12, finding.because, width)
-        if finding.do:
-            lines += _wrapped(f"{'':12}→ ", finding.do, width)
-    if not findings:
-        lines.append("  ok        Nothing is found to be wrong.")
-    return "\n".join(lines)
-
-
 def _without_balancing(other: Run, run: Run) -> bool:
     """Whether `other` is `run` without balancing, but for the seed."""
     keys = ("name", "data", "model", "steps")
@@ -76,15 +97,4 @@ def _without_balancing(other: Run, run: Run) -> bool:
         and other.batching == run.batching
         and all(other.header.get(key) == run.header.get(key) for key in keys)
         and bool(other.evals)
-    )
-
-
-def _wrapped(head: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moebalance.report.diagnosis.finding import Finding, Severity
+from moebalance.report.diagnosis.finding import Finding, Severity, Wish
 from moebalance.report.diagnosis.reading import Reading, spread, windows
 
 UNEVEN = 1.0
@@ -37,11 +37,11 @@ def at_the_floor(log: Reading) -> Iterator[Finding]:
     late = float(windows(maxvio, 5)[-1])
     if late <= _FLOOR * floor:
         yield Finding(
-            "at-the-floor",
             Severity.OK,
             "The load is as even as batches of this size can show: there is nothing to do.",
-            f"MaxVio {late:.2f} over the last fifth; chance alone gives about {floor:.2f} at "
-            f"{log.tokens:.0f} tokens a step",
+            because=f"MaxVio {late:.2f} over the last fifth; chance alone gives about {floor:.2f} "
+            f"at {log.tokens:.0f} tokens a step",
+            rule="at-the-floor",
         )
 
 
@@ -61,13 +61,14 @@ def dead(log: Reading) -> Iterator[Finding]:
         if len(idle) > 1 and since is not None:
             when = f"; half of them{when}"
         yield Finding(
-            "dead",
             Severity.WARNING,
             f"{log.names[layer]} has {_experts(idle)} dead{when}.",
+            _revive(log, since, early=early),
             f"{len(idle)} of {len(load)} experts below a hundredth of an even share over the last "
             f"{tokens:,.0f} tokens counted",
-            _revive(log, since, early=early),
+            "dead",
             (layer,),
+            Wish.MORE,
         )
 
 
@@ -80,16 +81,14 @@ def one_layer(log: Reading) -> Iterator[Finding]:
     others = float(np.median([v for i, v in enumerate(maxvio) if i != worst]))
     floor = log.floor(log.late_tokens)
     if maxvio[worst] > max(0.5, _APART * others, 0 if math.isnan(floor) else 3 * floor):
-        steered = log.part("Targeted") is not None or log.charging is None
+        look = "Look at what this layer reads: its router may see little but one feature."
+        steer = "One strength does not fit all layers: target=… finds one for each."
         yield Finding(
-            "one-layer",
             Severity.WARNING,
             f"{log.names[worst]} is far less even than the others.",
+            steer if log.charging and not log.steered else look,
             f"MaxVio {maxvio[worst]:.2f}, median of the others {others:.2f}",
-            "Look at what this layer reads: its router may see little but one feature."
-            if steered
-            else "One strength does not fit all layers: Targeted(method, MaxVio(…)), in a recipe "
-            "target=…, finds one for each.",
+            "one-layer",
             (worst,),
         )
 
@@ -110,33 +109,17 @@ def uneven(log: Reading) -> Iterator[Finding]:
         f"MaxVio {', '.join(f'{maxvio[i]:.2f}' for i in high)} at the end; in batches {middle:.2f} "
         f"over the second third, {last:.2f} over the last"
     )
-    if not log.parts or log.part("NoBalancing"):
-        yield Finding(
-            "uneven",
-            Severity.WARNING,
-            f"{where}: the load is uneven, and nothing balances it.",
-            numbers,
-            "Attach a method: phi+loss-free keeps both soft and hard load even.",
-            high,
-        )
+    if log.balances is False:
+        severity, state = Severity.WARNING, "is uneven, and nothing balances it"
+        do = "Attach a method: phi+loss-free keeps both soft and hard load even."
     elif falling:
-        yield Finding(
-            "uneven",
-            Severity.NOTE,
-            f"{where}: the load is uneven still, but on its way.",
-            numbers,
-            "Train on, or raise the strength if it should come sooner.",
-            high,
-        )
+        severity, state = Severity.NOTE, "is uneven still, but on its way"
+        do = "Train on, or raise the strength if it should come sooner."
     else:
-        yield Finding(
-            "uneven",
-            Severity.WARNING,
-            f"{where}: the load is uneven and stays so: the balancing is too weak.",
-            numbers,
-            _stronger(log),
-            high,
-        )
+        severity, state = Severity.WARNING, "is uneven and stays so: the balancing is too weak"
+        do = _stronger(log) if log.balances else ""
+    what = f"{where}: the load {state}."
+    yield Finding(severity, what, do, numbers, "uneven", high, Wish.MORE)
 
 
 def soft_hard_gap(log: Reading) -> Iterator[Finding]:
@@ -145,13 +128,14 @@ def soft_hard_gap(log: Reading) -> Iterator[Finding]:
         return
     soft, hard = log.late_maxvio("soft"), log.late_maxvio()
     yield Finding(
-        "soft-hard-gap",
         Severity.WARNING if max(hard) > UNEVEN else Severity.NOTE,
         "The router's scores are even, the experts it chooses are not.",
-        f"MaxVio {np.mean(soft):.2f} of the soft load, {np.mean(hard):.2f} of the hard one, means "
-        "over layers",
         "A larger strength does not reach this. Charge what is realised, load='hard', or let "
         "a selection price take the rest: phi+loss-free.",
+        f"MaxVio {np.mean(soft):.2f} of the soft load, {np.mean(hard):.2f} of the hard one, means "
+        "over layers",
+        "soft-hard-gap",
+        wish=Wish.OTHER,
     )
 
 
@@ -166,20 +150,21 @@ def drift(log: Reading) -> Iterator[Finding]:
     rising = bool(course[-1] > course[-3] > best or course[-1] > course[-2] > best)
     if rising and last > _WORSE * best and last - best > max(0.2, 5 * noise):
         yield Finding(
-            "drift",
             Severity.WARNING,
             "The balance gets worse toward the end.",
-            f"MaxVio of batches {best:.2f} at its best, {last:.2f} over the last tenth of the run",
             "The router has outgrown the price: do not relax the strength so early or so far, or "
-            "let Targeted hold the balance.",
+            "hold the balance with target=….",
+            f"MaxVio of batches {best:.2f} at its best, {last:.2f} over the last tenth of the run",
+            "drift",
+            wish=Wish.MORE,
         )
 
 
 def soft_without_hard(log: Reading) -> bool:
     """Whether the soft load is even while the hard one is not, under a price of the soft load."""
     soft, hard = log.late_maxvio("soft"), log.late_maxvio()
-    part = log.part("PhiBalancing", "PlugInLoss")
-    if not soft or part is None or part.settings.get("load") == "hard" or log.selecting:
+    part = log.charging
+    if not soft or part is None or part.settings.get("load") != "soft" or log.selecting:
         return False
     # The hard load of an even router may well lie at twice its soft one: three times is a gap.
     evenness = statistics.fmean(soft)
@@ -204,7 +189,7 @@ def _since(log: Reading, layer: int, idle: list[int]) -> int | None:
 
 
 def _revive(log: Reading, since: int | None, *, early: bool) -> str:
-    if not log.parts or log.part("NoBalancing"):
+    if log.balances is False:
         return "Attach a method: without one, an expert that is not chosen learns nothing."
     if since is None:
         return "Raise the strength, or add loss-free."
@@ -218,15 +203,13 @@ def _revive(log: Reading, since: int | None, *, early: bool) -> str:
 
 def _stronger(log: Reading) -> str:
     part, selecting = log.charging, log.selecting
-    strength = part.number("strength") if part else None
-    if part is not None and strength:
+    if part is not None and (strength := part.number("strength")):
         return (
-            f"Raise the strength of {part.kind} from {strength:g} to about {3 * strength:.2g}, or "
+            f"Raise the strength of {part.word} from {strength:g} to about {3 * strength:.2g}, or "
             "set the balance you want with target=…."
         )
-    rate = selecting.number("rate") if selecting else None
-    if selecting is not None and rate:
-        return f"Raise the rate of {selecting.kind} from {rate:g} to about {3 * rate:.2g}."
+    if selecting is not None and (speed := selecting.number("speed")):
+        return f"Raise the speed of {selecting.word} from {speed:g} to about {3 * speed:.2g}."
     return "Use a method whose price is charged or subtracted, such as phi+loss-free."
 
 

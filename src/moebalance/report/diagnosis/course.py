@@ -24,16 +24,15 @@ def unfinished(log: Reading) -> Iterator[Finding]:
     where = f"status: {run.status}; last step {run.last_step} of {planned or 'an unknown number'}"
     if run.status == "failed":
         error = str((run.end or {}).get("error") or "no reason logged")
-        yield Finding(
-            "unfinished", Severity.ERROR, "The run failed.", f"{error}; {where}", "Mend that first."
-        )
+        because = f"{error}; {where}"
+        yield Finding(Severity.ERROR, "The run failed.", "Mend that first.", because, "unfinished")
     elif run.truncated or run.status in ("no end row", "interrupted"):
         yield Finding(
-            "unfinished",
             Severity.NOTE,
             "The run is not whole: it is still going, or was stopped.",
-            where + ("; the last line was cut off" if run.truncated else ""),
             "If it was stopped, go on with --resume. What follows is about the part there is.",
+            where + ("; the last line was cut off" if run.truncated else ""),
+            "unfinished",
         )
 
 
@@ -42,19 +41,19 @@ def too_short(log: Reading) -> Iterator[Finding]:
     last, rows = log.run.last_step, len(log.step)
     if last < LEAST_STEPS:
         yield Finding(
-            "too-short",
             Severity.NOTE,
             "The run is too short to judge how its balance goes.",
-            f"{last} steps of at least {LEAST_STEPS}",
             "Train longer, then ask again.",
+            f"{last} steps of at least {LEAST_STEPS}",
+            "too-short",
         )
     elif rows < LEAST_STEPS:
         yield Finding(
-            "too-short",
             Severity.NOTE,
             "The log has hardly any step rows: only its end is judged.",
-            f"{rows} rows about {last} steps",
             "Ask about the original log, not an archived one.",
+            f"{rows} rows about {last} steps",
+            "too-short",
         )
 
 
@@ -64,14 +63,14 @@ def not_finite(log: Reading) -> Iterator[Finding]:
     lost = [row["step"] for row in logged if row["loss"] is None]
     if lost:
         yield Finding(
-            "not-finite",
             Severity.ERROR,
             f"The loss is not a finite number from step {lost[0]} on."
             if len(lost) > 1
             else f"The loss is not a finite number at step {lost[0]}.",
-            f"{len(lost)} of {len(logged)} step rows",
             "Lower the learning rate or lengthen its warm-up, clip gradients, and keep routers "
             "and balancing in float32.",
+            f"{len(lost)} of {len(logged)} step rows",
+            "not-finite",
         )
 
 
@@ -89,13 +88,13 @@ def diverged(log: Reading) -> Iterator[Finding]:
     if risen > max(5 * noise, _RISE * fallen, _SPIKE):
         at = int(log.step[min(len(loss) - 1, (int(course.argmin()) + 1) * len(loss) // 10)])
         yield Finding(
-            "diverged",
             Severity.ERROR,
             f"The loss has been rising since step {at} or so.",
-            f"mean {lowest:.3f} at its lowest, {last:.3f} over the last tenth of the run; it had "
-            f"fallen by {fallen:.3f}",
             "Lower the learning rate, clip gradients; if the same run without balancing does not "
             "rise, lower the strength.",
+            f"mean {lowest:.3f} at its lowest, {last:.3f} over the last tenth of the run; it had "
+            f"fallen by {fallen:.3f}",
+            "diverged",
         )
 
 
@@ -115,10 +114,10 @@ def spikes(log: Reading) -> Iterator[Finding]:
     if found:
         worst = max(found, key=lambda i: loss[i])
         yield Finding(
-            "spikes",
             Severity.WARNING,
             f"The loss spikes: at step {int(log.step[worst])}"
             + (f" and in {len(found) - 1} more." if len(found) > 1 else "."),
-            f"{loss[worst]:.2f} there, against a usual change of {noise:.3f} from step to step",
             "Look at the text of that step; clip gradients or lower the learning rate.",
+            f"{loss[worst]:.2f} there, against a usual change of {noise:.3f} from step to step",
+            "spikes",
         )

@@ -1,4 +1,4 @@
-"""What a rule says: how bad, where, what, from which numbers, and what to change."""
+"""What a rule says: how bad, what, what to do, from which numbers, and where."""
 
 from __future__ import annotations
 
@@ -20,22 +20,33 @@ class Severity(StrEnum):
         return (Severity.ERROR, Severity.WARNING, Severity.NOTE, Severity.OK).index(self)
 
 
+class Wish(StrEnum):
+    """What a finding asks of the balancing, for findings that may contradict each other."""
+
+    NOTHING = ""
+    MORE = "more pressure"
+    LESS = "less pressure"
+    OTHER = "another lever"
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One thing found in a run.
+    """One thing found in a run or a model.
 
     Attributes:
-        rule: name of the rule, the same in every version.
         severity: how bad.
         what: what is wrong, in a sentence.
-        because: the numbers behind it.
         do: what to change; empty where there is nothing to do.
+        because: the numbers behind it; empty where `what` says them.
+        rule: name of the rule, the same in every version.
         layers: which of the run's layers, by their place; empty for all of them.
+        wish: in which direction `do` turns the balancing.
     """
 
-    rule: str
     severity: Severity
     what: str
-    because: str
     do: str = ""
+    because: str = ""
+    rule: str = ""
     layers: tuple[int, ...] = ()
+    wish: Wish = Wish.NOTHING

@@ -56,11 +56,11 @@ def oscillation(log: Reading) -> Iterator[Finding]:
             continue  # it fades by itself
         what, do = _advice(log, period)
         yield Finding(
-            "oscillation",
             Severity.WARNING,
             f"{log.names[layer]} oscillates with period {period} steps: {what}.",
-            _numbers(found),
             do,
+            _numbers(found),
+            "oscillation",
             (layer,),
         )
 
@@ -76,41 +76,41 @@ def overshoot(log: Reading) -> Iterator[Finding]:
         size = float(np.sqrt(np.mean(moves**2)))
         turns = float(np.mean(moves[1:] * moves[:-1])) / size**2 if size > 0 else 0.0
         if turns < _TURNS and size > 0.2:
-            rate = part.number("rate")
+            speed = part.number("speed")
             yield Finding(
-                "overshoot",
                 Severity.WARNING,
-                f"{log.names[layer]} jumps to and fro: the price of {part.kind} overshoots.",
+                f"{log.names[layer]} jumps to and fro: the price of {part.word} overshoots.",
+                f"Lower the speed from {speed:g} to about {speed / 10:.2g}, or use "
+                "rule='proportional'."
+                if speed
+                else "Use loss-free, whose speed can be lowered.",
                 f"load off its mean by {size:.2f} even shares, autocorrelation {turns:.2f} from "
                 "one step to the next",
-                f"Lower the rate from {rate:g} to about {rate / 10:.2g}, or use "
-                "rule='proportional'."
-                if rate
-                else "Lower its rate.",
+                "overshoot",
                 (layer,),
             )
 
 
 def price_too_slow(log: Reading) -> Iterator[Finding]:
     """A sign rule that has gone the same way at every step, and is not there yet."""
-    part = log.part("LossFree")
-    rate = part.number("rate") if part else None
+    part = log.selecting
+    speed = part.number("speed") if part else None
     spread = log.series("price_spread")
-    if part is None or not rate or part.settings.get("rule") != "sign" or not log.judged:
+    if part is None or not speed or part.settings.get("rule") != "sign" or not log.judged:
         return
     maxvio = log.late_maxvio()
     if not np.isfinite(spread[-1]) or not maxvio or max(maxvio) < 0.5:
         return
     # The busiest and the idlest expert part by 2u a step at most.
-    way = float(spread[-1]) / (2 * rate * log.run.last_step)
+    way = float(spread[-1]) / (2 * speed * log.run.last_step)
     if way > _RUNNING:
         yield Finding(
-            "price-too-slow",
             Severity.WARNING,
-            "The selection price still runs at full speed: its rate is too small.",
+            "The selection price still runs at full speed, which is too small.",
+            f"Raise the speed of {part.word} from {speed:g} to about {10 * speed:.2g}.",
             f"price spread {spread[-1]:.3g}, {100 * way:.0f} % of what {log.run.last_step} steps "
-            f"of {rate:g} can make; MaxVio {max(maxvio):.2f}",
-            f"Raise the rate of LossFree from {rate:g} to about {10 * rate:.2g}.",
+            f"of {speed:g} can make; MaxVio {max(maxvio):.2f}",
+            "price-too-slow",
         )
 
 
@@ -133,13 +133,13 @@ def slow_recovery(log: Reading) -> Iterator[Finding]:
         return
     when = f"back after {(back[0] + 1) * half // 10} steps" if back else "never back"
     yield Finding(
-        "slow-recovery",
         Severity.WARNING,
         "The balance is slow to return after the change of text: the memory is too long.",
-        f"MaxVio {before:.2f} before, {course[peak]:.2f} at its peak, {when} of {half}; the memory "
-        f"is of {1 / rate:.0f} steps",
         f"Raise the rate from {rate:.2g} to about {min(_HIGHEST, 20 / half):.2g}, shorten "
         "memory_tokens, or let it adapt with rate='auto'.",
+        f"MaxVio {before:.2f} before, {course[peak]:.2f} at its peak, {when} of {half}; the memory "
+        f"is of {1 / rate:.0f} steps",
+        "slow-recovery",
     )
 
 
@@ -156,9 +156,9 @@ def _advice(log: Reading, period: int) -> tuple[str, str]:
     rate = part.rate(log.tokens) if part else None
     if part is None or not strength or not rate:
         selecting = log.selecting
-        if selecting is not None and (u := selecting.number("rate")):
+        if selecting is not None and (u := selecting.number("speed")):
             return (
-                f"the rate {u:g} of {selecting.kind} is too large",
+                f"the speed {u:g} of {selecting.word} is too large",
                 f"Lower it to about {u / 3:.2g}.",
             )
         return "the price answers too late", "Lower the strength, or shorten the memory."

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moebalance.report.diagnosis.method import Part, parts
 from moebalance.report.estimates import finite
-from moebalance.report.loads import layer_names
+from moebalance.report.loads import layer_names, maxvio
+from moebalance.report.parts import Part, balances, parts_of
 from moebalance.runlog import Row, Run
 
 Array = NDArray[np.float64]
@@ -78,7 +78,7 @@ class Reading:
 
     def late_maxvio(self, key: str = "load") -> list[float]:
         """MaxVio of each layer's load at the end; empty where the log has no such load."""
-        return [float(_even_shares(load).max() - 1) for load in self._late(key)]
+        return [maxvio(load) for load in self._late(key)]
 
     @cached_property
     def late_tokens(self) -> float:
@@ -116,21 +116,27 @@ class Reading:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """What the method is made of."""
-        return parts(self.run.method_repr)
+        return parts_of(self.run)
 
-    def part(self, *kinds: str) -> Part | None:
-        """The first part of one of these classes."""
-        return next((part for part in self.parts if part.kind in kinds), None)
+    @property
+    def balances(self) -> bool | None:
+        """Whether the method puts pressure on the load; None if the log does not say."""
+        return False if self.run.method == "none" else balances(self.parts)
 
     @property
     def charging(self) -> Part | None:
         """The first part that charges in the loss."""
-        return next((part for part in self.parts if part.charges), None)
+        return next((part for part in self.parts if part.charges and not part.wraps), None)
 
     @property
     def selecting(self) -> Part | None:
-        """The first part that prices selection."""
-        return next((part for part in self.parts if part.selects), None)
+        """The first part that chooses experts."""
+        return next((part for part in self.parts if part.selects and not part.wraps), None)
+
+    @property
+    def steered(self) -> Part | None:
+        """The part that steers another one to a goal."""
+        return next((part for part in self.parts if part.wraps and "goal" in part.settings), None)
 
     @property
     def judged(self) -> bool:

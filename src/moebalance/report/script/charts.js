@@ -30,7 +30,6 @@ function marks(svg) {
     const mark = title.parentNode;
     const words = title.textContent;
     title.remove();
-    if (mark.querySelector(".line")) continue;
     mark.setAttribute("aria-label", words);
     const tell = (x, y) => showTip(x, y, words);
     mark.addEventListener("pointermove", (event) => tell(event.clientX, event.clientY));
@@ -55,7 +54,7 @@ function hover(chart) {
   chart.insertAdjacentHTML("beforeend", '<path class="cross" visibility="hidden"/>');
   let at = null;
 
-  const shown = () => [...chart.querySelectorAll(".series")].filter((s) => s.style.display !== "none").reverse();
+  const shown = () => [...chart.querySelectorAll(".series:has(.line)")].filter((s) => s.style.display !== "none").reverse();
   const nearest = (line, x) => line.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
   const cross = (x) => {
     for (const other of stack) {

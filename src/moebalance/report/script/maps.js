@@ -69,7 +69,9 @@ function draw(card) {
   const width = card.figure.clientWidth;
   if (!width) return;
   const square = rows.length === columns && card.figure.closest(".squares");
-  const gutterOfSquare = 62;
+  // The experts of a square are all named: in as many columns of numbers as their rows are low.
+  const lanes = square ? Math.ceil((10 * columns) / (width - 40)) : 1;
+  const gutterOfSquare = 12 + 24 * lanes;
   const lineHeight = rows.length <= 8 ? 22 : rows.length <= 16 ? 15 : rows.length <= 32 ? 11 : 8;
   const height = square ? (width - gutterOfSquare) / columns : lineHeight;
   const scale = devicePixelRatio || 1;
@@ -81,17 +83,17 @@ function draw(card) {
   pen.font = `${Math.min(12, Math.max(9, height))}px ${getComputedStyle(canvas).fontFamily}`;
   pen.textBaseline = "middle";
   pen.textAlign = "right";
-  const name = (row) => (rows[row].length > 18 ? `${rows[row].slice(0, 17)}…` : rows[row]);
+  const name = (row) => square ? String(row) : (rows[row].length > 18 ? `${rows[row].slice(0, 17)}…` : rows[row]);
   const gutter = square ? gutterOfSquare : Math.ceil(Math.max(...rows.map((_, r) => pen.measureText(name(r)).width))) + 10;
   const cell = (width - gutter) / columns;
   const gap = cell > 5 ? 1 : 0;
-  const every = Math.ceil(13 / height);
+  const every = square ? 1 : Math.ceil(13 / height);
   card.layout = { gutter, cell, height };
   const snap = (x) => Math.round(x * scale) / scale;
   for (let row = 0; row < rows.length; row++) {
     if (row % every === 0) {
       pen.fillStyle = ink.muted;
-      pen.fillText(name(lines[row]), gutter - 8, (row + 0.5) * height);
+      pen.fillText(name(lines[row]), gutter - 8 - 24 * (row % lanes), (row + 0.5) * height);
     }
     for (let j = 0; j < columns; j++) {
       const code = codes[lines[row] * columns + experts[row][j]];
@@ -160,7 +162,7 @@ function pointing(card, kind) {
 // The line of a method in the chart of loads by rank, for the frame that is shown.
 function drawSorted(explorer, card) {
   const chart = explorer.querySelector("svg.sorted");
-  const series = [...(chart?.querySelectorAll(".series") || [])].find((s) => s.dataset.label === card.figure.dataset.label);
+  const series = [...(chart?.querySelectorAll(".series:has(.line)") || [])].find((s) => s.dataset.label === card.figure.dataset.label);
   if (!series) return;
   const across = axis(chart.dataset.x), up = axis(chart.dataset.y);
   const { rows, columns } = card.pack;

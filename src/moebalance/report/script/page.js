@@ -87,6 +87,16 @@ function toggles(section, name) {
   apply();
 }
 
+// Tables wider than the window say so, until they are moved.
+function scrolls(root) {
+  const tell = (box) => box.classList.toggle("more", box.scrollWidth > box.clientWidth + 1 && !box.scrollLeft);
+  const seen = new ResizeObserver((entries) => entries.forEach((entry) => tell(entry.target)));
+  for (const box of root.querySelectorAll(".scroll")) {
+    seen.observe(box);
+    box.addEventListener("scroll", () => box.scrollLeft && box.classList.remove("more"));
+  }
+}
+
 // Words about a column open beside its question mark.
 function helps(root) {
   for (const button of root.querySelectorAll(".help")) {
@@ -102,6 +112,7 @@ function helps(root) {
 // Breathe life into the content; called once, and again for each new content of a live page.
 function start(root) {
   helps(root);
+  scrolls(root);
   for (const details of root.querySelectorAll("details[data-keep]")) {
     details.open = kept.get(details.dataset.keep) || false;
     details.addEventListener("toggle", () => kept.set(details.dataset.keep, details.open));
