@@ -38,6 +38,8 @@ class BalancedRouter(LayerBalance):
     """
 
     limit: GroupLimit | None = None  # also of a router that was pickled before there were limits
+    at_rest = False
+    """Whether it only routes, under the price it has: after `detach`, or left out of `layers`."""
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class BalancedRouter(LayerBalance):
         rows = logits.dim() == 2  # then views would only cost time
         flat = logits if rows else logits.reshape(-1, self.num_experts)
         flat_mask = None if mask is None else mask.reshape(-1).bool()
-        training = self.training and torch.is_grad_enabled()
+        training = self.training and torch.is_grad_enabled() and not self.at_rest
         sequences = logits.shape[0] if logits.dim() == 3 else 1
         weights, experts = self._choose(flat, flat_mask, sequences, training=training)
         if not self.training:
