@@ -66,12 +66,6 @@ class RouterHook:
     def _inject(self, carrier: Tensor, logits: Tensor, experts: Tensor, layout: Layout) -> Tensor:
         mask, rows = layout.mask, layout.rows
         if self.by_sequence and layout.starts is not None:
-            if torch.compiler.is_compiling():
-                raise ValueError(
-                    f"{self.layer.name} gets packed sequences under torch.compile: "
-                    f"{self.layer.method!r} needs their boundaries, which compiled code cannot "
-                    "follow. Do not compile, or do not pack (packing=False, padding_free=False)."
-                )
             index, mask, rows = pack(layout)
             index, mask = index.to(logits.device), mask.to(logits.device)
             logits, experts = logits[index], experts[index]
