@@ -250,15 +250,33 @@ def test_a_trained_selection_bias_is_where_the_price_starts() -> None:
 
 
 def test_state_follows_a_model_that_moves_after_attaching() -> None:
-    model, ids = tiny("mixtral"), tokens()
+    model = tiny("mixtral")
     balancing = mb.attach(model, mb.Together(mb.PhiBalancing(), mb.LossFree()))
-    model.to("meta")
-    # The meta device stands in for another one; the model itself cannot run to its end there.
-    with contextlib.suppress(RuntimeError):
-        model(input_ids=ids.to("meta"))
+    # The meta device stands in for another one.
+    balancing.place({name: torch.device("meta") for name in balancing.layers})
     for layer in balancing.layers.values():
         assert {t.device.type for t in (layer.running, layer.price, layer.loss_scale)} == {"meta"}
     assert len({id(layer.loss_scale) for layer in balancing.layers.values()}) == 1
+
+
+def test_state_stays_where_its_values_are_while_the_model_is_on_meta() -> None:
+    model, ids = tiny("mixtral"), tokens()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    balancing = mb.attach(model, mb.Together(mb.PhiBalancing(), mb.LossFree()))
+    model(input_ids=ids, labels=ids).loss.backward()
+    balancing.step()
+    before = balancing.state_dict()
+    model.to("meta")
+    with contextlib.suppress(RuntimeError):  # the model cannot run to its end there
+        model(input_ids=ids.to("meta"))
+    for name, layer in balancing.state_dict()["layers"].items():
+        for key, tensor in layer.items():
+            assert torch.equal(tensor, before["layers"][name][key])
+    model.load_state_dict(weights, assign=True)
+    model.model.rotary_emb = tiny("mixtral").model.rotary_emb
+    model(input_ids=ids, labels=ids).loss.backward()
+    balancing.step()
+    assert balancing.metrics()["tokens"] == ids.numel()
 
 
 def test_generating_between_training_steps_is_not_counted_and_does_no_harm() -> None:

@@ -1,21 +1,33 @@
 """One call that attaches a method to any MoE model."""
 
 import sys
+import weakref
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import bare_name
-from moebalance.methods.base import Method
-from moebalance.router import BalancedRouter
+from moebalance.integrations.names import Layers, chosen
+from moebalance.integrations.reminders import StepReminder
+from moebalance.methods import LossFree, Method, PhiBalancing, Together
+from moebalance.router import BalancedRouter, CountAndCharge
+
+_HANDLES: weakref.WeakKeyDictionary[LayerBalance, weakref.ref[Balancing]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Who steps a router. Not kept on it: a copy of the model is nobody's yet."""
 
 
 def attach(
     model: nn.Module,
     method: Method | None = None,
     *,
+    layers: Layers | None = None,
     group: Group | None = None,
     keep_native_loss: bool = False,
     fused: bool = True,
@@ -27,7 +39,11 @@ def attach(
 
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
-        method: the method. Left out for a model of `BalancedRouter`s, which carry their own.
+        method: the method; None for the recommended one, `Together(PhiBalancing(), LossFree())`.
+            Leave it out for a model of `BalancedRouter`s, which carry their own.
+        layers: which routers, by name: a glob pattern such as `"*.layers.[0-3].*"`, a list of
+            them, or a function of the name; None for all. A router that is frozen while others
+            train is left out anyway, with a warning.
         group: the ranks that hold these layers and disjoint tokens; None for the default process
             group where there is one.
         keep_native_loss: leave a Transformers model's own balancing loss on, as one who only
@@ -38,26 +54,32 @@ def attach(
         The handle: `step()` after each optimizer step, `metrics()`, `state_dict()`, `detach()`.
 
     Raises:
-        ValueError: no router found, one of an unknown kind, one balanced already, a frozen one
-            under a method that needs its gradient, or a lever that it does not have.
+        ValueError: no router found or chosen, one of an unknown kind, one balanced already, all of
+            them frozen under a method that needs their gradient, or a lever that one does not have.
         TypeError: `model` or `method` is something else.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach needs a torch module; got {type(model).__name__}.")
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
-    routers = {n: m for n, m in model.named_modules() if isinstance(m, BalancedRouter)}
+    ours = (BalancedRouter, CountAndCharge)
+    routers: dict[str, LayerBalance] = {
+        name: module for name, module in model.named_modules() if isinstance(module, ours)
+    }
     if routers:
-        return _own(model, routers, method, group, fused=fused)
+        return _own(model, routers, method, layers, group, fused=fused)
     # Asking for Transformers would import it; a model of its kind can only exist if it is there.
     if "transformers" in sys.modules:
         from moebalance.integrations import huggingface
 
         if huggingface.serves(model):
-            if method is None:
-                raise TypeError("attach(model, method): a Transformers model needs a method.")
             return huggingface.attach(
-                model, method, group=group, keep_native_loss=keep_native_loss, fused=fused
+                model,
+                recommended() if method is None else method,
+                layers=layers,
+                group=group,
+                keep_native_loss=keep_native_loss,
+                fused=fused,
             )
     raise ValueError(
         f"{type(model).__name__} is neither a Transformers model nor has it a "
@@ -67,14 +89,25 @@ def attach(
     )
 
 
+def recommended() -> Method:
+    """The method that `attach` takes if none is named: a weak φ with a loss-free bias."""
+    return Together(PhiBalancing(), LossFree())
+
+
 def _own(
     model: nn.Module,
-    routers: dict[str, BalancedRouter],
+    routers: dict[str, LayerBalance],
     method: Method | None,
+    layers: Layers | None,
     group: Group | None,
     *,
     fused: bool,
 ) -> Balancing:
+    taken = [name or "router" for name, router in routers.items() if _handle_of(router) is not None]
+    if taken:
+        raise ValueError(
+            f"{taken[0]} is balanced already: detach() the first Balancing before attaching again."
+        )
     methods = {router.method for router in routers.values()}
     if method is not None:
         raise ValueError(
@@ -83,10 +116,35 @@ def _own(
         )
     if len(methods) > 1:
         raise ValueError(f"One handle steps one method, but the routers carry {methods}.")
-    layers: dict[str, LayerBalance] = {}
-    for wrapped, router in routers.items():
-        name = bare_name(model, wrapped)
+    named = {bare_name(model, wrapped): router for wrapped, router in routers.items()}
+    balanced: dict[str, LayerBalance] = {}
+    for name in chosen(named, layers):
+        router = named[name]
         router.name = name or router.name
+        balanced[name or "router"] = router
+    balancing = Balancing(methods.pop(), balanced, group=group)
+    for router in named.values():
+        balancing.on_detach(partial(_give_back, router, router.fused))
+        router.at_rest = not any(router is b for b in balanced.values())
+        _HANDLES[router] = weakref.ref(balancing)
         router.fused &= fused
-        layers[name or "router"] = router
-    return Balancing(methods.pop(), layers, group=group)
+    reminder = StepReminder()
+    balancing.on_step(reminder.saw_step)
+    first = next(iter(balanced.values()))
+    balancing.on_detach(first.register_forward_hook(partial(_remind, reminder)).remove)
+    return balancing
+
+
+def _handle_of(router: LayerBalance) -> Balancing | None:
+    held = _HANDLES.get(router)
+    return None if held is None else held()
+
+
+def _give_back(router: LayerBalance, fused: bool) -> None:
+    router.fused, router.at_rest = fused, True
+    _HANDLES.pop(router, None)
+
+
+def _remind(reminder: StepReminder, router: nn.Module, given: Any, output: Any) -> None:
+    if router.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        reminder.saw_forward()

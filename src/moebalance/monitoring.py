@@ -6,6 +6,7 @@ it. It logs about a dozen scalars a step and load snapshots from which `moebalan
 pictures.
 """
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ from moebalance.methods import NoBalancing
 from moebalance.methods.describe import describe
 from moebalance.router import BalancedRouter
 from moebalance.runlog import RunLog
+
+logger = logging.getLogger("moebalance")
 
 
 def monitor(
@@ -81,6 +84,8 @@ class Monitor:
     ) -> None:
         self.balancing, self.snapshot_every = balancing, snapshot_every
         self._log = log
+        self._counted: set[str] = set()
+        self._told: set[str] = set()
         if self._log is not None:
             self._log.write("header", **_header(model, balancing, name))
         balancing.watch()
@@ -108,9 +113,27 @@ class Monitor:
     def evaluate(self, **scalars: float) -> dict[str, float]:
         """Metrics of all forwards in evaluation mode since the last call; logged with `scalars`."""
         found, loads = self.balancing.evaluation()
+        self._tell_of_uncounted(loads)
         if found:
             self._write("eval", {**found, **_shares(loads), **scalars})
         return found
+
+    def _tell_of_uncounted(self, loads: dict[str, Loads]) -> None:
+        """Say once which routers have never counted a token in evaluation."""
+        counted = {name for name, (hard, _) in loads.items() if hard.sum() > 0}
+        never = [name for name in loads if name not in counted | self._counted | self._told]
+        self._counted |= counted
+        # Without a forward there is nothing to count, unless there was none ever.
+        if never and (counted or not self._counted):
+            self._told |= set(never)
+            logger.warning(
+                "moebalance: in evaluation, %d of %d watched routers counted no token (first: %s). "
+                "Is this the model that ran? Does it call its routers, or compute past them in a "
+                "fused kernel?",
+                len(never),
+                len(loads),
+                never[0],
+            )
 
     def close(self, *, error: BaseException | None = None) -> None:
         """End the log and take the hooks away."""

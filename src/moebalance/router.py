@@ -91,7 +91,7 @@ class BalancedRouter(LayerBalance):
         rows = logits.dim() == 2  # then views would only cost time
         flat = logits if rows else logits.reshape(-1, self.num_experts)
         flat_mask = None if mask is None else mask.reshape(-1).bool()
-        training = self.training and torch.is_grad_enabled()
+        training = self.training and torch.is_grad_enabled() and not self.at_rest
         sequences = logits.shape[0] if logits.dim() == 3 else 1
         weights, experts = self._choose(flat, flat_mask, sequences, training=training)
         if not self.training:
@@ -172,7 +172,7 @@ class CountAndCharge(LayerBalance):
         flat = logits.reshape(-1, self.num_experts)
         chosen = experts.reshape(-1, experts.shape[-1])
         real = None if mask is None else mask.reshape(-1).bool()
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not self.at_rest:
             sequences = logits.shape[0] if logits.dim() == 3 else 1
             flat = self.tie(flat, flat, chosen, mask=real, sequences=sequences)
         elif not self.training:

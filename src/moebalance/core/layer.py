@@ -37,6 +37,9 @@ class LayerBalance(nn.Module):
         ValueError: fewer than two experts, or a method for another number of experts.
     """
 
+    at_rest = False
+    """Whether it counts and charges nothing: after `detach`, or left out of `layers`."""
+
     def __init__(
         self,
         method: Method,

@@ -1,31 +1,27 @@
-"""Tie balancing to a Transformers model: hooks on its routers, its decoder and its loss."""
+"""Tie balancing to a Transformers model: hooks on its routers and on the models around them."""
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers import __version__ as version
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.utils.generic import ModelOutput
 
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
+from moebalance.integrations.huggingface.choice import choose_sites, parts
 from moebalance.integrations.huggingface.exporting import guard_saving
-from moebalance.integrations.huggingface.routers import (
-    Site,
-    check_levers,
-    find_sites,
-    transformers_model,
-)
+from moebalance.integrations.huggingface.forward import Context, Forward, find_entrances, holder
+from moebalance.integrations.huggingface.model_hooks import ModelHooks
+from moebalance.integrations.huggingface.native_loss import silence_native_loss
+from moebalance.integrations.huggingface.price import BiasPrice, Policy, Prices
+from moebalance.integrations.huggingface.router_hook import RouterHook
+from moebalance.integrations.huggingface.routers import Site, transformers_model
+from moebalance.integrations.huggingface.storage import home
+from moebalance.integrations.huggingface.tokens import Layout
+from moebalance.integrations.names import Layers
 from moebalance.methods.base import Method
-
-logger = logging.getLogger("moebalance")
 
 
 def serves(model: nn.Module) -> bool:
@@ -37,17 +33,18 @@ def attach(
     model: nn.Module,
     method: Method,
     *,
+    layers: Layers | None = None,
     group: Group | None = None,
     keep_native_loss: bool = False,
     fused: bool = True,
 ) -> Balancing:
-    """Balance every router of a Transformers model; see `moebalance.attach`."""
+    """Balance the routers of a Transformers model; see `moebalance.attach`."""
     inner = transformers_model(model)
     if inner is None:
         raise TypeError(f"{type(model).__name__} holds no Transformers model.")
     _refuse_second(model)
     _refuse_compiled(model)
-    sites = find_sites(model)
+    sites = choose_sites(model, method, layers)
     if not sites:
         raise ValueError(
             f"{type(inner).__name__} has no MoE router that could be found: no submodule whose "
@@ -55,277 +52,103 @@ def attach(
             "a Mixture-of-Experts model, or write the layer with moebalance.BalancedRouter. Before "
             f"Transformers 5.6 many families have no router of their own; {version} is installed."
         )
-    for site in sites:
-        check_levers(site, method)
-
-    layers = {}
-    for site in sites:
-        layer = LayerBalance(method, site.num_experts, gate=site.gate, fused=fused, name=site.name)
-        layers[site.name] = layer.to(next(site.router.parameters()).device)
-    balancing = Balancing(method, layers, group=group)
+    balanced = {site.name: _layer(site, method, fused=fused) for site in sites}
+    balancing = Balancing(method, balanced, group=group)
     try:
-        _tie(balancing, model, inner, sites, keep_native_loss=keep_native_loss)
+        _tie(balancing, model, sites, group, keep_native_loss=keep_native_loss)
     except BaseException:
         balancing.detach()
         raise
     return balancing
 
 
+def hooks_of(model: nn.Module) -> list[ModelHooks]:
+    """The hooks that `attach` put on a model."""
+    owners = [
+        getattr(hook, "func", hook) for m in model.modules() for hook in m._forward_hooks.values()
+    ]
+    found = [getattr(owner, "__self__", None) for owner in owners]
+    return list({id(each): each for each in found if isinstance(each, ModelHooks)}.values())
+
+
+def _layer(site: Site, method: Method, *, fused: bool) -> LayerBalance:
+    """State on the device of its router; of a router on meta it waits where values can be kept."""
+    layer = LayerBalance(method, site.num_experts, gate=site.gate, fused=fused, name=site.name)
+    device = home(site.router)
+    return layer if device is None else layer.to(device)
+
+
 def _tie(
     balancing: Balancing,
     model: nn.Module,
-    inner: PreTrainedModel,
     sites: list[Site],
+    group: Group | None,
     *,
     keep_native_loss: bool,
 ) -> None:
     """Register every hook, and how to take it away again."""
-    method, layers = balancing.method, balancing.layers
+    method = balancing.method
     if not keep_native_loss:
-        balancing.on_detach(silence_native_loss(inner))
-    forward, stacks = _Forward(), _stacks(inner)
+        for inner in _models(model, sites):
+            balancing.on_detach(silence_native_loss(inner))
+    entrances = find_entrances(model, [site.router for site in sites])
+    stacks = sum(entrance.stack is not None for entrance in entrances)
+    forward = Forward(Context((Layout(),) * stacks))
+    by_sequence = any(part.traits.coupling == "sequence" for part in parts(method))
+    hooks, carried = [], []
     for site in sites:
-        layer = layers[site.name]
+        layer = balancing.layers[site.name]
         native = site.bias is not None and method.traits.has_selection_price
-        number = _holder(stacks, site.router)
-        reselect = method.traits.selects and not native
-        hook = RouterHook(layer, site, forward, stack=number, reselect=reselect)
+        hook = RouterHook(
+            layer,
+            site,
+            forward,
+            stack=holder(entrances, site.router),
+            reselect=method.traits.selects and not native,
+            by_sequence=by_sequence,
+            place=balancing.place,
+        )
+        hooks.append(hook)
         balancing.on_detach(site.router.register_forward_hook(hook.after_router).remove)
-        if site.bias is not None and native:
-            original = site.bias.detach().clone()
-            layer.adopt(-original.reshape(-1))
-            balancing.on_step(partial(_publish_price, site, layer))
-            balancing.on_detach(partial(_write_bias, site, original), restores_price=True)
+        if native:
+            carried.append(BiasPrice(site, layer))
         elif method.traits.has_selection_price:
             balancing.price_outside.add(site.name)
-    balancing.on_detach(guard_saving(inner, balancing, sites))
-    hooks = _ModelHooks(
+    prices = Prices(carried, group)
+    balancing.on_step(prices.publish)
+    balancing.on_step(prices.compare)
+    balancing.on_detach(prices.restore, restores_price=True)
+    for inner in _models(model, sites):
+        balancing.on_detach(guard_saving(inner, balancing, sites))
+    around = ModelHooks(
         balancing,
         forward,
-        sites,
-        shifts_labels=_shifts_labels(inner),
+        entrances,
+        hooks,
+        prices=prices,
+        policy=Policy(model),
+        packed=by_sequence,
         keep_native_loss=keep_native_loss,
     )
-    for module in {id(m): m for m in (model, inner)}.values():
-        before = module.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
-        balancing.on_detach(before.remove)
-        balancing.on_detach(module.register_forward_hook(hooks.after_model).remove)
-    for number, stack in enumerate(stacks):
-        see = partial(hooks.before_stack, number)
-        balancing.on_detach(stack.register_forward_pre_hook(see, with_kwargs=True).remove)
+    balancing.on_step(around.steps.saw_step)
+    for entrance in entrances:
+        before: Any = partial(around.before, entrance)
+        after: Any = partial(around.after, entrance)
+        module = entrance.module
+        balancing.on_detach(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        balancing.on_detach(module.register_forward_hook(after).remove)
 
 
-def silence_native_loss(model: PreTrainedModel) -> Callable[[], None]:
-    """Switch off a model's own balancing loss, which would be added to ours; return the undo."""
-    silenced = []
-    for config in (model.config, model.config.get_text_config()):
-        if getattr(config, "output_router_logits", False):
-            config.output_router_logits = False
-            silenced.append(config)
-            logger.warning(
-                "moebalance: switched off %s's own balancing loss (output_router_logits=True, "
-                "router_aux_loss_coef=%s); detach() switches it on again.",
-                type(model).__name__,
-                getattr(config, "router_aux_loss_coef", None),
-            )
-
-    return partial(_restore_native_loss, silenced)
-
-
-def _restore_native_loss(configs: list[Any]) -> None:
-    for config in configs:
-        config.output_router_logits = True
-
-
-class _Layout(NamedTuple):
-    """The tokens of one stack of layers: padding mask (T,) and number of sequences."""
-
-    mask: Tensor | None = None
-    sequences: int = 1
-
-
-class _Context(NamedTuple):
-    """One forward: the layout of each stack's tokens, and the batch's weight in its step."""
-
-    layouts: tuple[_Layout, _Layout] = (_Layout(), _Layout())
-    weight: Tensor | None = None
-
-
-@dataclass
-class _Forward:
-    """The forward that routers are called for.
-
-    Activation checkpointing calls them again in the backward pass; then it is the forward whose
-    backward that is, which need not be the last one.
-    """
-
-    context: _Context = field(default_factory=_Context)
-
-    def resume(self, context: _Context, gradient: Tensor) -> None:
-        """Go back to the forward whose output now receives its gradient."""
-        self.context = context
-
-
-class RouterHook:
-    """What happens after each call of one router.
-
-    Args:
-        layer: the layer's state.
-        site: the router.
-        forward: mask, layout and weight of the forward in progress.
-        stack: which of the model's stacks the router belongs to.
-        reselect: whether to choose the experts again under the price.
-    """
-
-    def __init__(
-        self, layer: LayerBalance, site: Site, forward: _Forward, *, stack: int, reselect: bool
-    ) -> None:
-        self.layer, self.site, self.forward = layer, site, forward
-        self.stack, self.reselect = stack, reselect
-
-    def after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Choose again if the method says so, and inject in training."""
-        logits, carrier, experts = self.site.read(output)
-        training = router.training and torch.is_grad_enabled()
-        mask = self._mask(logits, strict=training)
-        if self.reselect:
-            preference = self.layer.preference(logits, mask, training=router.training)
-            if preference is not None:
-                experts = preference.topk(experts.shape[-1], dim=-1).indices
-                carrier = self.site.weigh(logits, experts).to(carrier.dtype)
-        if training:
-            carrier = self.layer.tie(
-                carrier,
-                logits,
-                experts,
-                mask=mask,
-                sequences=self.forward.context.layouts[self.stack].sequences,
-                weight=self.forward.context.weight,
-            )
-        elif not router.training:
-            self.layer.watch(logits, experts, mask=mask)
-        return self.site.convention.write(output, carrier, experts)
-
-    def _mask(self, logits: Tensor, *, strict: bool) -> Tensor | None:
-        mask = self.forward.context.layouts[self.stack].mask
-        if mask is not None and mask.shape[0] != logits.shape[0]:
-            if not strict:  # generation between training steps: nothing is counted there
-                return None
-            raise ValueError(
-                f"{self.layer.name} saw {logits.shape[0]} tokens under an attention mask for "
-                f"{mask.shape[0]}: moebalance needs a mask (batch, sequence) of the very tokens "
-                "that are routed, to leave padding out of the statistics."
-            )
-        return mask
-
-
-class _ModelHooks:
-    """Hand the padding mask and the batch's weight to the routers, and follow the model's loss."""
-
-    def __init__(
-        self,
-        balancing: Balancing,
-        forward: _Forward,
-        sites: list[Site],
-        *,
-        shifts_labels: bool,
-        keep_native_loss: bool,
-    ) -> None:
-        self.balancing, self.forward, self.sites = balancing, forward, sites
-        self.shifts_labels, self.keep_native_loss = shifts_labels, keep_native_loss
-
-    def before_model(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.compiler.is_compiling():
-            # A model may have moved since; once compiled, it has found its place.
-            weights = {s.name: next(s.router.parameters()) for s in self.sites}
-            self.balancing.place({name: weight.device for name, weight in weights.items()})
-        if model.training and torch.is_grad_enabled():
-            self.forward.context = _Context(weight=self._weight_in_step(kwargs))
-            if kwargs.get("output_router_logits") and not self.keep_native_loss:
-                # Asked for by the caller, it would add the model's own balancing loss to ours.
-                return args, {**kwargs, "output_router_logits": False}
-        return None
-
-    def before_stack(
-        self, number: int, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if stack.training and not torch.is_grad_enabled():
-            return  # a forward of the training model on the side, between the training forwards
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds", args[0] if args else None)
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        # Masks of more axes say who sees whom, not which tokens are real.
-        real = None
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            # A prefix or a cache makes the mask longer than what is routed, at its start.
-            length = mask.shape[1] if tokens is None else tokens.shape[1]
-            real = mask[:, -length:].reshape(-1).bool()
-        layout = _Layout(real, 1 if tokens is None else tokens.shape[0])
-        first, second = self.forward.context.layouts
-        layouts = (layout, second) if number == 0 else (first, layout)
-        self.forward.context = self.forward.context._replace(layouts=layouts)
-
-    def after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not (model.training and torch.is_grad_enabled()):
-            return None
-        if not torch.compiler.is_compiling():
-            # A trainer may make the loss from any of the outputs.
-            values = output.values() if isinstance(output, ModelOutput) else output
-            for value in values if not isinstance(values, Tensor | None) else (values,):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    resume = partial(self.forward.resume, self.forward.context)
-                    value.register_hook(resume)  # type: ignore[no-untyped-call]
-        if isinstance(output, ModelOutput) and isinstance(output.get("loss"), Tensor):
-            output["loss"] = self.balancing.follow(output["loss"])
-            return output
-        if isinstance(output, tuple) and isinstance(output[0], Tensor) and output[0].dim() == 0:
-            return (self.balancing.follow(output[0]), *output[1:])
-        return None
-
-    def _weight_in_step(self, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """This batch's share of its step's labels, where the trainer says how many there are."""
-        total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if total is None or labels is None:
-            return None
-        targets = kwargs.get("shift_labels")
-        if targets is None:
-            targets = labels[..., 1:] if self.shifts_labels else labels
-        share: Tensor = (targets != -100).sum() / total
-        return share
-
-
-def _stacks(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules whose inputs are tokens with a padding mask: encoder and decoder, or one."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return [model.get_encoder(), model.get_decoder()]  # type: ignore[no-untyped-call]
-    return [model.base_model]
-
-
-def _holder(stacks: list[nn.Module], router: nn.Module) -> int:
-    """Number of the stack that a router belongs to."""
-    within = [any(module is router for module in stack.modules()) for stack in stacks]
-    return within.index(True) if True in within else 0
-
-
-def _publish_price(site: Site, layer: LayerBalance) -> None:
-    price = layer.price
-    if price is not None:
-        _write_bias(site, -price)
-
-
-def _write_bias(site: Site, value: Tensor) -> None:
-    bias = site.bias
-    if bias is not None:
-        bias.data.copy_(value.view_as(bias))
-
-
-def _shifts_labels(model: PreTrainedModel) -> bool:
-    """Whether a Trainer counts this model's labels from the second on, as for causal models."""
-    causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
-    return causal and not getattr(model.config, "is_encoder_decoder", False)
+def _models(model: nn.Module, sites: list[Site]) -> list[PreTrainedModel]:
+    """The outermost Transformers models that hold these routers."""
+    wanted = {id(site.router) for site in sites}
+    found: list[PreTrainedModel] = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            nested = any(module is inner for outer in found for inner in outer.modules())
+            if not nested and any(id(inner) in wanted for inner in module.modules()):
+                found.append(module)
+    return found
 
 
 def _refuse_second(model: nn.Module) -> None:

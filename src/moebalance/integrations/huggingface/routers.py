@@ -1,17 +1,12 @@
 """Find the routers of a Transformers model and recognise the rule each one follows."""
 
-import copy
-import inspect
 import logging
 import re
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from moebalance.core.state import bare_name
@@ -24,14 +19,17 @@ from moebalance.integrations.huggingface.conventions import (
     Answer,
     Convention,
 )
-from moebalance.integrations.rule import Rule, recognise
-from moebalance.methods import Method, inner_methods
+from moebalance.integrations.huggingface.probe import (
+    NATIVE_BIAS,
+    bias_arguments,
+    probe,
+    unknown,
+    whole_shape,
+)
+from moebalance.integrations.rule import Rule
 
 logger = logging.getLogger("moebalance")
 
-NATIVE_BIAS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-"""Names under which Transformers' routers keep a selection bias."""
-_PROBE_TOKENS = 64
 _TRAINED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+$")
 
 
@@ -97,66 +95,106 @@ def transformers_model(model: nn.Module) -> PreTrainedModel | None:
     return next(found, None)
 
 
+class Candidate(NamedTuple):
+    """A module that looks like a router, before anything is found out about it.
+
+    Attributes:
+        name: of the module in the model.
+        module: itself.
+        learns: whether a gradient reaches any of its parameters.
+    """
+
+    name: str
+    module: nn.Module
+    learns: bool
+
+
+class Survey(NamedTuple):
+    """The routers of a model by what can be done with them.
+
+    Attributes:
+        routers: in use, one by one to be examined.
+        idle: names of copies that belong to PEFT adapters that are not active.
+        by_table: names of routers whose choice is a fixed table.
+        unrouted: names of MoE blocks without any of these.
+    """
+
+    routers: list[Candidate]
+    idle: list[str]
+    by_table: list[str]
+    unrouted: list[str]
+
+
+def survey(model: nn.Module) -> Survey:
+    """Find what looks like a router, and MoE blocks where nothing does."""
+    routers, idle, by_table = [], [], []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in NOT_ROUTED:
+            by_table.append(name)
+        elif kind in REFUSED or _looks_like_router(module):
+            if _in_use(model, name):
+                held = model.get_submodule(name.removesuffix(".base_layer"))
+                learns = any(parameter.requires_grad for parameter in held.parameters())
+                routers.append(Candidate(name, module, learns))
+            elif "original_module" not in name.split("."):
+                idle.append(name)
+    known = [*(router.name for router in routers), *idle, *by_table]
+    return Survey(routers, idle, by_table, _unrouted(model, known))
+
+
 def find_sites(model: nn.Module) -> list[Site]:
-    """Find and recognise every MoE router of a model.
+    """Find and recognise every MoE router that a model uses.
 
     Raises:
         ValueError: a router whose rule is unknown, or that chooses more experts than it has.
     """
-    sites, passed_over = [], []
-    for name, module in model.named_modules():
-        if "original_module" in name.split("."):
-            continue  # PEFT keeps what it replaced
-        kind = type(module).__name__
-        if kind in REFUSED:
-            raise ValueError(f"{name} ({kind}) cannot be balanced: {REFUSED[kind]}.")
-        if kind in NOT_ROUTED:
-            passed_over.append(name)
-        elif _looks_like_router(module):
-            sites.append(_examine(model, name, module))
-    if passed_over and sites:
+    found = survey(model)
+    sites = [examine(model, candidate) for candidate in found.routers]
+    if found.by_table and sites:
         logger.info(
             "moebalance: %s and %d more route by a fixed table and are left alone.",
-            passed_over[0],
-            len(passed_over) - 1,
+            found.by_table[0],
+            len(found.by_table) - 1,
         )
     return sites
 
 
-def check_levers(site: Site, method: Method) -> None:
-    """Refuse a method that this router gives no lever to, or that knows too little of it.
+def examine(model: nn.Module, candidate: Candidate) -> Site:
+    """Recognise one router.
 
     Raises:
-        ValueError: the choice cannot be replaced and there is no bias; the router is frozen; or
-            equal use of all its experts would be wrong, and that is what the method aims at.
+        ValueError: its rule is unknown, or it chooses more experts than it has.
     """
-    if site.convention.why_shares and not _knows_shares(method):
-        raise ValueError(
-            f"{site.name} ({type(site.router).__name__}) cannot be balanced by {method!r}: "
-            f"{site.convention.why_shares}. Say what part of the load each of its "
-            f"{site.num_experts} columns shall have, those that compute nothing last: "
-            "NegativeEntropy().relative_to(shares) in φ-balancing, proportions=… in other methods."
-        )
-    native = method.traits.has_selection_price and site.bias is not None
-    if method.traits.selects and not native and site.why_fixed:
-        raise ValueError(
-            f"{method!r} chooses experts, but {site.name} ({type(site.router).__name__}) "
-            f"{site.why_fixed} and has no selection bias for it: use a loss-lever method such "
-            "as PhiBalancing."
-        )
-    if method.traits.charges and not site.trainable:
-        raise ValueError(
-            f"{method!r} works through the gradient of the router, but {site.name} is frozen. "
-            "Train it (with PEFT: modules_to_save or target_parameters), or use a selection-lever "
-            "method such as LossFree."
-        )
-
-
-def _knows_shares(method: Method) -> bool:
-    """Whether every part of a method that balances aims at given shares."""
-    if parts := inner_methods(method):
-        return all(_knows_shares(part) for part in parts)
-    return method.traits.aim is not None or not method.traits.balances
+    name, router, learns = candidate
+    kind = type(router).__name__
+    if kind in REFUSED:
+        raise ValueError(f"{name} ({kind}) cannot be balanced: {REFUSED[kind]}.")
+    # PEFT wraps a module whose weight it adapts (`gate` becomes `gate.base_layer`), and one that it
+    # trains whole (`gate.modules_to_save.default`); the block is what held the router before.
+    around = _TRAINED_WHOLE.sub("", name.removesuffix(".base_layer")).rpartition(".")[0]
+    block = model.get_submodule(around)
+    convention = BY_CLASS.get(kind, COMMON)
+    try:
+        top_k = convention.top_k(router, block)
+    except AttributeError as error:
+        raise unknown(name, router, f"K is not where it should be: {error}") from error
+    convention, answer, rule = probe(name, router, convention, top_k)
+    gate = convention.gate or (rule.gate if rule is not None else None)
+    if gate is None:
+        raise unknown(name, router, "its weights follow no gate that moebalance has")
+    return Site(
+        name=bare_name(model, name),
+        router=router,
+        block=block,
+        convention=convention,
+        num_experts=answer.logits.shape[-1],
+        top_k=top_k,
+        gate=gate,
+        rule=rule,
+        bias_name=_native_bias(router, block, name.removeprefix(f"{around}.")),
+        trainable=learns,
+    )
 
 
 def _looks_like_router(module: nn.Module) -> bool:
@@ -164,136 +202,41 @@ def _looks_like_router(module: nn.Module) -> bool:
     if kind in BY_CLASS:
         return True
     named = kind.endswith(("Router", "Gate", "Gating"))
-    return named and isinstance(getattr(module, "top_k", None), int) and _matrix(module) is not None
+    if not named or not isinstance(getattr(module, "top_k", None), int):
+        return False
+    return any(len(whole_shape(parameter)) == 2 for parameter in module.parameters())
 
 
-def _examine(model: nn.Module, name: str, router: nn.Module) -> Site:
-    # PEFT wraps a module whose weight it adapts (`gate` becomes `gate.base_layer`), and one that it
-    # trains whole (`gate.modules_to_save.default`); the block is what held the router before.
-    place = name.removesuffix(".base_layer")
-    around = _TRAINED_WHOLE.sub("", place).rpartition(".")[0]
-    block = model.get_submodule(around)
-    convention = BY_CLASS.get(type(router).__name__, COMMON)
-    try:
-        top_k = convention.top_k(router, block)
-    except AttributeError as error:
-        raise _unknown(name, router, f"K is not where it should be: {error}") from error
-    convention, answer, rule = _probe(name, router, convention, top_k)
-    num_experts = answer.logits.shape[-1]
-    gate = convention.gate or (rule.gate if rule is not None else None)
-    if gate is None:
-        raise _unknown(name, router, "its weights follow no gate of moebalance.gates.Gate")
-    return Site(
-        name=bare_name(model, name),
-        router=router,
-        block=block,
-        convention=convention,
-        num_experts=num_experts,
-        top_k=top_k,
-        gate=gate,
-        rule=rule,
-        bias_name=_native_bias(router, block, name.removeprefix(f"{around}.")),
-        trainable=any(p.requires_grad for p in model.get_submodule(place).parameters()),
-    )
+def _in_use(model: nn.Module, name: str) -> bool:
+    """Whether a module is run: not what PEFT replaced, nor a copy of an adapter not active."""
+    words = name.split(".")
+    if "original_module" in words:
+        return False
+    for number, word in enumerate(words[:-1]):
+        if word == "modules_to_save":
+            wrapper = model.get_submodule(".".join(words[:number]))
+            active = getattr(wrapper, "active_adapters", None)
+            if active is not None and words[number + 1] not in active:
+                return False
+    return True
 
 
-def _probe(
-    name: str, router: nn.Module, convention: Convention, top_k: int
-) -> tuple[Convention, Answer, Rule | None]:
-    """Recognise a router's rule by running its code on random weights and input, in float32.
-
-    Random weights make the answer independent of the model's own, which may be sharded, quantised
-    or not yet there; a selection bias is set to 0.
-    """
-    random = torch.Generator().manual_seed(0)
-    tensors: Iterator[tuple[str, Tensor]] = iter(
-        [*router.named_parameters(), *router.named_buffers()]
-    )
-    stand_in = {key: _stand_in(key, tensor, random) for key, tensor in tensors}
-    matrix = _matrix(router)
-    if matrix is None:
-        raise _unknown(name, router, "it has no weight matrix")
-    num_experts, hidden = matrix.shape
-    # Logits of order one: the affinities then differ clearly and no weight underflows.
-    tokens = torch.randn(1, _PROBE_TOKENS, hidden, generator=random) / hidden**0.5
-    extra = [torch.zeros(num_experts) for _ in _bias_arguments(router)]
-    # Of one expert a token, normalised, the weight is 1 under every gate: two tell gates apart.
-    probed_k = 2 if top_k == 1 and hasattr(router, "top_k") else top_k
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(
-            f"{name} sends each token to {top_k} of {num_experts} experts: top_k must lie in "
-            "1..num_experts; mend the model's configuration."
-        )
-    bare = _without_hooks(router)
-    if probed_k != top_k:
-        cast(Any, bare).top_k = probed_k
-    try:
-        output = _call(bare, stand_in, tokens, extra)
-        answer = convention.read(output, probed_k)
-        if convention.gate is not None:
-            return convention, answer, None
-        if _are_probabilities(answer.logits):
-            convention = replace(convention, probabilities=True)
-            answer = convention.read(output, probed_k)
-        weights = answer.carrier
-        if weights.shape != answer.experts.shape:  # one column an expert
-            weights = weights.gather(-1, answer.experts)
-        rule = recognise(answer.logits, weights, answer.experts)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise _unknown(name, router, f"calling it on hidden states failed: {error}") from error
-    if rule is None:
-        raise _unknown(name, router, "its weights follow no gate that moebalance has")
-    return convention, answer, rule
-
-
-def _are_probabilities(x: Tensor) -> bool:
-    """Whether rows are distributions, which the logits of random weights never are."""
-    return bool((x >= 0).all()) and torch.allclose(x.sum(dim=-1), torch.ones(()))
-
-
-def _without_hooks(router: nn.Module) -> nn.Module:
-    """The router's own code and nothing hung on it; parameters and the rest are shared."""
-    bare = copy.copy(router)
-    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
-    return bare
-
-
-@torch.no_grad()
-def _call(
-    router: nn.Module, stand_in: dict[str, Tensor], tokens: Tensor, extra: list[Tensor]
-) -> Any:
-    """Call a router on tokens (T, D), or (1, T, D) where it insists on the batch."""
-    try:
-        return functional_call(router, stand_in, (tokens[0], *extra))
-    except (ValueError, IndexError):
-        return functional_call(router, stand_in, (tokens, *extra))
-
-
-def _stand_in(key: str, tensor: Tensor, random: torch.Generator) -> Tensor:
-    leaf = key.rpartition(".")[2]
-    if leaf in NATIVE_BIAS:
-        return torch.zeros(tensor.shape)
-    if leaf == "per_expert_scale":  # a factor on the weights, outside of the rule
-        return torch.ones(tensor.shape)
-    return torch.randn(tensor.shape, generator=random)
-
-
-def _matrix(router: nn.Module) -> Tensor | None:
-    """The map from hidden states to logits, (E, D)."""
-    return next((p for p in router.parameters() if p.dim() == 2), None)
-
-
-def _bias_arguments(router: nn.Module) -> list[str]:
-    """Arguments of `forward` by which the block hands over its selection bias."""
-    return [name for name in inspect.signature(router.forward).parameters if name in NATIVE_BIAS]
-
-
-def _unknown(name: str, router: nn.Module, why: str) -> ValueError:
-    return ValueError(
-        f"{name} ({type(router).__name__}) is a router of a kind moebalance does not know: {why}. "
-        "Supported are routers that return (logits, weights, experts) with softmax or sigmoid "
-        "affinities."
-    )
+def _unrouted(model: nn.Module, routers: Sequence[str]) -> list[str]:
+    """MoE blocks, each the module around its experts, that hold none of these routers."""
+    found: list[str] = []
+    within = ""  # the container of experts that is being walked through
+    for name, module in model.named_modules():
+        if within and name.startswith(within):
+            continue
+        leaf, kind = name.rpartition(".")[2], type(module).__name__
+        if leaf != "experts" and not kind.endswith("Experts"):
+            continue
+        within = f"{name}."
+        block = name.rpartition(".")[0]
+        holds = any(router.startswith(f"{block}." if block else "") for router in routers)
+        if not (holds or block in routers or block in found):
+            found.append(block)
+    return found
 
 
 def _native_bias(router: nn.Module, block: nn.Module, leaf: str) -> str | None:
@@ -301,7 +244,7 @@ def _native_bias(router: nn.Module, block: nn.Module, leaf: str) -> str | None:
     for name, _ in (*router.named_buffers(), *router.named_parameters()):
         if name.rpartition(".")[2] in NATIVE_BIAS:
             return f"{leaf}.{name}"
-    beside = (name for name in _bias_arguments(router) if _is_tensor(getattr(block, name, None)))
+    beside = (name for name in bias_arguments(router) if _is_tensor(getattr(block, name, None)))
     return next(beside, None)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moebalance.integrations.huggingface.routers import NATIVE_BIAS, Site
+from moebalance.integrations.huggingface.probe import NATIVE_BIAS
+from moebalance.integrations.huggingface.routers import Site
 
 INDEX_FILES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
 

@@ -10,7 +10,9 @@ from transformers import TrainerCallback
 
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
-from moebalance.integrations.huggingface.hooks import RouterHook, attach, silence_native_loss
+from moebalance.integrations.huggingface.hooks import attach
+from moebalance.integrations.huggingface.native_loss import silence_native_loss
+from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import transformers_model
 from moebalance.integrations.huggingface.state_file import STATE_FILE, load, save
 from moebalance.integrations.huggingface.trainer_loss import (

@@ -1,0 +1,85 @@
+"""Say once what would otherwise go wrong in silence: no step, or no router called."""
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
+logger = logging.getLogger("moebalance")
+
+FORWARDS = 1000
+"""Training forwards without a step after which a user is told; more than anyone accumulates."""
+UPDATES = 10
+"""The same in updates of a router's weight, which end a step."""
+
+
+class StepReminder:
+    """Warn once if a model trains and `step()` is never called.
+
+    Args:
+        weight: one that the optimizer updates, if any; it tells steps from micro-batches.
+    """
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        self.weight = weight
+        self.forwards = self.updates = 0
+        self._version = -1
+        self._told = False
+
+    def saw_forward(self) -> None:
+        """Count a training forward."""
+        if self._told:
+            return
+        self.forwards += 1
+        version = -1 if self.weight is None else self.weight._version
+        self.updates += version != self._version and self.forwards > 1
+        self._version = version
+        if self.forwards < FORWARDS and self.updates < UPDATES:
+            return
+        self._told = True
+        logger.warning(
+            "moebalance: %d training forwards, with %d updates of the router, and step() was not "
+            "called since. Nothing is balanced by a price that never moves: call balancing.step() "
+            "after each optimizer.step(), or give a Hugging Face trainer "
+            "callbacks=[BalanceCallback(balancing)].",
+            self.forwards,
+            self.updates,
+        )
+
+    def saw_step(self) -> None:
+        """Begin to count anew."""
+        self.forwards = self.updates = 0
+
+
+class CallReminder:
+    """Warn once about forwards that are not counted, or not as they should be."""
+
+    def __init__(self) -> None:
+        self._told: set[bool | str] = set()
+
+    def saw_forward(self, names: Sequence[str], *, training: bool) -> None:
+        """A forward ended and called none of these routers."""
+        if training in self._told:
+            return
+        self._told.add(training)
+        logger.warning(
+            "moebalance: a forward in %s mode called none of the %d routers (first: %s), so "
+            "nothing of it is counted or balanced. The block around a router may compute by "
+            "itself, as MegaBlocks, ScatterMoE and MXFP4 kernels do: load the model without them "
+            "(use_kernels=False, or dequantized), or check that this is the model that runs.",
+            "training" if training else "evaluation",
+            len(names),
+            names[0],
+        )
+
+    def saw_unknown_padding(self, where: str) -> None:
+        """A training forward told nothing of its padding."""
+        if "padding" in self._told:
+            return
+        self._told.add("padding")
+        logger.warning(
+            "moebalance: nothing says which tokens of %s are padding, so all are counted: no "
+            "attention_mask, no labels, no pad_token_id in its configuration. If there is padding, "
+            "give the model one of them.",
+            where,
+        )
