@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import moebalance as mb
+from documents import ROOT, blocks
 from moebalance.integrations import serving
 from moebalance.runlog import RunLog
 
@@ -107,3 +109,38 @@ def test_a_run_log_is_exported_without_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
     (counts,) = read_as_sglang(tmp_path / "loads.json")
     assert counts.tolist() == [[250000, 750000], [500000, 500000]]
+
+
+def test_the_page_exports_loads_and_measures_forced_routing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=EXPERTS,
+        )
+    )
+    ids = (torch.arange(256) % 32).view(1, 256)
+
+    def tokens_per_second(model, balancing):
+        """Stands for a measurement: how uneven the experts' work is."""
+        model(input_ids=ids, labels=ids).loss.backward()
+        balancing.step()
+        return balancing.metrics()["maxvio"]
+
+    export, forced = (block.code for block in blocks(ROOT / "docs" / "serving.md", "python"))
+    with mb.attach(model, mb.LossFree()) as balancing:
+        tokens_per_second(model, balancing)
+        names = {"model": model, "balancing": balancing}
+        exec(export, names)
+    assert names["load"].sum(1).tolist() == [512, 512]
+    assert read_as_sglang(Path("loads.json")).shape == (1, 2, EXPERTS)
+    exec(forced, {"model": model, "tokens_per_second": tokens_per_second})
+    balanced, random, skewed = (
+        float(row.split()[-1]) for row in capsys.readouterr().out.splitlines()
+    )
+    assert balanced == 0 < random < skewed == pytest.approx(0.5, abs=0.05)

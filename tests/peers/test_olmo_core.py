@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +23,11 @@ from olmo_models import (
 from torch import Tensor, nn
 
 import moebalance as mb
+from documents import blocks
 from moebalance.methods.forced import Forced
 
 STRENGTH = 0.1
+PAGE = Path(__file__).parents[2] / "docs" / "other_stacks.md"
 attach = olmo_core.attach
 
 
@@ -160,3 +164,12 @@ def test_models_that_cannot_be_balanced_are_refused() -> None:
         attach(frozen, mb.PhiBalancing())
     router = MoELinearRouter(d_model=WIDTH, num_experts=EXPERTS, top_k=TOP_K)
     assert attach(router, mb.PhiBalancing()).layers.keys() == {"router"}
+
+
+def test_the_snippet_of_the_page_attaches_to_what_a_configuration_builds() -> None:
+    code, _ = (block.code for block in blocks(PAGE, "python"))
+    names: dict[str, Any] = {"config": SimpleNamespace(build=Tower)}
+    exec(code, names)
+    gradients(names["model"], [batch()])
+    names["model"].post_batch()
+    assert names["balancing"].steps == 1
