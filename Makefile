@@ -8,16 +8,20 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: demo test lint shapes peers docs corpora clean
+.PHONY: demo test slow lint shapes peers docs corpora clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
 
 # Two workers on two cores: more threads than that only wait for each other.
-test peers shapes: export OMP_NUM_THREADS := 1
+test slow peers shapes: export OMP_NUM_THREADS := 1
 
 test: lint shapes peers docs
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Also names the 40 slowest tests. For some files only: make slow TESTS=tests/test_laws.py
+slow: $(READY)
+	$(BIN)/pytest -n 2 --dist worksteal --durations=40 $(TESTS)
 
 # Against the released packages of the frameworks we plug into.
 peers: $(PEERS_READY)
