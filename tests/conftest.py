@@ -1,14 +1,23 @@
 """One thread a process, one profile for all property tests, and the fixtures that files share."""
 
+import gc
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("moebalance", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("moebalance")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what the tests import: half a million objects, for ever alive."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,7 +2,8 @@
 
 Every model is as small as its code allows: 8 experts, 2 for each token and 2 routers, unless
 `families.EXPECTED` says otherwise; 4 groups of experts, 2 of them open, where a family has groups;
-no dropout and no jitter.
+no dropout and no jitter. Only common families have a layer without experts before their two with:
+to trace one more layer is what costs time, and not how large its tensors are.
 """
 
 VOCABULARY = 64
@@ -28,22 +29,21 @@ _LOCAL = {**_TWO, "intermediate_size": 16, "num_local_experts": 8}
 _NUMBERED = {**_TWO, "intermediate_size": 32, "moe_intermediate_size": 16, "num_experts": 8}
 _ROUTED = {
     **_TWO,
-    "num_hidden_layers": 3,  # a dense one and two sparse ones
     "intermediate_size": 32,
     "moe_intermediate_size": 16,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
 }
 _ERNIE: Settings = {
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "intermediate_size": 32,
     "moe_num_experts": 8,
     "moe_k": 2,
     "moe_num_shared_experts": 1,
 }
 _SHARED_EXPERT: Settings = {"shared_expert_intermediate_size": 16}
-_DENSE_FIRST: Settings = {"first_k_dense_replace": 1}
-_LAYERS: Settings = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_DENSE_FIRST: Settings = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+_ALL_SPARSE: Settings = {"first_k_dense_replace": 0}
 _SPARSE: Settings = {"mlp_layer_types": ["sparse", "sparse"]}
 _GROUPS: Settings = {"n_group": 4, "topk_group": 2}
 _ONE_GROUP: Settings = {"n_group": 1, "topk_group": 1}
@@ -72,9 +72,9 @@ _ROPE: Settings = {"rope_type": "default", "rope_theta": 10_000.0}
 _KIMI_DELTA: Settings = {"linear_head_dim": 8, "linear_num_heads": 2, "linear_conv_kernel_dim": 2}
 _FULL: Settings = {"layer_types": ["full_attention", "full_attention"]}
 _GRANITE = {**_LOCAL, "shared_intermediate_size": 16}
-_OCR = {**_ROUTED, **_LAYERS, **_GROUPS, "topk_method": "group_limited_greedy"}
-_DEEPSEEK = {**_ROUTED, **_DENSE_FIRST, **_LATENT}
-_SPARSE_ATTENTION = {**_ROUTED, **_LAYERS, **_LATENT, **_INDEXER, **_GROUPS}
+_OCR = {**_ROUTED, **_SPARSE, **_GROUPS, "topk_method": "group_limited_greedy"}
+_DEEPSEEK = {**_ROUTED, **_LATENT}
+_SPARSE_ATTENTION = {**_ROUTED, **_SPARSE, **_LATENT, **_INDEXER, **_GROUPS}
 _GEMMA: Settings = {
     "num_hidden_layers": 2,
     "intermediate_size": 32,
@@ -107,8 +107,8 @@ COMMON_FAMILIES: dict[str, Settings] = {
     "qwen3_moe": {**_NUMBERED, **_HEAD},
     "olmoe": {**_TWO, "intermediate_size": 16, "num_experts": 8},
     "gpt_oss": {**_LOCAL, **_HEAD, "rope_parameters": {"rope_type": "default"}},
-    "deepseek_v2": {**_DEEPSEEK, **_ONE_GROUP, "topk_method": "greedy"},
-    "deepseek_v3": {**_DEEPSEEK, **_GROUPS},
+    "deepseek_v2": {**_DEEPSEEK, **_DENSE_FIRST, **_ONE_GROUP, "topk_method": "greedy"},
+    "deepseek_v3": {**_DEEPSEEK, **_DENSE_FIRST, **_GROUPS},
     "glm4_moe": {**_ROUTED, **_DENSE_FIRST, **_ONE_GROUP, **_HEAD},
     "granitemoe": _LOCAL,
     "jamba": {
@@ -125,24 +125,29 @@ COMMON_FAMILIES: dict[str, Settings] = {
         "mamba_expand": 1,
         "mamba_dt_rank": 4,
     },
-    "ernie4_5_moe": {**_ERNIE, "moe_intermediate_size": 16, "moe_layer_start_index": 1},
+    "ernie4_5_moe": {
+        **_ERNIE,
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 16,
+        "moe_layer_start_index": 1,
+    },
     "minimax": {**_LOCAL, "block_size": 8, "layer_types": ["full_attention", "linear_attention"]},
 }
 
 OTHER_FAMILIES: dict[str, Settings] = {
-    "afmoe": {**_NUMBERED, **_HEAD, "num_hidden_layers": 3, "num_shared_experts": 1},
+    "afmoe": {**_NUMBERED, **_HEAD, "num_dense_layers": 0, "num_shared_experts": 1},
     "aria_text": {**_TOPK, "moe_num_experts": 8, "moe_num_shared_experts": 1},
-    "axk1": {**_ROUTED, **_LAYERS, **_LATENT, **_GROUPS},
+    "axk1": {**_ROUTED, **_SPARSE, **_LATENT, **_GROUPS},
     "axk2": {**_SPARSE_ATTENTION, "gated_norm_rank": 4},
     "bailing_hybrid": {
         **_ROUTED,
-        **_DENSE_FIRST,
+        **_ALL_SPARSE,
         **_LATENT,
         **_GROUPS,
         "num_local_experts": 8,
         "head_dim": 8,
         "short_conv_kernel_size": 2,
-        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "layer_types": ["linear_attention", "full_attention"],
     },
     "beam": {**_NUMBERED, **_SPARSE, **_HEAD, **_GROUPS, **_FULL},
     "cohere2_moe": {**_NUMBERED, **_SPARSE, **_HEAD, "num_shared_experts": 1},
@@ -173,26 +178,26 @@ OTHER_FAMILIES: dict[str, Settings] = {
     },
     "diffusion_gemma_text": _GEMMA,
     "doge": {**_TWO, "intermediate_size": 16, "is_moe": True, "num_experts": 16},
-    "dots1": {**_ROUTED, **_DENSE_FIRST, **_GROUPS},
+    "dots1": {**_ROUTED, **_ALL_SPARSE, **_GROUPS},
     "dots3_note_text": {
         **_SPARSE_ATTENTION,
         "shared_experts_intermediate_size": 16,
-        "layer_types": ["indexed_attention"] * 3,
+        "layer_types": ["indexed_attention"] * 2,
     },
     "ernie4_5_vl_moe_text": {
         **_ERNIE,
-        **_LAYERS,
+        **_SPARSE,
         "moe_intermediate_size": [16, 16],  # of text and of images
         "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]},
     },
-    "exaone_moe": {**_NUMBERED, **_LAYERS, **_GROUPS, "num_hidden_layers": 3, "sliding_window": 8},
+    "exaone_moe": {**_NUMBERED, **_SPARSE, **_GROUPS, "sliding_window": 8},
     "flex_olmo": {**_TWO, "intermediate_size": 16, "num_experts": 8},
     "flint": {**_NUMBERED, **_SHARED_EXPERT, **_HEAD, "mlp_only_layers": []},
     "gemma4_text": _GEMMA,
-    "glm4_moe_lite": {**_ROUTED, **_LAYERS, **_LATENT, **_GROUPS},
+    "glm4_moe_lite": {**_ROUTED, **_SPARSE, **_LATENT, **_GROUPS},
     "glm4v_moe_text": {
         **_ROUTED,
-        **_DENSE_FIRST,
+        **_ALL_SPARSE,
         **_GROUPS,
         "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]},
     },
@@ -202,7 +207,7 @@ OTHER_FAMILIES: dict[str, Settings] = {
         **_MIXED,
         "qk_rope_head_dim": 0,
         "index_kpool": 4,
-        "layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+        "layer_types": ["indexed_attention", "linear_attention"],
     },
     "glm_moe_dsa": _SPARSE_ATTENTION,
     "granitemoe_swa": _GRANITE,
@@ -217,7 +222,7 @@ OTHER_FAMILIES: dict[str, Settings] = {
     },
     "granitemoeshared": _GRANITE,
     "hunyuan_v1_moe": {**_TOPK, **_HEAD, "num_experts": 8},
-    "hy_v3": {**_NUMBERED, **_LAYERS, **_HEAD, "num_hidden_layers": 3},
+    "hy_v3": {**_NUMBERED, **_SPARSE, **_HEAD},
     "hy_v4": {**_SPARSE_ATTENTION, "hc_mult": 2, "head_dim": 16},
     "inkling2_text": {**_INKLING, "n_layers_per_attn_res_block": 1},
     "inkling_text": {
@@ -230,21 +235,20 @@ OTHER_FAMILIES: dict[str, Settings] = {
     "jetmoe": {**_LOCAL, "kv_channels": 8},
     "kimi_linear": {
         **_ROUTED,
-        **_LAYERS,
+        **_SPARSE,
         **_LATENT,
         **_GROUPS,
         **_KIMI_DELTA,
         "num_local_experts": 8,
         "q_lora_rank": None,
-        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "layer_types": ["linear_attention", "full_attention"],
     },
     "kolibri1": {**_NUMBERED, **_SHARED_EXPERT, **_HEAD},
     "laguna": {**_NUMBERED, **_SPARSE, **_SHARED_EXPERT, **_HEAD, **_FULL},
     "lfm2_moe": {
         **_NUMBERED,
-        "num_hidden_layers": 3,
-        "num_dense_layers": 1,
-        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 0,
+        "layer_types": ["conv", "full_attention"],
     },
     "llama4_text": {**_LOCAL, **_HEAD, "intermediate_size_mlp": 32, "num_experts_per_tok": 1},
     "longcat_flash": {
@@ -260,7 +264,7 @@ OTHER_FAMILIES: dict[str, Settings] = {
     "mellum": {**_NUMBERED, **_HEAD},
     "mimo_v2_flash": {
         **_ROUTED,
-        **_LAYERS,
+        **_SPARSE,
         **_GROUPS,
         **_HEAD,
         "v_head_dim": 16,
@@ -302,14 +306,14 @@ OTHER_FAMILIES: dict[str, Settings] = {
     },
     "nllb-moe": {
         "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
         "encoder_attention_heads": 2,
         "decoder_attention_heads": 2,
         "encoder_ffn_dim": 16,
         "decoder_ffn_dim": 16,
-        "encoder_sparse_step": 2,
-        "decoder_sparse_step": 2,
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
         "num_experts": 8,
         **dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop", "dropout"), 0.0),
         **dict.fromkeys(("attention_dropout", "moe_token_dropout"), 0.0),
@@ -330,15 +334,15 @@ OTHER_FAMILIES: dict[str, Settings] = {
         "hc_lowrank": 8,
         "layer_types": ["linear_attention", "linear_attention"],
     },
-    "solar_open": {**_ROUTED, **_GROUPS, **_HEAD, "num_hidden_layers": 2},
-    "step3p5": {**_ROUTED, **_LAYERS, **_HEAD, "share_expert_dim": 16, "sliding_window": 8},
+    "solar_open": {**_ROUTED, **_GROUPS, **_HEAD},
+    "step3p5": {**_ROUTED, **_SPARSE, **_HEAD, "share_expert_dim": 16, "sliding_window": 8},
     "switch_transformers": {
         "d_model": 32,
         "d_kv": 16,
         "d_ff": 16,
         "num_heads": 2,
-        "num_layers": 2,
-        "num_decoder_layers": 2,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
         "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1,
         "num_experts": 8,

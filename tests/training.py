@@ -170,4 +170,3 @@ def light_collections() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     yield
-    gc.unfreeze()
