@@ -19,20 +19,6 @@ STILL_TO_DO: set[str] = {
     "docs/finetune.md",
     "docs/longer.md",
     "docs/results.md",
-    "src/moebalance/integrations/huggingface/exporting.py",
-    "src/moebalance/integrations/huggingface/state_file.py",
-    "src/moebalance/integrations/huggingface/trainer.py",
-    "src/moebalance/integrations/megatron/handle.py",
-    "src/moebalance/lab/bench/__init__.py",
-    "src/moebalance/lab/bench/page.py",
-    "src/moebalance/lab/doctor/state.py",
-    "src/moebalance/report/cost.py",
-    "src/moebalance/report/diagnosis/__init__.py",
-    "src/moebalance/report/diagnosis/pressure.py",
-    "src/moebalance/report/diagnosis/reading.py",
-    "src/moebalance/report/findings.py",
-    "src/moebalance/report/labels.py",
-    "src/moebalance/report/summary.py",
 }
 """Files that are being rewritten; empty it with the last of them."""
 

@@ -16,7 +16,7 @@ In reading order:
     pack.py            loads as bytes for the page
     frames.py          loads over steps, domains over layers, pairs of experts
     canvas.py          how every figure looks
-    labels.py          where names stand beside marks
+    labels.py          where names stand next to marks
     draw.py            what is drawn
     embed.py           a figure as SVG for the page
     pictures.py        the pictures of the page

@@ -47,7 +47,7 @@ class CostLine:
 
 @dataclass(frozen=True)
 class CostTable:
-    """The table, and what to say beside it."""
+    """The table, and the note under it."""
 
     ep_sizes: tuple[int, ...]
     expert_share: float

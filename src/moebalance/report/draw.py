@@ -93,7 +93,7 @@ def scatter(axes: Axes, methods: Sequence[MethodSummary]) -> None:
 
 
 def write_names(axes: Axes, methods: Sequence[MethodSummary]) -> None:
-    """The name of each method beside its mark; call it last, when the axes have their limits.
+    """The name of each method next to its mark; call it last, when the axes have their limits.
 
     Where there is little room, a setting is named by what tells it from the others.
     """

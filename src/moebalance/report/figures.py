@@ -44,7 +44,7 @@ _FONT = "system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif"
 
 
 def readme(section: Section) -> str | None:
-    """Loss against MaxVio with names beside the marks, as SVG that stands alone on a white card."""
+    """Loss against MaxVio with names next to the marks, as SVG that stands alone on a white card."""
     inside = plane(draw.placed(section.methods), 720, 430, None)
     if inside is None:
         return None
@@ -161,7 +161,7 @@ FIGURES: dict[str, Callable[[Section], Figure | None]] = {
 
 
 def _columns(shown: Sequence[MethodSummary], most: int) -> int:
-    """Columns of the legend: half as many where a setting stands beside the method's name."""
+    """Columns of the legend: half as many where a setting stands next to the method's name."""
     return most if max(len(m.label) for m in shown) <= 22 else most // 2
 
 
@@ -172,7 +172,7 @@ def _rows(shown: Sequence[MethodSummary], most: int) -> int:
 def _maps(
     maps: Sequence[tuple[MethodSummary, list[str], list[list[float | None]]]], x_title: str
 ) -> Figure | None:
-    """A map a method on the report's scale, and the scale beside them."""
+    """A map a method on the report's scale, and their scale."""
     if not maps:
         return None
     rows = max(len(values) for _, _, values in maps)

@@ -1,4 +1,4 @@
-"""Where to write a name beside each mark, so that names cover neither marks nor each other."""
+"""Where to write a name next to each mark, so that names cover neither marks nor each other."""
 
 from __future__ import annotations
 

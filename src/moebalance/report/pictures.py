@@ -53,7 +53,7 @@ def pictures(
 
     Args:
         section: the batching mode.
-        paint: CSS colours of the methods, by those that Matplotlib draws with.
+        paint: CSS colours of the methods, by the ones that Matplotlib draws with.
         still_cells: cells of a map for print and for browsers without script.
         packed_cells: values of a map carried for the script.
     """
@@ -78,7 +78,7 @@ def pictures(
 def plane(
     methods: Sequence[MethodSummary], width: int, height: int, paint: Paint | None
 ) -> str | None:
-    """Loss against MaxVio with every mark's name beside it; None without a mark."""
+    """Loss against MaxVio with a name next to every mark; None without a mark."""
     if not methods:
         return None
     label = "Validation loss against global MaxVio, one mark a method"

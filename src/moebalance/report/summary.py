@@ -37,7 +37,7 @@ _BATCHINGS = {
 
 @dataclass(frozen=True)
 class Section:
-    """One batching mode: its methods in page order, its verdict, and what to know beside it.
+    """One batching mode: its methods in page order, its verdict, and the notes under it.
 
     ``before_after`` is there for fine-tuning runs only.
     """

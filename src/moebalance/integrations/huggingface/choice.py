@@ -1,4 +1,4 @@
-"""Which routers of a model a method balances: those that train, and that give it a lever."""
+"""Which routers of a model a method balances: routers that train, and that give it a lever."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
 """A trained selection price leaves with the model's weights, or its export is refused.
 
 Methods that price selection (LossFree, QuantileBalancing and what is composed with them) train the
-experts under that price. Loaded without it, the model sends tokens to other experts than those that
-learnt them. The price leaves in the model's own selection bias, as −price; a family without one has
+experts under that price. Loaded without it, the model sends tokens to experts that have not learnt
+them. The price leaves in the model's own selection bias, as −price; a family without one has
 no place for it.
 """
 
@@ -106,7 +106,7 @@ def guard_saving(
     """Warn once about weights taken from `model` that lack its selection price, or round it.
 
     `save_pretrained` and a trainer's `save_model` are not ours to refuse, and a checkpoint to
-    resume from is whole with the balancing state beside it; but both ask the model for its
+    resume from is whole with the balancing state next to it; but both ask the model for its
     `state_dict`, where torch lets one listen. Returns the undo.
     """
     told: set[str] = set()
@@ -213,7 +213,7 @@ def _without_slot(balancing: Balancing, names: Sequence[str]) -> str:
 
 
 _WITHOUT_SLOT_REMEDY = (
-    "Use a loss-lever method such as PhiBalancing for a model that shall be exported. To evaluate "
+    "Use a loss-lever method such as PhiBalancing for a model that you export. To evaluate "
     "this one, save the balancing state (moebalance.huggingface.save) and attach it again."
 )
 

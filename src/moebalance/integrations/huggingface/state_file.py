@@ -1,4 +1,4 @@
-"""The balancing state as one file beside a checkpoint's own files."""
+"""The balancing state as one file next to a checkpoint's own files."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 from moebalance.core.handle import Balancing
 
 STATE_FILE = "moebalance.safetensors"
-"""Name of the balancing state beside a checkpoint's own files."""
+"""Name of the balancing state next to a checkpoint's own files."""
 
 
 def save(balancing: Balancing, folder: str | Path) -> Path:

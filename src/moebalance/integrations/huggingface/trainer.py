@@ -1,4 +1,4 @@
-"""Follow a Hugging Face Trainer: step, log, save beside its checkpoints and resume with it."""
+"""Follow a Hugging Face Trainer: step, log, save next to its checkpoints and resume with it."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class BalanceCallback(TrainerCallback):
     """Let a Hugging Face Trainer (or TRL's) drive the balancing.
 
     Ends the balancing step with the optimizer step, keeps the term's strength in proportion to the
-    loss, adds the metrics to the trainer's logs, saves the state beside each checkpoint and takes
+    loss, adds the metrics to the trainer's logs, saves the state next to each checkpoint and takes
     it up again on resuming.
 
     Args:
@@ -39,7 +39,7 @@ class BalanceCallback(TrainerCallback):
         prefix: put before each metric's name in the logs.
         resume_from: folder of the checkpoint to resume from; found by itself where the trainer's
             arguments name it as `resume_from_checkpoint`, or in the trainer's own output folder.
-        state_file: whether to save the state as a file beside each checkpoint; False where the
+        state_file: whether to save the state as a file next to each checkpoint; False where the
             checkpoint itself holds it, as those of `torch.distributed.checkpoint` can.
 
     Raises:
@@ -149,7 +149,7 @@ class BalanceCallback(TrainerCallback):
             state.log_history[-1].update(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the state beside the checkpoint just written."""
+        """Save the state next to the checkpoint just written."""
         if self.state_file and state.is_world_process_zero:
             save(self.balancing, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

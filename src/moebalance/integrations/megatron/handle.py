@@ -31,7 +31,7 @@ def attach(model: nn.Module | list[nn.Module], *, step_by_hand: bool = False) ->
         The handle: `metrics()`, `loads()`, `detach()`. The state is in the model's checkpoint.
 
     Raises:
-        ValueError: no balanced router, a plain TopKRouter beside them, different methods, a frozen
+        ValueError: no balanced router, a plain TopKRouter among them, different methods, a frozen
             router under a method that needs its gradient, or a model that is attached already.
     """
     chunks = model if isinstance(model, list) else [model]
@@ -147,7 +147,7 @@ def _routers(chunks: list[nn.Module]) -> dict[str, BalancedTopKRouter]:
 
 
 def _unwrapped(name: str) -> str:
-    """A module's name without that of the wrappers around the model."""
+    """A module's name without the names of the wrappers around the model."""
     while name.startswith("module."):
         name = name.removeprefix("module.")
     return name

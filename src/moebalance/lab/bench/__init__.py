@@ -1,4 +1,4 @@
-"""What balancing costs on this machine, beside a bare router, beside its rivals, in one run.
+"""The cost of balancing on this machine, next to a bare router and to rivals, in one run.
 
     cost of a variant = median over rounds of  time(variant) / time(bare router),
 

@@ -9,7 +9,7 @@ from moebalance.lab.bench.scale import BYTES_PER_S, HOP_S, tree_s
 
 
 def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Path:
-    """Write the tables of a benchmark, and its plot beside it.
+    """Write the tables of a benchmark, and its plot.
 
     Args:
         results: what `moebalance bench` wrote as JSON.

@@ -1,4 +1,4 @@
-"""A balancing state beside a checkpoint, held against the weights that it lies beside."""
+"""A balancing state next to a checkpoint, compared with the weights there."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from moebalance.lab.doctor.weights import Finding, Severity, and_more
 
 
 class State(NamedTuple):
-    """A balancing state beside a checkpoint.
+    """A balancing state next to a checkpoint.
 
     Attributes:
         method: the method and its parameters.
@@ -54,7 +54,7 @@ def read_state(folder: Path) -> State | None:
 
 
 def check_state(state: State, sites: Sequence[Site], weights: Weights) -> list[Finding]:
-    """Hold a balancing state against the model and the weights that it lies beside."""
+    """Compare a balancing state with the model and with the weights next to it."""
     about = f"Balanced by {state.method} for {state.steps} steps"
     if not state.finite:
         return [Finding(Severity.ERROR, f"{about}; the state has NaN or infinite values.")]
@@ -63,7 +63,7 @@ def check_state(state: State, sites: Sequence[Site], weights: Weights) -> list[F
             Finding(
                 Severity.ERROR,
                 f"{about}, but the state is of other routers ({and_more(state.routers)}).",
-                "Put the state beside the checkpoint that it was saved with.",
+                "Put the state next to the checkpoint that it was saved with.",
             )
         ]
     findings = [Finding(Severity.OK, f"{about}; the state is of these routers.")]

@@ -75,7 +75,7 @@ def judge(methods: Sequence[MethodSummary]) -> tuple[Diagnosis, ...]:
 
 
 def examine(runs: Sequence[Run]) -> list[tuple[Run, tuple[Finding, ...]]]:
-    """Examine runs, each in the light of those beside it that differ in the method alone.
+    """Examine runs, each with the runs that differ from it in the method alone.
 
     Returns:
         A pair for each run: itself and its findings, the worst first.

@@ -26,7 +26,7 @@ _THIRDS = 3
 _APART = 3.0
 """How many times worse than the other layers one must be: neighbours differ by two and more."""
 _WORSE = 1.3
-"""How much MaxVio must rise over the second half to be a drift, beside its noise."""
+"""How much MaxVio must rise over the second half to be a drift, apart from its noise."""
 
 
 def at_the_floor(log: Reading) -> Iterator[Finding]:

@@ -197,5 +197,5 @@ def _spacing(log: Reading) -> int | None:
         return None
     gaps = np.diff(steps)
     every = int(np.median(gaps))
-    # One odd gap at the end is that of the last step, which is always kept.
+    # One odd gap at the end belongs to the last step, which is always kept.
     return every if (gaps[:-1] == every).all() else None

@@ -65,7 +65,7 @@ def never_acted(log: Reading) -> Iterator[Finding]:
 
 
 def costs_loss(log: Reading) -> Iterator[Finding]:
-    """The task loss lies above that of the same run without balancing, beyond noise."""
+    """The task loss is higher than in the same run without balancing, beyond noise."""
     mine = finite(last_evaluation(log.run) or {}, "loss")
     if mine is None or not is_whole(log.run) or not log.balances:
         return

@@ -28,7 +28,7 @@ class Reading:
 
     Args:
         run: the run.
-        twins: runs beside it of the same recipe, text and batching without balancing.
+        twins: runs of the same recipe, text and batching without balancing.
     """
 
     run: Run
