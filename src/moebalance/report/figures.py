@@ -44,7 +44,7 @@ _FONT = "system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif"
 
 
 def readme(section: Section) -> str | None:
-    """Loss against MaxVio with names next to the marks, as SVG that stands alone on a white card."""
+    """Loss against MaxVio with names next to the marks, as SVG on a white card."""
     inside = plane(draw.placed(section.methods), 720, 430, None)
     if inside is None:
         return None
