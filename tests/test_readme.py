@@ -103,13 +103,10 @@ def test_the_time_of_a_step_is_told_as_it_was_measured() -> None:
         ratios = sorted(row["variants"][name]["ratio"] for row in results["steps"])
         return " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
 
-    demo = [
-        method.step_time_ratio
-        for section in summarise(find_runs(ROOT / "evidence/results/demo"))
-        for method in section.methods
-        if method.method == "phi"
-    ]
-    assert f"takes {min(demo):.2f} to {max(demo):.2f} of the time without" in README
+    demo = summarise(find_runs(ROOT / "evidence/results/demo"))
+    # Runs that were not interleaved say nothing of time, and the README no more than they do.
+    assert all(method.step_time_ratio is None for section in demo for method in section.methods)
+    assert "In the demo a step" not in README
     said = f"takes {span('phi')} (null control {span('bare again (null control)')})"
     assert said in " ".join(README.split())
     assert said in PRETRAINER
