@@ -472,7 +472,7 @@ def test_more_pressure_and_less_become_one_answer_that_asks_for_neither_alone():
 
 
 def test_with_a_selection_price_at_hand_it_does_more_and_the_loss_less():
-    both = f"Together(first={HARD}, second={FREE})"
+    both = f"Together({HARD}, {FREE})"
     found = judged(*costly(turning(4), both, "phi+loss-free"))
     assert found.advice == (
         "Let the selection price do more, and the loss less: speed of loss-free from 0.001 to "

@@ -118,7 +118,7 @@ def test_a_trainers_checkpoint_is_held_against_its_balancing_state(tmp_path: Pat
     folder = checkpoint(tmp_path, "deepseek_v3", mb.LossFree(speed=0.02))
     found = diagnose(folder)
     assert not found.failed
-    about = "Balanced by LossFree(speed=0.02, rule='sign', recentre=False) for 2 steps"
+    about = f"Balanced by {mb.LossFree(speed=0.02)!r} for 2 steps"
     assert f"{about}; the state is of these routers." in texts(found, Severity.OK)
 
     def forget(tensors: dict[str, Tensor]) -> None:

@@ -163,7 +163,7 @@ def read_configuration(text: str) -> tuple[Any, dict[str, Any]]:
         (
             "together.yaml",
             mb.Together(
-                mb.PhiBalancing(mb.potentials.Tsallis(alpha=1.2), strength=1e-3),
+                mb.PhiBalancing(mb.potentials.Tsallis(alpha=1.2), strength=0.01),
                 mb.LossFree(speed=1e-3),
             ),
         ),

@@ -200,7 +200,7 @@ def test_a_comparison_keeps_what_is_complete_and_runs_what_is_not(
     # The words are the same, and a default of the method was another then.
     kept, changed = plan(recipe, tmp_path)
     log = changed.folder / LOG_NAME
-    log.write_text(log.read_text().replace("rate=0.1", "rate=0.2", 1))
+    log.write_text(log.read_text().replace("memory_tokens=10000", "memory_tokens=20000", 1))
     assert is_complete(kept, recipe)
     assert not is_complete(changed, recipe)
 

@@ -76,7 +76,7 @@ def test_a_frozen_teacher_is_left_as_it_is(method: mb.Method, attention_only: bo
     if attention_only:
         both.student.requires_grad_(False)
         both.student.model.layers[0].self_attn.requires_grad_(True)
-        if method.charges:
+        if method.traits.charges:
             with pytest.raises(ValueError, match=r"student.*is frozen"):
                 mb.attach(both, method)
             return

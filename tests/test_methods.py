@@ -158,7 +158,7 @@ def test_a_recipe_file_must_exist_and_be_toml(tmp_path: Path) -> None:
 
 def test_every_committed_recipe_reads() -> None:
     root = Path(__file__).parents[1]
-    recipes = [*root.glob("recipes/**/*.toml"), *root.glob("src/**/recipes/*.toml")]
+    recipes = [*root.glob("evidence/recipes/**/*.toml"), *root.glob("src/**/recipes/*.toml")]
     assert len(recipes) >= 2
     for path in recipes:
         recipe = Recipe.read(path)

@@ -243,7 +243,7 @@ def test_the_price_copies_nothing_from_the_host_and_waits_for_nothing():
         (lambda: NegativeEntropy().grouped(3).grad(torch.rand(4)), "do not make 3 equal groups"),
         (
             lambda: NegativeEntropy().grouped((0, 1)).grad(torch.rand(4)),
-            "groups of 2 experts, but the layer has 4",
+            "groups of 2 experts, not 4",
         ),
         (lambda: NegativeEntropy().grouped((0, 1, 1)).slope(3), "no single slope"),
         (lambda: -1 * NegativeEntropy(), "above 0"),

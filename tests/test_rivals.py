@@ -156,7 +156,7 @@ def test_plug_in_descends_the_potential_of_the_batch_itself(potential):
     routing = doubled(tokens=40, num_experts=6)
     logits = routing.logits.requires_grad_()
     potential.value(Softmax().scores(logits).mean(dim=0)).backward()
-    method = PlugInLoss(potential, strength=0.03)
+    method = PlugInLoss(potential, strength=0.03, unit="paper")
     found = method.penalty_gradient((), one_batch(method, (), routing))
     torch.testing.assert_close(found.detach(), 0.03 * 6 * logits.grad)
 
@@ -174,7 +174,7 @@ def test_phi_without_memory_is_a_plug_in():
 def test_an_empty_expert_has_a_moderate_price_with_a_pseudo_count():
     one_expert = plain_top_k(random_logits(16, 4) + torch.tensor([50.0, 0, 0, 0]), 1)
     for pseudo_count, spread in ((0.5, np.log(16.5 / 0.5)), (0.0, 87.3)):
-        method = PlugInLoss(strength=1.0, load="hard", pseudo_count=pseudo_count)
+        method = PlugInLoss(strength=4.0, load="hard", pseudo_count=pseudo_count)
         price = method.loss_price((), one_batch(method, (), one_expert))
         assert (price.max() - price.min()).item() == pytest.approx(spread, rel=1e-3)
 

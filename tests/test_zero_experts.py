@@ -27,7 +27,7 @@ def test_a_method_that_would_use_all_alike_is_refused(family):
         mb.Together(phi, mb.LossFree()),
         mb.Together(mb.ZLoss(), mb.SwitchLoss()),
     ):
-        with pytest.raises(ValueError, match=r"equal use of all would .* shall have"):
+        with pytest.raises(ValueError, match=r"equal use of all would .* proportions"):
             mb.attach(model, method)
     mb.attach(model, mb.Together(mb.ZLoss(), phi)).detach()
     mb.attach(model, mb.NoBalancing()).detach()

@@ -18,7 +18,7 @@ from moebalance.router import BalancedRouter
 from moebalance.routing import route
 
 EXPERTS, WIDTH, TOP_K = 4, 6, 2
-PHI = PhiBalancing(strength=0.1, rate=0.5)
+PHI = PhiBalancing(strength=0.1, rate=0.5, unit="paper")
 
 
 class TopKThenSoftmax(LayerBalance):

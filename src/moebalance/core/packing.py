@@ -26,7 +26,7 @@ def unpack(packed: Float[Tensor, "*rows sums"], method: Method, num_experts: int
     """Undo `pack`, for one layer or a row each. The number of batches is at index 2E + 1."""
     sums = split(packed, num_experts)
     shapes = method.extra_shapes(num_experts)
-    if not shapes:
+    if len(shapes) == 0:  # Dynamo traces no `not` of a tuple
         return sums
     parts = torch.split(
         packed[..., 2 * num_experts + 2 :], _extra_sizes(method, num_experts), dim=-1

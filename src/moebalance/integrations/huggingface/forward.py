@@ -89,12 +89,12 @@ class Forward:
         """Note a call; True if it begins a forward. A call that an exception ended is forgotten."""
         within = tuple(c for c in self.calls if c.entrance.number in entrance.around)
         self.calls = (*within, Call(entrance, given))
-        return not within
+        return len(within) == 0  # Dynamo traces no `not` of a tuple
 
     def leave(self, entrance: Entrance) -> bool:
         """Note the end of a call; True if it ends the forward."""
         self.calls = tuple(c for c in self.calls if c.entrance.number in entrance.around)
-        return not self.calls
+        return len(self.calls) == 0  # Dynamo traces no `not` of a tuple
 
     def sources(self, *, decodes: bool) -> list[Source]:
         """Arguments of the calls in progress, innermost first."""
