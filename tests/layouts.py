@@ -361,7 +361,7 @@ def table() -> str:
         ]
         cells = ["=" if d.effective <= SAME_GRADIENT else f"{d.effective:.2g}" for d in found]
         state = max(d.state for d in found)
-        cells = [method, METHODS[method].coupling, *cells, f"{state:.0e}"]
+        cells = [method, METHODS[method].traits.coupling, *cells, f"{state:.0e}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
