@@ -23,7 +23,7 @@ from moebalance.routing import Batch
 
 AUTO = "auto"
 
-MEMORY_TOKENS = 10_000
+MEMORY_TOKENS = 10_000.0
 """A rate of about 0.1 at 1024 tokens a step; a step of a million tokens needs no memory."""
 
 Rate = float | Literal["auto"]

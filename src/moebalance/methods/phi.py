@@ -56,7 +56,7 @@ class PhiBalancing(Method):
         ValueError: strength, rate, memory, load or unit out of range, or both rate and memory.
 
     >>> PhiBalancing().memory_tokens, PhiBalancing(rate=0.1).memory_tokens
-    (10000, None)
+    (10000.0, None)
     """
 
     potential: Potential = field(default_factory=NegativeEntropy)

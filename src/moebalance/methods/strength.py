@@ -11,7 +11,7 @@ means what a Switch coefficient of 0.01 means. `unit="paper"` takes the strength
 """
 
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from moebalance.methods.base import check_positive
 from moebalance.potentials import Potential
@@ -19,6 +19,7 @@ from moebalance.potentials import Potential
 Unit = Literal["switch", "paper"]
 
 
+@runtime_checkable
 class Potent(Protocol):
     """A method that charges α ∇φ."""
 
