@@ -84,6 +84,8 @@ def command(function: Callable[_P, None]) -> Callable[_P, None]:
             function(*args, **options)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        except typer.Exit:  # a RuntimeError, and the command's own word
+            raise
         except (
             ValueError,
             TypeError,
