@@ -39,7 +39,7 @@ from moebalance.methods.base import charge
 from moebalance.router import BalancedRouter
 from moebalance.routing import route
 
-PHI = PhiBalancing(strength=1.0, rate=0.5, peek=False)
+PHI = PhiBalancing(strength=1.0, rate=0.5, peek=False, unit="paper")
 STOCK = LossFree(speed=1e-3, recentre=True)
 
 

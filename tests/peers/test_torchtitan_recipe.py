@@ -133,10 +133,10 @@ def test_the_bias_is_saved_as_it_is(tmp_path: Path) -> None:
     dcp.load(saved, checkpoint_id=tmp_path / "checkpoint" / "step-2")
     for key, tensor in trained.items():
         assert torch.equal(saved[key], tensor), key
-    price = saved[f"{LAST}.balance.state_second_price"]
+    price = saved[f"{LAST}.balance.state_1_price"]
     assert price.abs().max() > 1e-3
     assert torch.equal(saved["layers.2.moe.expert_bias_E"], -price)
-    assert saved[f"{LAST}.balance.state_first_weight"] > 0
+    assert saved[f"{LAST}.balance.state_0_weight"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:To get the last learning rate")  # torchtitan's schedulers
