@@ -59,7 +59,7 @@ def trained(
 ) -> None:
     train_run(
         recipe(root / "text", sharded=sharded, tied=tied),
-        method="phi(strength=0.01)+loss-free(speed=0.01)",
+        method="phi(strength=0.32, rate=0.1)+loss-free(speed=0.01)",
         seed=0,
         batching="mixed",
         folder=root / name,
