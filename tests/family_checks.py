@@ -21,11 +21,11 @@ from moebalance.integrations.huggingface import Site, find_sites
 from moebalance.integrations.huggingface.scan import open_weights
 from moebalance.lab.doctor.weights import check_resuming
 
-PHI = mb.PhiBalancing(strength=0.5)
+PHI = mb.PhiBalancing(strength=8.0)
 
 
 def phi(family: str) -> mb.PhiBalancing:
-    """A strong φ-balancing; where some choices compute nothing, they shall be half as popular."""
+    """A strong φ-balancing; where some choices compute nothing, they are half as popular."""
     expected = EXPECTED[family]
     if not expected.empty:
         return PHI

@@ -4,6 +4,8 @@ BalancedRouter   logits → weights and experts, top-k by any method
 CountAndCharge   logits and the experts that your layer chose → the same logits
 """
 
+from __future__ import annotations
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -110,7 +112,7 @@ class BalancedRouter(LayerBalance):
     def _choose(
         self,
         logits: Float[Tensor, "T E"],
-        mask: Bool[Tensor, "T"] | None,
+        mask: Bool[Tensor, T] | None,
         sequences: int,
         *,
         training: bool,

@@ -3,6 +3,8 @@
 It knows layers by name, and no framework.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -268,7 +270,7 @@ class Balancing:
                 call()
         self._on_step.clear()
 
-    def __enter__(self) -> "Balancing":
+    def __enter__(self) -> Balancing:
         """Stay attached for a block of code."""
         return self
 

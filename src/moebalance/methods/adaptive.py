@@ -27,6 +27,8 @@ The memory in tokens does not depend on the batch size: with n tokens a step R i
 hence n / η → √(r/q) for small η.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -57,7 +59,7 @@ class Adaptive(NamedTuple):
     far: Ema
 
     @classmethod
-    def empty(cls, num_experts: int) -> "Adaptive":
+    def empty(cls, num_experts: int) -> Adaptive:
         """A memory that has seen nothing."""
         means = [Ema.empty(num_experts) for _ in range(4)]
         squares = [Ema.empty(num_experts) for _ in range(2)]
@@ -65,7 +67,7 @@ class Adaptive(NamedTuple):
         return cls(*means, *(Ema(zero, square.weight) for square in squares))
 
     @property
-    def mean(self) -> Float[Tensor, "E"]:
+    def mean(self) -> Float[Tensor, E]:
         """Mean load (E,), for prices."""
         return self.average.mean
 
@@ -81,7 +83,7 @@ class Adaptive(NamedTuple):
         start = torch.full_like(found, START).log()
         return torch.lerp(start, found, self.near.weight).exp()
 
-    def inherit(self, lineage: Lineage, gate: Gate) -> "Adaptive":
+    def inherit(self, lineage: Lineage, gate: Gate) -> Adaptive:
         """The means follow the experts; noise and walk belong to the layer and stay."""
         return self._replace(
             average=self.average.inherit(lineage, gate),
@@ -90,7 +92,7 @@ class Adaptive(NamedTuple):
             slow=self.slow.inherit(lineage, gate),
         )
 
-    def after(self, value: Float[Tensor, "E"], seen: Float[Tensor, ""]) -> "Adaptive":
+    def after(self, value: Float[Tensor, E], seen: Float[Tensor, ""]) -> Adaptive:
         """Advance by a step's load (E,). Nothing changes if `seen` is 0 instead of 1."""
         emas = (self.fast, self.middle, self.slow)
         fast, middle, slow = (

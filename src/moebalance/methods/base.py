@@ -14,6 +14,8 @@ comes out. A method does not know where its state lives, which ranks share it, o
 Override the members that your method needs. `traits` follows from them.
 """
 
+from __future__ import annotations
+
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -118,11 +120,11 @@ class Method:
         """
         return state
 
-    def selection_price(self, state: State) -> Float[Tensor, "E"] | None:
+    def selection_price(self, state: State) -> Float[Tensor, E] | None:
         """Price (E,) subtracted from the affinities before top-k; None for no effect."""
         return None
 
-    def adopt(self, state: State, price: Float[Tensor, "E"]) -> State:
+    def adopt(self, state: State, price: Float[Tensor, E]) -> State:
         """Take over a selection price (E,) that a model was trained with."""
         return state
 
@@ -132,7 +134,7 @@ class Method:
         gate: Gate,
         logits: Float[Tensor, "T E"],
         *,
-        mask: Bool[Tensor, "T"] | None,
+        mask: Bool[Tensor, T] | None,
         training: bool,
     ) -> Float[Tensor, "T E"] | None:
         """Scores (T, E) for top-k to rank instead of the affinities; None for no effect."""

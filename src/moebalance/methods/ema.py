@@ -7,6 +7,8 @@ For negative entropy the prices of both differ by the constant log w, which chan
 the other potentials the division removes the warm-up that a start at zero would cause.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -25,25 +27,25 @@ class Ema(NamedTuple):
     weight: Float[Tensor, ""]
 
     @classmethod
-    def empty(cls, num_experts: int) -> "Ema":
+    def empty(cls, num_experts: int) -> Ema:
         """Nothing seen: the mean is uniform until the first step replaces it."""
         uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float32)
         # The smallest weight, not 0: an empty step then has a gain of 0 instead of 0/0.
         return cls(uniform, torch.full((), _TINY, dtype=torch.float32))
 
-    def toward(self, value: Float[Tensor, "*E"], rate: float | Tensor) -> "Ema":
+    def toward(self, value: Float[Tensor, "*E"], rate: float | Tensor) -> Ema:
         """Move by `rate` toward `value` (E,) or (); a rate of 0 changes nothing."""
         weight = (self.weight + rate * (1 - self.weight)).to(self.weight.dtype)
         gain = (rate / weight).to(self.mean.dtype)
         return Ema(torch.lerp(self.mean, value.to(self.mean.dtype), gain), weight)
 
-    def peek(self, value: Float[Tensor, "E"], rate: float | Tensor) -> Float[Tensor, "E"]:
+    def peek(self, value: Float[Tensor, E], rate: float | Tensor) -> Float[Tensor, E]:
         """The mean of `toward`, in as few kernels as can be."""
         weight = as_number(self.weight)
         gain = rate / (weight + rate * (1 - weight))
         return torch.lerp(self.mean, value.to(self.mean.dtype), gain)
 
-    def inherit(self, lineage: Lineage, gate: Gate) -> "Ema":
+    def inherit(self, lineage: Lineage, gate: Gate) -> Ema:
         """The mean follows as a mass; an empty average stays empty."""
         if self.weight <= _TINY:
             return Ema(

@@ -6,6 +6,8 @@ where f^step sums over the step's micro-batches so far. Source: Qiu et al., 2025
 this follows their buffer over accumulation steps.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -42,6 +44,6 @@ class GlobalBatchLoss(Method):
         """A batch sees the step so far, within its process."""
         return super().traits._replace(from_sums=True, coupling="step")
 
-    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, E]:
         """α f, the hard load of the step so far, per share."""
         return self.strength * per_proportion(batch.step.hard_load, self.proportions)

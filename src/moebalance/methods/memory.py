@@ -10,6 +10,9 @@ any batch size, accumulation and number of ranks. `rate="auto"` measures the rat
 (`adaptive.py`).
 """
 
+from __future__ import annotations
+
+import math
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 from moebalance.methods.adaptive import Adaptive
 from moebalance.methods.base import check_positive, check_rate
 from moebalance.methods.ema import Ema
-from moebalance.routing import Batch
+from moebalance.routing import Batch, as_number
 
 AUTO = "auto"
 
@@ -71,7 +74,7 @@ def begin(method: Remembers, num_experts: int) -> Memory:
 
 
 def remember(
-    method: Remembers, memory: Memory, load: Float[Tensor, "E"], tokens: Float[Tensor, ""]
+    method: Remembers, memory: Memory, load: Float[Tensor, E], tokens: Float[Tensor, ""]
 ) -> Memory:
     """The memory after a step with this load (E,); unchanged if the step has no token."""
     if isinstance(memory, Adaptive):
@@ -80,8 +83,8 @@ def remember(
 
 
 def peek(
-    method: Remembers, memory: Memory, load: Float[Tensor, "E"], batch: Batch
-) -> Float[Tensor, "E"]:
+    method: Remembers, memory: Memory, load: Float[Tensor, E], batch: Batch
+) -> Float[Tensor, E]:
     """The mean (E,) as if one batch's load (E,) were already a part of it."""
     average = memory.average if isinstance(memory, Adaptive) else memory
     return average.peek(load, batch_rate(method, memory, batch))
@@ -97,7 +100,10 @@ def batch_rate(method: Remembers, memory: Memory, batch: Batch) -> float | Tenso
     if isinstance(memory, Adaptive):
         return memory.rate * batch.fraction
     if method.memory_tokens is not None:
-        return _step_rate(method, batch.sums.tokens)
+        tokens = as_number(batch.sums.tokens) if batch.known is None else batch.known
+        if isinstance(tokens, float | int):
+            return -math.expm1(-tokens / method.memory_tokens)
+        return _step_rate(method, tokens)
     assert isinstance(method.rate, float | int)
     return method.rate * batch.fraction
 

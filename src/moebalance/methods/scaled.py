@@ -4,6 +4,8 @@
 `state.inner` is the method's own state, and the number multiplies all that it charges.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any

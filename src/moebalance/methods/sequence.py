@@ -6,6 +6,8 @@ where f^s and P^s are the hard load and the mean normalised score of sequence s.
 DeepSeek-AI, 2024, "DeepSeek-V3", arXiv 2412.19437, Eq. 17–20.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

@@ -11,6 +11,8 @@ Source: Singh et al., 2026, "Arcee Trinity Large Technical Report", arXiv 2602.1
 Momentum Expert Bias Updates (their bias b is −price), for 256 experts and sigmoid scores.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -32,14 +34,14 @@ class MovingPrice(NamedTuple):
     """The selection price, and its momentum w (E,), float32."""
 
     held: SelectionPrice | NatsPrice
-    momentum: Float[Tensor, "E"]
+    momentum: Float[Tensor, E]
 
     @property
-    def price(self) -> Float[Tensor, "E"]:
+    def price(self) -> Float[Tensor, E]:
         """The price (E,)."""
         return self.held.price
 
-    def inherit(self, lineage: Lineage, gate: Gate) -> "MovingPrice":
+    def inherit(self, lineage: Lineage, gate: Gate) -> MovingPrice:
         """The price follows its parents, and the momentum as a price would."""
         momentum = self.held._replace(price=self.momentum).inherit(lineage, gate).price
         return MovingPrice(self.held.inherit(lineage, gate), momentum)
@@ -88,11 +90,11 @@ class SMEBU(Selecting):
         held = super().init(num_experts)
         return MovingPrice(held, torch.zeros_like(held.price))
 
-    def adopt(self, state: MovingPrice, price: Float[Tensor, "E"]) -> MovingPrice:
+    def adopt(self, state: MovingPrice, price: Float[Tensor, E]) -> MovingPrice:
         """Go on from the model's own price, without momentum."""
         return MovingPrice(state.held._replace(price=price), torch.zeros_like(price))
 
-    def priced(self, state: MovingPrice, price: Float[Tensor, "E"]) -> MovingPrice:
+    def priced(self, state: MovingPrice, price: Float[Tensor, E]) -> MovingPrice:
         """The state with this price in place of its own; the momentum stays."""
         return state._replace(held=state.held._replace(price=price))
 

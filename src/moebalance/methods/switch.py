@@ -7,6 +7,8 @@ proportions ρ, f_e / (E ρ_e) replaces f_e; the loss is then least at f = P = �
 al., 2021, arXiv 2101.03961, Eq. 4–6; Zoph et al., 2022, arXiv 2202.08906.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -45,6 +47,6 @@ class SwitchLoss(Method):
         """The batch's load and mean score are multiplied."""
         return super().traits._replace(from_sums=True, coupling="batch")
 
-    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, E]:
         """α f, the hard load of this batch, per share."""
         return self.strength * per_proportion(batch.sums.hard_load, self.proportions)

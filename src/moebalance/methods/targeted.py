@@ -21,6 +21,8 @@ of that constraint, scales the method's strength. It moves once a step, for each
   more.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any, NamedTuple

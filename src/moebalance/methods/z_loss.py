@@ -6,6 +6,8 @@ It does not balance; it keeps training stable. Combine it with a method that bal
 `Together(PhiBalancing(), ZLoss())`. Source: Zoph et al., 2022, "ST-MoE", arXiv 2202.08906, Eq. 5.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -54,5 +56,5 @@ class ZLoss(Method):
         return real_rows(gradient, routing.mask)
 
 
-def _log_partition(routing: Routing) -> Float[Tensor, "T"]:
+def _log_partition(routing: Routing) -> Float[Tensor, T]:
     return at_least_float32(routing.logits).logsumexp(dim=-1)
