@@ -237,7 +237,8 @@ def test_the_balancing_state_beside_the_checkpoint_goes_on(
 def test_a_price_that_the_weights_cannot_hold_is_said_at_the_end(table, tmp_path, caplog):
     run(parse(table), tmp_path, method="loss-free(speed=0.1)", save_model=True)
     (said,) = [r.getMessage() for r in caplog.records if r.name.endswith("finetune")]
-    assert said.startswith(f"{tmp_path / FINAL}: LossFree(") and "speed=0.1" in said
+    assert said.startswith(f"{tmp_path / FINAL}: LossFree(")
+    assert "speed=0.1" in said
     assert "no selection bias that could hold it" in said
 
 
