@@ -154,8 +154,8 @@ def test_verdict_when_phi_is_better():
         "φ-balancing cut MaxVio from 4.30 ± 0.20 (no balancing) to 0.85 ± 0.05 and lowered "
         "validation loss by 0.031 nats/token (95 % interval 0.029 to 0.033) over 3 paired seeds; "
     )
-    assert "its loss differs from that of Switch loss by no more than seed noise" in text
-    assert text.endswith("the lowest MaxVio is that of Switch loss, 0.25 ± 0.01.")
+    assert "its loss and the loss of Switch loss differ by no more than seed noise" in text
+    assert text.endswith("Switch loss has the lowest MaxVio, 0.25 ± 0.01.")
     assert text.count(".") - len(re.findall(r"\d\.\d", text)) == 1  # one sentence
 
 
@@ -215,11 +215,15 @@ def test_verdict_without_a_baseline():
 
 def test_verdict_without_phi():
     text = sentence(made(switch=LIKE_PHI, quantile=PHI, none=NONE))
-    assert text.startswith(
-        "φ-balancing is not among these runs; the lowest MaxVio is that of Switch"
-    )
+    assert text.startswith("φ-balancing is not among these runs; Switch loss has the lowest MaxVio")
     assert "0.25 ± 0.01 against 4.30 ± 0.20 with no balancing" in text
     assert "within seed noise of Quantile balancing" in text
+
+
+def test_the_recommended_method_leads_where_it_was_run():
+    text = sentence(made(phi=LIKE_PHI, **{"phi+loss-free": PHI}, none=NONE))
+    assert text.startswith("φ + loss-free cut MaxVio from 4.30 ± 0.20 (no balancing)")
+    assert "φ-balancing has the lowest MaxVio, 0.25" in text
 
 
 def test_verdict_names_the_methods_that_differ():
@@ -234,7 +238,7 @@ def test_verdict_names_the_methods_that_differ():
         )
     )
     assert re.search(
-        r"lower than that of Switch loss, higher than that of Sinkhorn and within seed noise of "
+        r"lower than with Switch loss, higher than with Sinkhorn and within seed noise of "
         r"Quantile balancing \(95 % each, uncorrected for 3 comparisons\)",
         text,
     )
@@ -244,7 +248,7 @@ def test_the_lowest_is_named_beyond_noise_only():
     near = {"loss": [1.605, 1.603, 1.6], "maxvio": [0.84, 0.91, 0.78]}
     assert "lowest MaxVio" not in sentence(made(phi=PHI, switch=near, none=NONE))
     without = sentence(made(quantile=PHI, switch=near, none=NONE))
-    assert "the lowest MaxVio is that of" not in without
+    assert "has the lowest MaxVio" not in without
     assert "within seed noise of one another" in without
     single = {"loss": [1.6], "maxvio": [0.8]}, {"loss": [1.61], "maxvio": [0.4]}
     assert "lowest MaxVio" not in sentence(made(phi=single[0], switch=single[1]))
@@ -276,7 +280,7 @@ def test_a_sweep_is_told_apart_and_its_best_speaks(tmp_path):
     labels = [m.label for m in section.methods]
     assert labels == ["φ-balancing · strength=0.001", "φ-balancing · strength=0.01"]
     assert "strength=0.01 (the best by validation loss of 2 settings)" in section.verdict
-    assert "lowest MaxVio is that of φ-balancing · strength=0.001, 0.40" in section.verdict
+    assert "φ-balancing · strength=0.001 has the lowest MaxVio, 0.40" in section.verdict
 
 
 def test_a_seed_that_was_run_twice_is_one_seed(runs):

@@ -9,6 +9,7 @@ from evidence.chapters import (
     potentials,
     proportions,
     rate,
+    recommended,
     rivals,
     scale,
     specialisation,
@@ -29,4 +30,5 @@ CHAPTERS: tuple[Claim, ...] = (
     target.chapter,
     proportions.chapter,
     memory.chapter,
+    recommended.chapter,
 )

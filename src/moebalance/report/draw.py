@@ -21,6 +21,7 @@ from moebalance.report.canvas import GROUND, INK, MARKS, MUTED, logarithmic, pla
 from moebalance.report.columns import LEAST_LOSS
 from moebalance.report.estimates import MethodSummary, finite
 from moebalance.report.labels import LEADER_FROM, leader_end, place
+from moebalance.report.methods import leader
 from moebalance.report.pack import DEAD
 from moebalance.runlog import Run
 
@@ -108,6 +109,7 @@ def write_names(axes: Axes, methods: Sequence[MethodSummary]) -> None:
     ]
     points = to_pixels([(m.estimates["maxvio"].mean, m.estimates["loss"].mean) for m in methods])
     covered = []
+    lead = leader(m.method for m in methods)
     for m in methods:
         (left, right), (low, high) = _span(m, "maxvio"), _span(m, "loss")
         x, y = m.estimates["maxvio"].mean, m.estimates["loss"].mean
@@ -129,7 +131,7 @@ def write_names(axes: Axes, methods: Sequence[MethodSummary]) -> None:
             ha=side,
             va="center",
             color=INK,
-            weight="bold" if m.method == "phi" else "normal",
+            weight="bold" if m.method == lead else "normal",
             arrowprops=line if math.dist(end, point) > LEADER_FROM else None,
             gid=f"name:{m.key}",
         )

@@ -35,10 +35,13 @@ class Look:
     line: str = "-"
 
 
-# The order is the order of rows: the subject first, then its rivals, the baseline last.
+LEADERS = ("phi+loss-free", "phi")
+"""The recommended method, and φ-balancing alone."""
+
+# The order is the order of rows: the leaders first, then their rivals, the baseline last.
 LOOKS = {
-    "phi": Look("φ-balancing", "#f2465f", "#e0731a", "circle"),
     "phi+loss-free": Look("φ + loss-free", "#8e5188", "#c4476c", "star"),
+    "phi": Look("φ-balancing", "#f2465f", "#e0731a", "circle"),
     "switch": Look("Switch loss", "#414fcb", "#4d72aa", "square"),
     "global-batch": Look("Global-batch loss", "#4586de", "#9ed9ff", "diamond"),
     "sequence": Look("Sequence loss", "#151e9d", "#7e6cf7", "up"),
@@ -142,3 +145,13 @@ def _luminance(colour: str) -> float:
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _channels(colour)
     )
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def leader(methods: Iterable[str]) -> str | None:
+    """The method that a report puts first: the recommended one, else φ-balancing, else none.
+
+    >>> leader(["none", "phi", "phi+loss-free"]), leader(["none", "switch"])
+    ('phi+loss-free', None)
+    """
+    there = set(methods)
+    return next((word for word in LEADERS if word in there), None)

@@ -16,6 +16,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from moebalance.report.estimates import MethodSummary, number
+from moebalance.report.methods import leader
 
 _WORDS = {"maxvio": ("MaxVio", 2), "loss": ("validation loss", 3)}
 
@@ -56,11 +57,13 @@ def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference
 def verdict(methods: Sequence[MethodSummary]) -> str:
     """One sentence on one batching mode.
 
-    Methods without a whole run take no part. Where φ-balancing was run with several settings,
-    the one with the lowest validation loss speaks for it, and the sentence says so.
+    Methods without a whole run take no part. The recommended method leads if it was run, else
+    φ-balancing. If the leader was run with several settings, the one with the lowest validation
+    loss speaks for it, and the sentence says so.
     """
     known = [m for m in methods if not m.partial and m.estimates]
-    settings = [m for m in known if m.method == "phi"]
+    lead = leader(m.method for m in known)
+    settings = [m for m in known if m.method == lead]
     baseline = next((m for m in known if m.method == "none"), None)
     if not known:
         return "No run reached its last evaluation, so there is nothing to compare yet."
@@ -70,7 +73,7 @@ def verdict(methods: Sequence[MethodSummary]) -> str:
     name = hero.label
     if len(settings) > 1:
         name += f" (the best by validation loss of {len(settings)} settings)"
-    rivals = [m for m in known if m.balances is not False and m.method not in ("none", "phi")]
+    rivals = [m for m in known if m.balances is not False and m.method not in ("none", lead)]
     parts = [
         _against_baseline(name, hero, baseline) if baseline else _alone(name, hero),
         _against_rivals(hero, rivals),
@@ -170,10 +173,10 @@ def _lead(metric: str, best: MethodSummary, among: Sequence[MethodSummary]) -> s
         return ""
     level = [m.label for m, sign in signs if sign != -1]
     if not level:
-        return f"the lowest {word} is that of {best.label}"
+        return f"{best.label} has the lowest {word}"
     if len(level) == len(signs):
         return f"in {word} the methods are within seed noise of one another: {best.label}"
-    return f"the lowest {word} is that of {best.label}, within seed noise of {listed(level)}"
+    return f"{best.label} has the lowest {word}, within seed noise of {listed(level)}"
 
 
 def _against_rivals(
@@ -188,13 +191,13 @@ def _against_rivals(
     level = [label for label, sign in judged if sign == 0]
     if not lower and not higher:
         if len(judged) == 1:
-            return f"its loss differs from that of {judged[0][0]} by no more than seed noise"
+            return f"its loss and the loss of {judged[0][0]} differ by no more than seed noise"
         return (
             f"against each of the {len(judged)} other {kind}s its loss difference is within "
             "seed noise"
         )
-    parts = [f"lower than that of {listed(lower)}"] if lower else []
-    parts += [f"higher than that of {listed(higher)}"] if higher else []
+    parts = [f"lower than with {listed(lower)}"] if lower else []
+    parts += [f"higher than with {listed(higher)}"] if higher else []
     if level:
         others = level[0] if len(level) == 1 else f"the {len(level)} other {kind}s"
         parts.append(f"within seed noise of {others}")
@@ -209,7 +212,7 @@ def _best_balance(hero: MethodSummary, rivals: Sequence[MethodSummary]) -> str:
     if not better:
         return ""
     best = min(better, key=lambda m: _mean(m, "maxvio"))
-    return f"the lowest MaxVio is that of {best.label}, {_text(best, 'maxvio')}"
+    return f"{best.label} has the lowest MaxVio, {_text(best, 'maxvio')}"
 
 
 def _difference(metric: str, ours: MethodSummary, theirs: MethodSummary) -> Difference | None:
