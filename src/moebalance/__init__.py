@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from moebalance.methods import Targeted as Targeted
     from moebalance.methods import Together as Together
     from moebalance.methods import ZLoss as ZLoss
+    from moebalance.methods import recommended as recommended
     from moebalance.monitoring import Monitor as Monitor
     from moebalance.monitoring import monitor as monitor
     from moebalance.potentials import Euclidean as Euclidean
@@ -71,6 +72,7 @@ _HOME = {
         "Targeted",
         "Together",
         "ZLoss",
+        "recommended",
     ],
     "moebalance.monitoring": ["Monitor", "monitor"],
     "moebalance.potentials": ["Euclidean", "NegativeEntropy"],

@@ -14,7 +14,7 @@ from moebalance.core.layer import LayerBalance
 from moebalance.core.state import bare_name
 from moebalance.integrations.names import Layers, chosen
 from moebalance.integrations.reminders import StepReminder
-from moebalance.methods import LossFree, Method, PhiBalancing, Together
+from moebalance.methods import Method
 from moebalance.router import BalancedRouter, CountAndCharge
 
 _HANDLES: weakref.WeakKeyDictionary[LayerBalance, weakref.ref[Balancing]] = (
@@ -39,8 +39,8 @@ def attach(
 
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
-        method: the method; None for the recommended one, `Together(PhiBalancing(), LossFree())`.
-            Leave it out for a model of `BalancedRouter`s, which carry their own.
+        method: the method; None for the `recommended` one, in the form that suits the routers. Leave it
+            out for a model of `BalancedRouter`s, which carry their own.
         layers: which routers, by name: a glob pattern such as `"*.layers.[0-3].*"`, a list of
             them, or a function of the name; None for all. A router that is frozen while others
             train is left out anyway, with a warning.
@@ -75,7 +75,7 @@ def attach(
         if huggingface.serves(model):
             return huggingface.attach(
                 model,
-                recommended() if method is None else method,
+                method,
                 layers=layers,
                 group=group,
                 keep_native_loss=keep_native_loss,
@@ -87,11 +87,6 @@ def attach(
         "examples/plain_pytorch.py). For a Megatron-Core model, take balanced_spec and attach of "
         "moebalance.integrations.megatron."
     )
-
-
-def recommended() -> Method:
-    """The method that `attach` takes if none is named: a weak φ with a loss-free bias."""
-    return Together(PhiBalancing(), LossFree())
 
 
 def _own(

@@ -9,6 +9,7 @@ from moebalance.methods.none import NoBalancing
 from moebalance.methods.phi import PhiBalancing
 from moebalance.methods.plug_in import PlugInLoss
 from moebalance.methods.quantile import QuantileBalancing
+from moebalance.methods.recommended import recommended
 from moebalance.methods.scheduled import Scheduled
 from moebalance.methods.sequence import SequenceLoss
 from moebalance.methods.sinkhorn import Sinkhorn
@@ -44,4 +45,5 @@ __all__ = [
     "charge",
     "inner_methods",
     "observe",
+    "recommended",
 ]

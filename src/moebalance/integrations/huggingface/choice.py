@@ -14,12 +14,14 @@ from moebalance.integrations.huggingface.routers import (
     survey,
 )
 from moebalance.integrations.names import Layers, chosen
-from moebalance.methods import Method, inner_methods
+from moebalance.methods import Method, inner_methods, recommended
 
 logger = logging.getLogger("moebalance")
 
 
-def choose_sites(model: nn.Module, method: Method, layers: Layers | None = None) -> list[Site]:
+def choose_sites(
+    model: nn.Module, method: Method | None, layers: Layers | None = None
+) -> list[Site]:
     """Recognise the routers that `method` balances in this model.
 
     Frozen routers are left out where others train, and so are copies that belong to PEFT adapters
@@ -27,7 +29,7 @@ def choose_sites(model: nn.Module, method: Method, layers: Layers | None = None)
 
     Args:
         model: a Transformers model, wrapped or not.
-        method: the method.
+        method: the method; None if it is to be `recommended` for the routers.
         layers: which routers, by name; None for all.
 
     Returns:
@@ -42,13 +44,20 @@ def choose_sites(model: nn.Module, method: Method, layers: Layers | None = None)
         return []
     names = set(chosen([router.name for router in found.routers], layers))
     wanted = [router for router in found.routers if router.name in names]
-    kept = wanted if _only_watches(method) else _learning(model, wanted)
+    watched = method is not None and _only_watches(method)
+    kept = wanted if watched else _learning(model, wanted)
     frozen = [router.name for router in wanted if router not in kept]
     _say_what_is_left_out(found, frozen, layers)
     sites = [examine(model, router) for router in kept]
     for site in sites:
-        check_levers(site, method)
+        check_levers(site, suited(sites) if method is None else method)
     return sites
+
+
+def suited(sites: Sequence[Site]) -> Method:
+    """The recommended method, in the form that these routers allow."""
+    native = all(site.bias is not None for site in sites)
+    return recommended(native_bias=native, choosable=not any(site.why_fixed for site in sites))
 
 
 def check_levers(site: Site, method: Method) -> None:
