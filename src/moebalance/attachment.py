@@ -39,8 +39,8 @@ def attach(
 
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
-        method: the method; None for the `recommended` one, in the form that suits the routers. Leave it
-            out for a model of `BalancedRouter`s, which carry their own.
+        method: the method; None for the `recommended` one, in the form that suits the routers.
+            Leave it out for a model of `BalancedRouter`s, which carry their own.
         layers: which routers, by name: a glob pattern such as `"*.layers.[0-3].*"`, a list of
             them, or a function of the name; None for all. A router that is frozen while others
             train is left out anyway, with a warning.
