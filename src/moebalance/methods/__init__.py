@@ -1,6 +1,7 @@
 """The balancing methods, one file each. `base.py` has their interface."""
 
 from moebalance.methods.base import Method, Traits, charge, inner_methods, observe
+from moebalance.methods.default import recommended
 from moebalance.methods.ema_switch import EmaSwitchLoss
 from moebalance.methods.global_batch import GlobalBatchLoss
 from moebalance.methods.goals import EntropyDeficit, Gini, Goal, MaxVio, RankVio
@@ -9,7 +10,6 @@ from moebalance.methods.none import NoBalancing
 from moebalance.methods.phi import PhiBalancing
 from moebalance.methods.plug_in import PlugInLoss
 from moebalance.methods.quantile import QuantileBalancing
-from moebalance.methods.recommended import recommended
 from moebalance.methods.scheduled import Scheduled
 from moebalance.methods.sequence import SequenceLoss
 from moebalance.methods.sinkhorn import Sinkhorn
