@@ -46,7 +46,7 @@ class Gate(ABC):
         """p = a / Σ a: rows sum to one, float32 or wider, differentiable."""
         return self.log_affinity(logits).softmax(dim=-1)
 
-    def row_scale(self, affinities: Float[Tensor, "T E"]) -> Float[Tensor, T] | None:
+    def row_scale(self, affinities: Float[Tensor, "T E"]) -> Float[Tensor, "T"] | None:
         """1 / Σ_e a_e (T,), which turns affinities into scores; None if it is 1."""
         # clamp: the scale is multiplied by a price and by a loss scale, and must not overflow. A
         # row of sigmoids that are all below e^−69 then has scores that sum to less than one.
@@ -56,7 +56,7 @@ class Gate(ABC):
         self,
         price: Float[Tensor, "*rows E"],
         affinities: Float[Tensor, "T E"],
-        row_scale: Float[Tensor, T] | None,
+        row_scale: Float[Tensor, "T"] | None,
     ) -> Float[Tensor, "T E"]:
         """Gradient (T, E) of Σ_t ⟨price_t, p_t⟩ with respect to the affinities.
 
@@ -114,7 +114,7 @@ class Softmax(Gate):
         self,
         price: Float[Tensor, "*rows E"],
         affinities: Float[Tensor, "T E"],
-        row_scale: Float[Tensor, T] | None,
+        row_scale: Float[Tensor, "T"] | None,
     ) -> Float[Tensor, "T E"]:
         """The price in every row; softmax ignores the term that is constant in a row."""
         return price.to(affinities.dtype).expand_as(affinities)

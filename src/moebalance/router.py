@@ -112,7 +112,7 @@ class BalancedRouter(LayerBalance):
     def _choose(
         self,
         logits: Float[Tensor, "T E"],
-        mask: Bool[Tensor, T] | None,
+        mask: Bool[Tensor, "T"] | None,
         sequences: int,
         *,
         training: bool,

@@ -31,7 +31,7 @@ class Routing(NamedTuple):
     scores: Float[Tensor, "T E"]
     experts: Int[Tensor, "T K"]
     gate: Gate
-    mask: Bool[Tensor, T] | None = None
+    mask: Bool[Tensor, "T"] | None = None
     sequences: int = 1
 
     @property
@@ -52,7 +52,7 @@ class Routing(NamedTuple):
         return self.mask.sum().to(self.scores.dtype)
 
     @property
-    def token_weights(self) -> Float[Tensor, T] | None:
+    def token_weights(self) -> Float[Tensor, "T"] | None:
         """1 for a real token, 0 for padding; None if all are real."""
         return None if self.mask is None else self.mask.to(self.scores.dtype)
 
@@ -67,19 +67,19 @@ class Sums(NamedTuple):
         extra: further additive tensors that one method needs, for example a histogram.
     """
 
-    scores: Float[Tensor, E]
-    counts: Float[Tensor, E]
+    scores: Float[Tensor, "E"]
+    counts: Float[Tensor, "E"]
     tokens: Float[Tensor, ""]
     extra: tuple[Tensor, ...] = ()
 
     @property
-    def soft_load(self) -> Float[Tensor, E]:
+    def soft_load(self) -> Float[Tensor, "E"]:
         """p̄, the mean score; zeros if no token was seen."""
         # clamp: an empty batch has sums 0 and mean 0, not 0/0.
         return self.scores / self.tokens.clamp(min=1)
 
     @property
-    def hard_load(self) -> Float[Tensor, E]:
+    def hard_load(self) -> Float[Tensor, "E"]:
         """f, the fraction of assignments per expert; zeros if no token was seen."""
         return self.counts / self.counts.sum(dim=-1, keepdim=True).clamp(min=1)
 
@@ -109,12 +109,12 @@ class Batch(NamedTuple):
         return self.sums.tokens.clamp(min=1) if self.known is None else self.known
 
     @property
-    def soft_load(self) -> Float[Tensor, E]:
+    def soft_load(self) -> Float[Tensor, "E"]:
         """p̄ of this batch."""
         return self.sums.scores / self.tokens
 
     @property
-    def hard_load(self) -> Float[Tensor, E]:
+    def hard_load(self) -> Float[Tensor, "E"]:
         """f of this batch."""
         return self.sums.hard_load
 
@@ -124,7 +124,7 @@ def route(
     experts: Int[Tensor, "T K"],
     gate: Gate,
     *,
-    mask: Bool[Tensor, T] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
     sequences: int = 1,
 ) -> Routing:
     """Describe what a router did, given its logits and its choice.
@@ -151,10 +151,10 @@ def measure(routing: Routing, extra: Sequence[Tensor] = ()) -> Sums:
 
 def count(
     real: Float[Tensor, "T E"],
-    row_scale: Float[Tensor, T] | None,
+    row_scale: Float[Tensor, "T"] | None,
     experts: Int[Tensor, "T K"],
-    mask: Bool[Tensor, T] | None,
-) -> Float[Tensor, 2 * E + 2]:
+    mask: Bool[Tensor, "T"] | None,
+) -> Float[Tensor, "2*E+2"]:
     """Count a batch: (Σ_t p_t, counts, tokens, 1) laid end to end, the 1 for the batch itself.
 
     Args:
@@ -190,7 +190,7 @@ def split(packed: Float[Tensor, "*rows sums"], num_experts: int) -> Sums:
     return Sums(scores, counts, tokens.squeeze(-1))
 
 
-def real_rows(values: Float[Tensor, T * more], mask: Bool[Tensor, T] | None) -> Tensor:
+def real_rows(values: Float[Tensor, "T *more"], mask: Bool[Tensor, "T"] | None) -> Tensor:
     """Values with padded rows set to 0, whatever they held: 0 · NaN would be NaN."""
     if mask is None:
         return values

@@ -49,8 +49,8 @@ class Tally(NamedTuple):
         scale: () gradient of the total loss with respect to the task loss.
     """
 
-    running: Float[Tensor, sums]
-    last_step: Float[Tensor, 2]
+    running: Float[Tensor, "sums"]
+    last_step: Float[Tensor, "2"]
     scale: Float[Tensor, ""]
 
 
@@ -87,7 +87,7 @@ def choose(
     how: Pass,
     *,
     preference: Float[Tensor, "T E"] | None = None,
-    mask: Bool[Tensor, T] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
 ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
     """Weights of the chosen experts, tied to counting and charging, and the choice, in any order.
 
@@ -109,7 +109,7 @@ def tie(
     *,
     logits: Float[Tensor, "T E"],
     experts: Int[Tensor, "T K"],
-    mask: Bool[Tensor, T] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
     weight: Float[Tensor, ""] | None = None,
 ) -> Tensor:
     """Return `carrier` unchanged, tied to a backward that counts this batch and charges it.
@@ -140,7 +140,7 @@ def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, "
 def best(
     affinities: Float[Tensor, "T E"],
     preference: Float[Tensor, "T E"] | None,
-    price: Float[Tensor, E] | None,
+    price: Float[Tensor, "E"] | None,
     top_k: int,
     limit: GroupLimit | None = None,
 ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
@@ -351,8 +351,8 @@ def _from_routing(
 
 
 def _settle(
-    how: Pass, packed: Float[Tensor, sums], rows: int, mask: Tensor | None
-) -> Float[Tensor, E] | None:
+    how: Pass, packed: Float[Tensor, "sums"], rows: int, mask: Tensor | None
+) -> Float[Tensor, "E"] | None:
     """Add a batch to its step; return the gradient of the loss with respect to any token's scores.
 
     The one place where a price from sums is formed: in one launch if the kernels know its form.

@@ -86,12 +86,12 @@ class LayerBalance(nn.Module):
         return unpack(self.last_total, self.method, self.num_experts)
 
     @property
-    def price(self) -> Float[Tensor, E] | None:
+    def price(self) -> Float[Tensor, "E"] | None:
         """The selection price in force, or None."""
         return self.method.selection_price(self.state)
 
     def preference(
-        self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, T] | None, *, training: bool
+        self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
     ) -> Float[Tensor, "T E"] | None:
         """Scores (T, E) for top-k to rank instead of the affinities, or None."""
         with torch.no_grad():
@@ -105,7 +105,7 @@ class LayerBalance(nn.Module):
         logits: Float[Tensor, "T E"],
         experts: Int[Tensor, "T K"],
         *,
-        mask: Bool[Tensor, T] | None = None,
+        mask: Bool[Tensor, "T"] | None = None,
         sequences: int = 1,
         weight: Float[Tensor, ""] | None = None,
     ) -> Tensor:
@@ -143,7 +143,7 @@ class LayerBalance(nn.Module):
         logits: Float[Tensor, "T E"],
         experts: Int[Tensor, "T K"],
         *,
-        mask: Bool[Tensor, T] | None = None,
+        mask: Bool[Tensor, "T"] | None = None,
     ) -> None:
         """Count an evaluation batch if monitoring is on. Balancing state does not change."""
         if self.watched is not None:
@@ -159,7 +159,7 @@ class LayerBalance(nn.Module):
         self.watched = Sums(zeros, zeros, zeros.new_zeros(()))
 
     @torch.no_grad()
-    def commit(self, total: Float[Tensor, sums] | None = None) -> Sums:
+    def commit(self, total: Float[Tensor, "sums"] | None = None) -> Sums:
         """End the optimizer step: advance the state by the step's sums and clear the running ones.
 
         Args:
@@ -171,7 +171,7 @@ class LayerBalance(nn.Module):
         return self.last_sums
 
     @torch.no_grad()
-    def adopt(self, price: Float[Tensor, E]) -> None:
+    def adopt(self, price: Float[Tensor, "E"]) -> None:
         """Start from a selection price that the model was trained with."""
         self._write(self.method.adopt(self.state, price.float()))
 

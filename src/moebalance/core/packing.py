@@ -18,7 +18,7 @@ def packed_size(method: Method, num_experts: int) -> int:
     return 2 * num_experts + 2 + sum(_extra_sizes(method, num_experts))
 
 
-def pack(sums: Sums) -> Float[Tensor, sums]:
+def pack(sums: Sums) -> Float[Tensor, "sums"]:
     """Lay the sums of one batch end to end, with a 1 that counts the batch."""
     tokens, one = sums.tokens.view(1), sums.tokens.new_ones(1)
     return torch.cat([sums.scores, sums.counts, tokens, one, *(e.view(-1) for e in sums.extra)])

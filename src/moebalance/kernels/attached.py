@@ -28,8 +28,8 @@ def count(
     experts: Int[Tensor, "T K"],
     gate: Gate,
     *,
-    mask: Bool[Tensor, T] | None = None,
-) -> Float[Tensor, sums]:
+    mask: Bool[Tensor, "T"] | None = None,
+) -> Float[Tensor, "sums"]:
     """Sum scores and choices, in one pass over the logits.
 
     Args:
@@ -64,9 +64,9 @@ def count(
 def pull(
     logits: Float[Tensor, "T E"],
     gate: Gate,
-    charge: Float[Tensor, E],
+    charge: Float[Tensor, "E"],
     *,
-    mask: Bool[Tensor, T] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
 ) -> Float[Tensor, "T E"]:
     """Gradient of the logits from a charge on their scores, in one pass.
 

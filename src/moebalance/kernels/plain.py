@@ -34,8 +34,8 @@ class Chosen(NamedTuple):
 
     weights: Float[Tensor, "T K"]
     experts: Int[Tensor, "T K"]
-    normaliser: Float[Tensor, T]
-    packed: Float[Tensor, sums]
+    normaliser: Float[Tensor, "T"]
+    packed: Float[Tensor, "sums"]
 
 
 def choose(
@@ -44,9 +44,9 @@ def choose(
     top_k: int,
     *,
     normalize: bool,
-    price: Float[Tensor, E] | None = None,
+    price: Float[Tensor, "E"] | None = None,
     limit: GroupLimit | None = None,
-    mask: Bool[Tensor, T] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
 ) -> Chosen:
     """Choose experts, weigh them and sum what was done; see `router.choose`."""
     scores = gate.scores(logits)
@@ -67,9 +67,9 @@ def choose(
 def pull(
     logits: Float[Tensor, "T E"],
     gate: Gate,
-    charge: Float[Tensor, E],
+    charge: Float[Tensor, "E"],
     *,
-    mask: Bool[Tensor, T] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
 ) -> Float[Tensor, "T E"]:
     """Gradient of the logits of a charge on their scores; see `attached.pull`."""
     real = real_rows(gate.affinities(logits), mask)
@@ -79,7 +79,7 @@ def pull(
 def ranking(
     logits: Float[Tensor, "T E"],
     gate: Gate,
-    price: Float[Tensor, E] | None,
+    price: Float[Tensor, "E"] | None,
     limit: GroupLimit | None,
 ) -> Int[Tensor, "T E"]:
     """All experts (T, E), best first: the lowest index first among equals, NaN above all."""
@@ -101,6 +101,6 @@ def ranking(
     return order.gather(-1, is_open.argsort(dim=-1, descending=True, stable=True))
 
 
-def _normaliser(logits: Float[Tensor, "T E"], gate: Gate) -> Float[Tensor, T]:
+def _normaliser(logits: Float[Tensor, "T E"], gate: Gate) -> Float[Tensor, "T"]:
     z = at_least_float32(logits)
     return (gate.log_affinity(z) if isinstance(gate, Sigmoid) else z).logsumexp(dim=-1)

@@ -46,7 +46,7 @@ class MeanPrice(NamedTuple):
     """
 
     potential: Potential
-    mean: Float[Tensor, E]
+    mean: Float[Tensor, "E"]
     weight: Float[Tensor, ""]
     hard: bool
     peek: bool
@@ -106,11 +106,11 @@ def forms(price: MeanPrice | None) -> TypeGuard[MeanPrice]:
 
 def charge(
     price: MeanPrice,
-    packed: Float[Tensor, sums],
-    running: Float[Tensor, sums],
-    last_step: Float[Tensor, 2],
+    packed: Float[Tensor, "sums"],
+    running: Float[Tensor, "sums"],
+    last_step: Float[Tensor, "2"],
     scale: Float[Tensor, ""],
-) -> Float[Tensor, E]:
+) -> Float[Tensor, "E"]:
     """Count a batch and form the charge (E,) on its tokens' scores, in one launch.
 
     Args:

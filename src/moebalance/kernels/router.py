@@ -31,9 +31,9 @@ def choose(
     top_k: int,
     *,
     normalize: bool,
-    price: Float[Tensor, E] | None = None,
+    price: Float[Tensor, "E"] | None = None,
     limit: GroupLimit | None = None,
-    mask: Bool[Tensor, T] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
 ) -> Chosen:
     """Choose experts, weigh them and sum what was done, in one pass over the logits.
 
@@ -96,12 +96,12 @@ def pull_back(
     upstream: Float[Tensor, "T K"],
     logits: Float[Tensor, "T E"],
     chosen_experts: Int[Tensor, "T K"],
-    normaliser: Float[Tensor, T],
+    normaliser: Float[Tensor, "T"],
     gate: Gate,
     *,
     normalize: bool,
-    charge: Float[Tensor, E] | None = None,
-    mask: Bool[Tensor, T] | None = None,
+    charge: Float[Tensor, "E"] | None = None,
+    mask: Bool[Tensor, "T"] | None = None,
 ) -> Float[Tensor, "T E"]:
     """Gradient of the logits from the weights and from the charge, in one pass.
 

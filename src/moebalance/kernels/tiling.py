@@ -114,12 +114,12 @@ def _tile(
     return Tiling(sizes, warps, 2112 if columns <= 512 else 528)
 
 
-def row_of(values: Float[Tensor, E] | None, logits: Tensor) -> Tensor:
+def row_of(values: Float[Tensor, "E"] | None, logits: Tensor) -> Tensor:
     """Values (E,) as float32. Without values any tensor stands in; it is never read."""
     return logits if values is None else values.detach().float().contiguous()
 
 
-def bytes_of(mask: Bool[Tensor, T] | None, logits: Tensor) -> Tensor:
+def bytes_of(mask: Bool[Tensor, "T"] | None, logits: Tensor) -> Tensor:
     """A mask (T,) as bytes. Without a mask any tensor stands in; it is never read."""
     return logits if mask is None else mask.contiguous().view(torch.uint8)
 

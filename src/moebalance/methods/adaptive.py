@@ -67,7 +67,7 @@ class Adaptive(NamedTuple):
         return cls(*means, *(Ema(zero, square.weight) for square in squares))
 
     @property
-    def mean(self) -> Float[Tensor, E]:
+    def mean(self) -> Float[Tensor, "E"]:
         """Mean load (E,), for prices."""
         return self.average.mean
 
@@ -92,7 +92,7 @@ class Adaptive(NamedTuple):
             slow=self.slow.inherit(lineage, gate),
         )
 
-    def after(self, value: Float[Tensor, E], seen: Float[Tensor, ""]) -> Adaptive:
+    def after(self, value: Float[Tensor, "E"], seen: Float[Tensor, ""]) -> Adaptive:
         """Advance by a step's load (E,). Nothing changes if `seen` is 0 instead of 1."""
         emas = (self.fast, self.middle, self.slow)
         fast, middle, slow = (

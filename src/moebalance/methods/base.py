@@ -120,11 +120,11 @@ class Method:
         """
         return state
 
-    def selection_price(self, state: State) -> Float[Tensor, E] | None:
+    def selection_price(self, state: State) -> Float[Tensor, "E"] | None:
         """Price (E,) subtracted from the affinities before top-k; None for no effect."""
         return None
 
-    def adopt(self, state: State, price: Float[Tensor, E]) -> State:
+    def adopt(self, state: State, price: Float[Tensor, "E"]) -> State:
         """Take over a selection price (E,) that a model was trained with."""
         return state
 
@@ -134,7 +134,7 @@ class Method:
         gate: Gate,
         logits: Float[Tensor, "T E"],
         *,
-        mask: Bool[Tensor, T] | None,
+        mask: Bool[Tensor, "T"] | None,
         training: bool,
     ) -> Float[Tensor, "T E"] | None:
         """Scores (T, E) for top-k to rank instead of the affinities; None for no effect."""

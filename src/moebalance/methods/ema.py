@@ -39,7 +39,7 @@ class Ema(NamedTuple):
         gain = (rate / weight).to(self.mean.dtype)
         return Ema(torch.lerp(self.mean, value.to(self.mean.dtype), gain), weight)
 
-    def peek(self, value: Float[Tensor, E], rate: float | Tensor) -> Float[Tensor, E]:
+    def peek(self, value: Float[Tensor, "E"], rate: float | Tensor) -> Float[Tensor, "E"]:
         """The mean of `toward`, in as few kernels as can be."""
         weight = as_number(self.weight)
         gain = rate / (weight + rate * (1 - weight))

@@ -70,7 +70,7 @@ class EmaSwitchLoss(Method):
         """m ← (1 − η) m + η f, once per optimizer step."""
         return remember(self, state, sums.hard_load, sums.tokens)
 
-    def loss_price(self, state: Memory, batch: Batch) -> Float[Tensor, E]:
+    def loss_price(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
         """α m (E,) relative to the proportions, with m as of this batch."""
         return self.strength * per_proportion(
             peek(self, state, batch.hard_load, batch), self.proportions

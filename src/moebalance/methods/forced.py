@@ -73,7 +73,7 @@ class Forced(Method):
         gate: Gate,
         logits: Float[Tensor, "T E"],
         *,
-        mask: Bool[Tensor, T] | None,
+        mask: Bool[Tensor, "T"] | None,
         training: bool,
     ) -> Float[Tensor, "T E"]:
         """Scores (T, E) whose K largest are the pattern's, for every K."""
@@ -91,7 +91,7 @@ class Forced(Method):
         return -distance.float()
 
 
-def _noise(number: Tensor) -> Float[Tensor, ...]:
+def _noise(number: Tensor) -> Float[Tensor, "..."]:
     """A number in [0, 1) that looks random, for each whole number."""
     mixed = number * 0x9E3779B1 & 0x7FFFFFFF
     mixed = (mixed ^ mixed >> 15) * 0x2C1B3C6D & 0x7FFFFFFF

@@ -44,6 +44,6 @@ class GlobalBatchLoss(Method):
         """A batch sees the step so far, within its process."""
         return super().traits._replace(from_sums=True, coupling="step")
 
-    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, E]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of the step so far, per share."""
         return self.strength * per_proportion(batch.step.hard_load, self.proportions)

@@ -48,22 +48,22 @@ class Goal(ABC):
         return described(self)
 
     @abstractmethod
-    def measure(self, load: Float[Tensor, E]) -> Float[Tensor, ""]:
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """Unevenness () of a load (E,) that sums to 1: 0 if it is even.
 
         Raises:
             ValueError: the goal does not fit this number of experts.
         """
 
-    def ratio(self, load: Float[Tensor, E]) -> Float[Tensor, ""]:
+    def ratio(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """measure / at_most, (): at most 1 if the goal is met."""
         return self.measure(load) / self.at_most
 
-    def of(self, sums: Sums) -> Float[Tensor, E]:
+    def of(self, sums: Sums) -> Float[Tensor, "E"]:
         """The load (E,) that the goal is about."""
         return sums.soft_load if self.load == "soft" else sums.hard_load
 
-    def _proportions(self, load: Float[Tensor, E]) -> Float[Tensor, E] | None:
+    def _proportions(self, load: Float[Tensor, "E"]) -> Float[Tensor, "E"] | None:
         return None if self.proportions is None else fractions(self.proportions, load)
 
     @property
@@ -81,7 +81,7 @@ class MaxVio(Goal):
     2.0
     """
 
-    def measure(self, load: Float[Tensor, E]) -> Float[Tensor, ""]:
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """`metrics.max_violation`."""
         return metrics.max_violation(load, self._proportions(load))
 
@@ -95,7 +95,7 @@ class Gini(Goal):
     2.0
     """
 
-    def measure(self, load: Float[Tensor, E]) -> Float[Tensor, ""]:
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """`metrics.gini`."""
         return metrics.gini(load, self._proportions(load))
 
@@ -111,7 +111,7 @@ class EntropyDeficit(Goal):
     2.0
     """
 
-    def measure(self, load: Float[Tensor, E]) -> Float[Tensor, ""]:
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """1 − `metrics.normalized_entropy`, or the divergence."""
         proportions = self._proportions(load)
         if proportions is None:
@@ -144,7 +144,7 @@ class RankVio(Goal):
                 f"ep_size={self.ep_size}: give at least 2; one rank holds all experts."
             )
 
-    def measure(self, load: Float[Tensor, E]) -> Float[Tensor, ""]:
+    def measure(self, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
         """`metrics.max_violation` of the ranks' loads.
 
         Raises:

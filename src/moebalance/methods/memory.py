@@ -74,7 +74,7 @@ def begin(method: Remembers, num_experts: int) -> Memory:
 
 
 def remember(
-    method: Remembers, memory: Memory, load: Float[Tensor, E], tokens: Float[Tensor, ""]
+    method: Remembers, memory: Memory, load: Float[Tensor, "E"], tokens: Float[Tensor, ""]
 ) -> Memory:
     """The memory after a step with this load (E,); unchanged if the step has no token."""
     if isinstance(memory, Adaptive):
@@ -83,8 +83,8 @@ def remember(
 
 
 def peek(
-    method: Remembers, memory: Memory, load: Float[Tensor, E], batch: Batch
-) -> Float[Tensor, E]:
+    method: Remembers, memory: Memory, load: Float[Tensor, "E"], batch: Batch
+) -> Float[Tensor, "E"]:
     """The mean (E,) as if one batch's load (E,) were already a part of it."""
     average = memory.average if isinstance(memory, Adaptive) else memory
     return average.peek(load, batch_rate(method, memory, batch))

@@ -99,7 +99,7 @@ class PhiBalancing(Method):
         """m ← (1 − η) m + η p̄, once per optimizer step."""
         return remember(self, state, self._load(sums), sums.tokens)
 
-    def loss_price(self, state: Memory, batch: Batch) -> Float[Tensor, E]:
+    def loss_price(self, state: Memory, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(m) − ⟨m, ∇φ(m)⟩) with m as of this batch."""
         mean = state.mean
         if self.peek:
@@ -107,5 +107,5 @@ class PhiBalancing(Method):
         price = self.potential.grad(mean)
         return alpha(self, mean.shape[-1]) * (price - price @ mean)
 
-    def _load(self, seen: Sums | Batch) -> Float[Tensor, E]:
+    def _load(self, seen: Sums | Batch) -> Float[Tensor, "E"]:
         return seen.soft_load if self.load == "soft" else seen.hard_load

@@ -71,13 +71,13 @@ class PlugInLoss(Method):
         alpha(self, num_experts)  # raises where the unit needs a slope that there is not
         return ()
 
-    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, E]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α (∇φ(l) − ⟨l, ∇φ(l)⟩), centred as the price of φ-balancing is."""
         load = self._load(batch.step if self.window == "step" else batch.sums)
         price = self.potential.grad(load)
         return alpha(self, load.shape[-1]) * (price - price @ load)
 
-    def _load(self, sums: Sums) -> Float[Tensor, E]:
+    def _load(self, sums: Sums) -> Float[Tensor, "E"]:
         if self.load == "soft":
             return sums.soft_load
         return sums._replace(counts=sums.counts + self.pseudo_count).hard_load

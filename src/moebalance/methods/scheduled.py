@@ -104,7 +104,7 @@ class Scheduled(Scaled):
             inner = self.method.priced(inner, torch.lerp(state.inner.price, inner.price, part))
         return Progress(inner, tokens)
 
-    def selection_price(self, state: Progress) -> Float[Tensor, E] | None:
+    def selection_price(self, state: Progress) -> Float[Tensor, "E"] | None:
         """The method's own."""
         return self.method.selection_price(state.inner)
 
@@ -114,13 +114,13 @@ class Scheduled(Scaled):
         gate: Gate,
         logits: Float[Tensor, "T E"],
         *,
-        mask: Bool[Tensor, T] | None,
+        mask: Bool[Tensor, "T"] | None,
         training: bool,
     ) -> Float[Tensor, "T E"] | None:
         """The method's own."""
         return self.method.preference(state.inner, gate, logits, mask=mask, training=training)
 
-    def adopt(self, state: Progress, price: Float[Tensor, E]) -> Progress:
+    def adopt(self, state: Progress, price: Float[Tensor, "E"]) -> Progress:
         """Hand the price to the method."""
         return state._replace(inner=self.method.adopt(state.inner, price))
 
@@ -132,7 +132,7 @@ class Scheduled(Scaled):
         """The part of the strength in force."""
         return self.factor(state.tokens)
 
-    def factor(self, tokens: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    def factor(self, tokens: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The part of the strength in force after so many tokens."""
         factor = torch.ones_like(tokens)
         if self.warmup_tokens:

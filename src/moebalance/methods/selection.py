@@ -29,7 +29,7 @@ Scale = Literal["affinity", "nats"]
 class SelectionPrice(NamedTuple):
     """The price (E,), float32, subtracted before top-k, in units of the affinity."""
 
-    price: Float[Tensor, E]
+    price: Float[Tensor, "E"]
 
     def inherit(self, lineage: Lineage, gate: Gate) -> SelectionPrice:
         """The parents' price in the unit of the new layer's affinities."""
@@ -39,7 +39,7 @@ class SelectionPrice(NamedTuple):
 class NatsPrice(NamedTuple):
     """The price (E,), float32, subtracted from the log-affinities before top-k."""
 
-    price: Float[Tensor, E]
+    price: Float[Tensor, "E"]
 
     def inherit(self, lineage: Lineage, gate: Gate) -> NatsPrice:
         """The parents' price; its unit does not depend on the number of experts."""
@@ -82,7 +82,7 @@ class Selecting(Method):
         zero = torch.zeros(num_experts, dtype=torch.float32)
         return SelectionPrice(zero) if self.scale == "affinity" else NatsPrice(zero)
 
-    def selection_price(self, state: State) -> Float[Tensor, E] | None:
+    def selection_price(self, state: State) -> Float[Tensor, "E"] | None:
         """The price in units of the affinity; None for a price in nats."""
         if self.scale == "nats":
             return None
@@ -95,7 +95,7 @@ class Selecting(Method):
         gate: Gate,
         logits: Float[Tensor, "T E"],
         *,
-        mask: Bool[Tensor, T] | None,
+        mask: Bool[Tensor, "T"] | None,
         training: bool,
     ) -> Float[Tensor, "T E"]:
         """The affinities, or their logarithms, less the price."""
@@ -106,11 +106,11 @@ class Selecting(Method):
         """The scores from which the price is subtracted."""
         return gate.affinities(logits) if self.scale == "affinity" else gate.log_affinity(logits)
 
-    def adopt(self, state: State, price: Float[Tensor, E]) -> State:
+    def adopt(self, state: State, price: Float[Tensor, "E"]) -> State:
         """Go on from the model's own price."""
         return self.priced(state, price)
 
-    def priced(self, state: State, price: Float[Tensor, E]) -> State:
+    def priced(self, state: State, price: Float[Tensor, "E"]) -> State:
         """The state with this price in place of its own."""
         return state._replace(price=price)
 
@@ -119,7 +119,9 @@ class Selecting(Method):
         return {} if self.scale == "affinity" else {"price_nats": price_spread(state.price)}
 
 
-def inherited_price(price: Float[Tensor, old], lineage: Lineage, gate: Gate) -> Float[Tensor, new]:
+def inherited_price(
+    price: Float[Tensor, "old"], lineage: Lineage, gate: Gate
+) -> Float[Tensor, "new"]:
     """The parents' price in the unit of the new layer's affinities.
 
     Softmax affinities sum to one: with n times the experts they are an n-th each.

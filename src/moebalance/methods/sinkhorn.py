@@ -61,7 +61,7 @@ class Sinkhorn(Method):
         gate: Gate,
         logits: Float[Tensor, "T E"],
         *,
-        mask: Bool[Tensor, T] | None,
+        mask: Bool[Tensor, "T"] | None,
         training: bool,
     ) -> Float[Tensor, "T E"] | None:
         """Log of the plan, up to a constant per token; None in evaluation."""
@@ -71,8 +71,8 @@ class Sinkhorn(Method):
         return kernel + self._column_potential(kernel, mask)
 
     def _column_potential(
-        self, kernel: Float[Tensor, "T E"], mask: Bool[Tensor, T] | None
-    ) -> Float[Tensor, E]:
+        self, kernel: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None
+    ) -> Float[Tensor, "E"]:
         """v (E,) after the last iteration, from the real tokens of the batch."""
         if mask is not None:
             # A padded row is −inf in the column sums: it has no mass.

@@ -34,10 +34,10 @@ class MovingPrice(NamedTuple):
     """The selection price, and its momentum w (E,), float32."""
 
     held: SelectionPrice | NatsPrice
-    momentum: Float[Tensor, E]
+    momentum: Float[Tensor, "E"]
 
     @property
-    def price(self) -> Float[Tensor, E]:
+    def price(self) -> Float[Tensor, "E"]:
         """The price (E,)."""
         return self.held.price
 
@@ -90,11 +90,11 @@ class SMEBU(Selecting):
         held = super().init(num_experts)
         return MovingPrice(held, torch.zeros_like(held.price))
 
-    def adopt(self, state: MovingPrice, price: Float[Tensor, E]) -> MovingPrice:
+    def adopt(self, state: MovingPrice, price: Float[Tensor, "E"]) -> MovingPrice:
         """Go on from the model's own price, without momentum."""
         return MovingPrice(state.held._replace(price=price), torch.zeros_like(price))
 
-    def priced(self, state: MovingPrice, price: Float[Tensor, E]) -> MovingPrice:
+    def priced(self, state: MovingPrice, price: Float[Tensor, "E"]) -> MovingPrice:
         """The state with this price in place of its own; the momentum stays."""
         return state._replace(held=state.held._replace(price=price))
 

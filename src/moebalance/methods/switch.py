@@ -47,6 +47,6 @@ class SwitchLoss(Method):
         """The batch's load and mean score are multiplied."""
         return super().traits._replace(from_sums=True, coupling="batch")
 
-    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, E]:
+    def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "E"]:
         """α f, the hard load of this batch, per share."""
         return self.strength * per_proportion(batch.sums.hard_load, self.proportions)

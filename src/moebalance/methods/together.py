@@ -94,11 +94,11 @@ class Together(Method):
         parts = zip(self._parts(state), self._own(sums), strict=True)
         return tuple(part.update(own, own_sums) for (part, own), own_sums in parts)
 
-    def selection_price(self, state: States) -> Float[Tensor, E] | None:
+    def selection_price(self, state: States) -> Float[Tensor, "E"] | None:
         """The price of the method that has one."""
         return _total(part.selection_price(own) for part, own in self._parts(state))
 
-    def adopt(self, state: States, price: Float[Tensor, E]) -> States:
+    def adopt(self, state: States, price: Float[Tensor, "E"]) -> States:
         """Hand the price to each; a method without a selection price ignores it."""
         return tuple(part.adopt(own, price) for part, own in self._parts(state))
 
@@ -108,7 +108,7 @@ class Together(Method):
         gate: Gate,
         logits: Float[Tensor, "T E"],
         *,
-        mask: Bool[Tensor, T] | None,
+        mask: Bool[Tensor, "T"] | None,
         training: bool,
     ) -> Float[Tensor, "T E"] | None:
         """The preference of the method that selects."""

@@ -56,5 +56,5 @@ class ZLoss(Method):
         return real_rows(gradient, routing.mask)
 
 
-def _log_partition(routing: Routing) -> Float[Tensor, T]:
+def _log_partition(routing: Routing) -> Float[Tensor, "T"]:
     return at_least_float32(routing.logits).logsumexp(dim=-1)
