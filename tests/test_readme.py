@@ -70,20 +70,28 @@ def test_what_is_said_of_the_figure_is_what_the_demo_measured() -> None:
     assert "against each of the 3 other balanced methods its loss difference is within" in verdict
 
 
-def test_the_comparison_in_the_readme_is_that_of_the_demo() -> None:
-    rows = {row["Method"]: row for row in table(ROOT / "docs/demo.md", "mixed-micro-batches")}
+def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
+    from evidence.study import read
+
+    study = read(ROOT / "evidence/results/recommended.jsonl")
+    ours = "phi+loss-free(scale='nats')"
     names = {
-        "no balancing": "No balancing",
-        "Switch loss": "Switch loss",
-        "loss-free bias": "Loss-free bias",
-        "φ-balancing": "φ-balancing",
-        "**recommended**": "φ + loss-free",
+        "no balancing": "none",
+        "Switch loss": "switch",
+        "loss-free bias": "loss-free",
+        "φ-balancing": "phi",
+        "**recommended**": ours,
     }
-    digits = {"Validation loss": 3, "MaxVio global": 2, "Dead experts": 0, "Domain MI": 2}
-    for name, method in names.items():
-        means = {column: rows[method][column].partition(" ±")[0] for column in digits}
-        numbers = [f"{float(means[column]):.{places}f}" for column, places in digits.items()]
+    metrics = (("loss", 3), ("maxvio", 2), ("dead_experts", 0), ("mi", 2))
+    for name, setting in names.items():
+        numbers = [f"{study.mean(setting, metric):.{digits}f}" for metric, digits in metrics]
         assert f"| {name} | {' | '.join(numbers)} |" in README
+    gain = study.less("none", ours, "loss")
+    low, high = gain.mean - gain.half, gain.mean + gain.half
+    said = f"loss is {gain.mean:.3f} below no balancing (95 % interval {low:.3f} to {high:.3f})"
+    assert said in " ".join(README.split())
+    rivals = [s for s in study.settings() if s not in ("none", ours)]
+    assert [study.less(ours, rival, "loss").sign for rival in rivals] == [0, 0, 0]
 
 
 def test_the_recommended_method_is_the_one_that_the_written_rule_takes() -> None:
@@ -98,8 +106,8 @@ def test_the_recommended_method_is_the_one_that_the_written_rule_takes() -> None
     assert f"MaxVio there was {', '.join(reached[:2])} and {reached[2]}" in " ".join(README.split())
     assert all(cell.mean(taken, "dead_experts") == 0 for cell in cells.values())
     assert max(regret(cell, taken) for cell in cells.values()) <= 0.001
-    demo = find_runs(ROOT / "evidence/results/demo")
-    assert not {run.seed for run in demo} & {seed for c in cells.values() for seed in c.seeds()}
+    reported = read(ROOT / "evidence/results/recommended.jsonl").seeds()
+    assert not set(reported) & {seed for cell in cells.values() for seed in cell.seeds()}
 
 
 def test_the_time_of_a_step_is_told_as_it_was_measured() -> None:

@@ -21,8 +21,8 @@ logger = logging.getLogger("moebalance")
 
 def choose_sites(
     model: nn.Module, method: Method | None, layers: Layers | None = None
-) -> list[Site]:
-    """Recognise the routers that `method` balances in this model.
+) -> tuple[list[Site], Method]:
+    """Recognise the routers that `method` balances in this model, and settle the method.
 
     Frozen routers are left out where others train, and so are copies that belong to PEFT adapters
     not in use. One line says how many.
@@ -33,7 +33,7 @@ def choose_sites(
         layers: which routers, by name; None for all.
 
     Returns:
-        The routers; none where the model has none.
+        The routers, none where the model has none, and the method.
 
     Raises:
         ValueError: a router of an unknown kind, one that gives the method no lever, or all frozen
@@ -41,7 +41,7 @@ def choose_sites(
     """
     found = survey(model)
     if not found.routers:
-        return []
+        return [], method or recommended()
     names = set(chosen([router.name for router in found.routers], layers))
     wanted = [router for router in found.routers if router.name in names]
     watched = method is not None and _only_watches(method)
@@ -49,12 +49,13 @@ def choose_sites(
     frozen = [router.name for router in wanted if router not in kept]
     _say_what_is_left_out(found, frozen, layers)
     sites = [examine(model, router) for router in kept]
+    method = _suited(sites) if method is None else method
     for site in sites:
-        check_levers(site, suited(sites) if method is None else method)
-    return sites
+        check_levers(site, method)
+    return sites, method
 
 
-def suited(sites: Sequence[Site]) -> Method:
+def _suited(sites: Sequence[Site]) -> Method:
     """The recommended method, in the form that these routers allow."""
     native = all(site.bias is not None for site in sites)
     return recommended(native_bias=native, choosable=not any(site.why_fixed for site in sites))

@@ -10,7 +10,7 @@ from transformers import __version__ as version
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
-from moebalance.integrations.huggingface.choice import choose_sites, parts, suited
+from moebalance.integrations.huggingface.choice import choose_sites, parts
 from moebalance.integrations.huggingface.exporting import guard_saving
 from moebalance.integrations.huggingface.forward import Context, Forward, find_entrances, holder
 from moebalance.integrations.huggingface.model_hooks import ModelHooks
@@ -44,7 +44,7 @@ def attach(
         raise TypeError(f"{type(model).__name__} holds no Transformers model.")
     _refuse_second(model)
     _refuse_compiled(model)
-    sites = choose_sites(model, method, layers)
+    sites, method = choose_sites(model, method, layers)
     if not sites:
         raise ValueError(
             f"{type(inner).__name__} has no MoE router that could be found: no submodule whose "
@@ -52,8 +52,6 @@ def attach(
             "a Mixture-of-Experts model, or write the layer with moebalance.BalancedRouter. Before "
             f"Transformers 5.6 many families have no router of their own; {version} is installed."
         )
-    if method is None:
-        method = suited(sites)
     balanced = {site.name: _layer(site, method, fused=fused) for site in sites}
     balancing = Balancing(method, balanced, group=group)
     try:
