@@ -56,18 +56,15 @@ def test_what_is_said_of_the_figure_is_what_the_demo_measured() -> None:
         return rows[method][column].partition(" ±")[0]
 
     said = " ".join(README.split())
-    ours, without = rows["φ + loss-free"], rows["No balancing"]
     assert f"Without balancing MaxVio is {mean('No balancing', 'MaxVio global')}, and" in said
     assert f"{mean('No balancing', 'Dead experts')} of 64 experts are" in said
     assert {mean(name, "Dead experts") for name in rows if name != "No balancing"} == {"0.0"}
+    assert "With each of the three methods none is." in said
     assert f"method brings MaxVio to {mean('φ + loss-free', 'MaxVio global')}." in said
     assert f"alone brings MaxVio to {mean('φ-balancing', 'MaxVio global')}." in said
-    loss = [float(row["Validation loss"].partition(" ±")[0]) for row in (without, ours)]
-    assert f"than without balancing, by {loss[0] - loss[1]:.3f} nats per byte" in said
-    verdict = " ".join((ROOT / "docs/demo.md").read_text(encoding="utf-8").split())
-    assert "(95 % interval 0.026 to 0.043)" in said
-    assert "lowered validation loss by 0.034 nats/token (95 % interval 0.026 to 0.043)" in verdict
-    assert "against each of the 3 other balanced methods its loss difference is within" in verdict
+    found = " ".join((ROOT / "docs/demo.md").read_text(encoding="utf-8").split())
+    assert "its loss is within seed noise of no balancing" in said
+    assert "to 0.21 ± 0.00 and its validation loss stayed within seed noise" in found
 
 
 def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:

@@ -140,6 +140,9 @@ def chapter(studies: Studies) -> Finding:
 def _figure(cells: Mapping[str, Study]) -> Any:
     shown = []
     for name, cell in cells.items():
-        marks = points(cell, cell.settings(), "maxvio", "loss", label=cell.title)
+        settings = cell.settings()
+        filled = [s for s in settings if "loss-free" not in s or "nats" in s]
+        hollow = [s for s in settings if s not in filled]
+        marks = points(cell, settings, "maxvio", "loss", label=str, hollow=hollow)
         shown.append(Panel(CELLS[name], "MaxVio, log scale", "loss, nats per byte", marks, log="x"))
     return draw(shown, columns=4, height=3.6, width=11)
