@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
 
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface.hooks import attach
 from moebalance.integrations.huggingface.native_loss import silence_native_loss
+from moebalance.integrations.huggingface.reporting import Reporting
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import transformers_model
 from moebalance.integrations.huggingface.state_file import STATE_FILE, load, save
@@ -26,12 +26,12 @@ from moebalance.methods.base import Method
 logger = logging.getLogger("moebalance")
 
 
-class BalanceCallback(TrainerCallback):
+class BalanceCallback(Reporting):
     """Let a Hugging Face Trainer (or TRL's) drive the balancing.
 
     Ends the balancing step with the optimizer step, keeps the term's strength in proportion to the
-    loss, adds the metrics to the trainer's logs, saves the state next to each checkpoint and takes
-    it up again on resuming.
+    loss, adds the metrics to the trainer's logs, for all of its reporters, saves the state next to
+    each checkpoint and takes it up again on resuming.
 
     Args:
         balancing: what `moebalance.attach` returned; or a method, to be attached to the trainer's
@@ -90,6 +90,7 @@ class BalanceCallback(TrainerCallback):
             ValueError: the method does not fit the model, or the trainer was told to add the
                 model's own balancing loss.
         """
+        super().on_init_end(args, state, control, **kwargs)
         self._restore_config = silence_trainer_loss(args, kwargs["model"])
         self._take(args, kwargs["model"])
 
@@ -102,6 +103,7 @@ class BalanceCallback(TrainerCallback):
             ValueError: the model's routers are frozen, or others than were attached to; or the
                 trainer was told to add the model's own balancing loss.
         """
+        super().on_train_begin(args, state, control, **kwargs)
         if args.n_gpu > 1:
             raise RuntimeError(
                 f"torch.nn.DataParallel over {args.n_gpu} GPUs: its replicas are counted nowhere. "
@@ -137,12 +139,8 @@ class BalanceCallback(TrainerCallback):
         self.balancing.step()
         self._epoch.step += 1
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def complete(self, state: Any, logs: dict[str, Any]) -> None:
         """Add the metrics to a training log entry."""
-        if logs is None or "loss" not in logs:
-            return
         found = {self.prefix + name: value for name, value in self.balancing.metrics().items()}
         logs.update(found)
         if state.log_history:
@@ -152,15 +150,6 @@ class BalanceCallback(TrainerCallback):
         """Save the state next to the checkpoint just written."""
         if self.state_file and state.is_world_process_zero:
             save(self.balancing, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def lead(self, trainer: Any) -> None:
-        """Move this callback to the front, so that W&B, TensorBoard and others log the metrics too.
-
-        A Trainer calls its reporters before the callbacks it is given.
-        """
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)
 
     def _take(self, args: Any, model: nn.Module) -> None:
         """Attach to `model` if that is left to this callback, and follow what the trainer does."""
