@@ -112,6 +112,7 @@ class ModelHooks:
         self.balancing.place(
             {r.layer.name: to for r in self.routers if (to := home(r.site.router)) is not None}
         )
+        self._forget_reference()  # of a forward that an exception ended
         if trains:
             self.policy.trains()
             self.prices.follow()
@@ -125,12 +126,15 @@ class ModelHooks:
             self.forward.context, self._kept = self._kept, None
         if torch.compiler.is_compiling():
             return
-        if self.forward.reference:
-            self.forward.reference = False
-            self.prices.resume()
+        self._forget_reference()
         if self._called == sum(router.calls for router in self.routers) and self._is_eager():
             names = [router.layer.name for router in self.routers]
             self.calls.saw_forward(names, training=module.training)
+
+    def _forget_reference(self) -> None:
+        if self.forward.reference:
+            self.forward.reference = False
+            self.prices.resume()
 
     def _is_eager(self) -> bool:
         """Whether no part is compiled: there, calls are not counted. Nor do shapes count."""
