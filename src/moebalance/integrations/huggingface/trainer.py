@@ -12,9 +12,9 @@ from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface.hooks import attach
 from moebalance.integrations.huggingface.native_loss import silence_native_loss
 from moebalance.integrations.huggingface.reporting import Reporting
+from moebalance.integrations.huggingface.resuming import follow_best, resume, save_beside
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import transformers_model
-from moebalance.integrations.huggingface.state_file import STATE_FILE, load, save
 from moebalance.integrations.huggingface.trainer_loss import (
     Epoch,
     follow_outputs,
@@ -120,7 +120,8 @@ class BalanceCallback(Reporting):
         self._scale(kwargs.get("optimizer"))
         self.balancing.discard()
         if state.global_step > 0:
-            self._resume(args, state)
+            given, beside = self.resume_from, self.state_file
+            resume(self.balancing, args, state, given=given, state_file=beside)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the epoch's steps from the first one that is not skipped."""
@@ -149,7 +150,11 @@ class BalanceCallback(Reporting):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state next to the checkpoint just written."""
         if self.state_file and state.is_world_process_zero:
-            save(self.balancing, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            save_beside(self.balancing, args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where the trainer went back to its best checkpoint, go with it."""
+        follow_best(self.balancing, args, state)
 
     def _take(self, args: Any, model: nn.Module) -> None:
         """Attach to `model` if that is left to this callback, and follow what the trainer does."""
@@ -165,21 +170,6 @@ class BalanceCallback(Reporting):
 
     def _scale(self, optimizer: Any) -> None:
         self.balancing.set_loss_scale(scaler_factor(optimizer) / self._epoch.micro_batches)
-
-    def _resume(self, args: Any, state: Any) -> None:
-        own, named = Path(args.output_dir) / f"checkpoint-{state.global_step}", None
-        if isinstance(args.resume_from_checkpoint, str):  # from a command line it may be "True"
-            named = Path(args.resume_from_checkpoint)
-        folder = self.resume_from or (named if named and (named / STATE_FILE).is_file() else own)
-        if state.global_step == self.balancing.steps and not (folder / STATE_FILE).is_file():
-            return  # loaded by hand
-        load(self.balancing, folder)
-        if state.global_step != self.balancing.steps:
-            raise ValueError(
-                f"{folder / STATE_FILE} was saved after {self.balancing.steps} steps, but training "
-                f"resumes at step {state.global_step}: give the checkpoint that is resumed from as "
-                "BalanceCallback(..., resume_from=...)."
-            )
 
 
 def _tied(balancing: Balancing | None, model: nn.Module) -> Iterator[tuple[str, LayerBalance]]:
