@@ -50,23 +50,25 @@ class _InFront(TrainerCallback):
             self.owner.on_log(args, state, control, **kwargs)
 
 
-def _lead(owner: Reporting) -> None:
-    """Put a stand-in for `owner` before all other callbacks of the Trainer that calls it now."""
-    handler = _calling_handler(owner)
-    if handler is None:  # called by hand
-        return
-    others = [c for c in handler.callbacks if not (isinstance(c, _InFront) and c.owner is owner)]
-    handler.callbacks = [_InFront(owner, handler), *others]  # a new list: this one is walked now
-
-
-def _calling_handler(owner: Reporting) -> CallbackHandler | None:
-    """The handler that calls `owner`, which it does not name in the arguments of an event."""
-    frame = sys._getframe()
+def calling_trainer(callback: TrainerCallback) -> Any:
+    """The Trainer that calls `callback` now, which no event names; None if called by hand."""
+    handler, frame = None, sys._getframe().f_back
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and any(c is owner for c in handler.callbacks):
-            return handler
-        if frame.f_back is None:
-            return None
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler) and any(c is callback for c in caller.callbacks):
+            handler = caller
+        elif handler is not None:
+            found = getattr(caller, "__dict__", {}).get("callback_handler") is handler
+            return caller if found else None
         frame = frame.f_back
     return None
+
+
+def _lead(owner: Reporting) -> None:
+    """Put a stand-in for `owner` before all other callbacks of the Trainer that calls it now."""
+    trainer = calling_trainer(owner)
+    if trainer is None:  # called by hand
+        return
+    handler = trainer.callback_handler
+    others = [c for c in handler.callbacks if not (isinstance(c, _InFront) and c.owner is owner)]
+    handler.callbacks = [_InFront(owner, handler), *others]  # a new list: this one is walked now

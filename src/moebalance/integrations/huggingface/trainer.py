@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch import nn
 
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
-from moebalance.integrations.huggingface.hooks import attach
+from moebalance.integrations.huggingface.hooks import attach, hooks_of
+from moebalance.integrations.huggingface.model_hooks import ModelHooks
 from moebalance.integrations.huggingface.native_loss import silence_native_loss
-from moebalance.integrations.huggingface.reporting import Reporting
+from moebalance.integrations.huggingface.reporting import Reporting, calling_trainer
 from moebalance.integrations.huggingface.resuming import follow_best, resume, save_beside
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import transformers_model
@@ -19,6 +21,7 @@ from moebalance.integrations.huggingface.trainer_loss import (
     Epoch,
     follow_outputs,
     scaler_factor,
+    silence_enabled_loss,
     silence_trainer_loss,
 )
 from moebalance.methods.base import Method
@@ -66,6 +69,7 @@ class BalanceCallback(Reporting):
         self.state_file = state_file
         self._epoch = Epoch(None, 1)
         self._restore_config: Callable[[], None] = lambda: None
+        self._hooks: list[ModelHooks] = []
         self._followed: nn.Module | None = None
         self._unfollow: Callable[[], None] = lambda: None
 
@@ -117,6 +121,12 @@ class BalanceCallback(Reporting):
         if model is not None:
             self.balancing.on_detach(silence_native_loss(model))
         self._epoch = Epoch.of(args, state, kwargs.get("train_dataloader"))
+        trainer = calling_trainer(self)
+        self.balancing.on_detach(silence_enabled_loss(trainer))
+        self._hooks = hooks_of(kwargs["model"])
+        for hooks in self._hooks:
+            hooks.divided_again = getattr(trainer, "loss_is_scaled_for_ga", None) is False
+        self.balancing.on_detach(partial(self._rate, 1))
         self._scale(kwargs.get("optimizer"))
         self.balancing.discard()
         if state.global_step > 0:
@@ -154,6 +164,8 @@ class BalanceCallback(Reporting):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where the trainer went back to its best checkpoint, go with it."""
+        self._rate(1)
+        self.balancing.set_loss_scale(1.0)
         follow_best(self.balancing, args, state)
 
     def _take(self, args: Any, model: nn.Module) -> None:
@@ -169,7 +181,13 @@ class BalanceCallback(Reporting):
             self.balancing.on_detach(self._unfollow)
 
     def _scale(self, optimizer: Any) -> None:
-        self.balancing.set_loss_scale(scaler_factor(optimizer) / self._epoch.micro_batches)
+        micro_batches = self._epoch.micro_batches
+        self._rate(micro_batches)
+        self.balancing.set_loss_scale(scaler_factor(optimizer) / micro_batches)
+
+    def _rate(self, micro_batches: int) -> None:
+        for hooks in self._hooks:
+            hooks.micro_batches = micro_batches
 
 
 def _tied(balancing: Balancing | None, model: nn.Module) -> Iterator[tuple[str, LayerBalance]]:
