@@ -31,6 +31,11 @@ def step(model: nn.Module, balancing: mb.core.handle.Balancing, seed: int = 0) -
 
 @pytest.mark.parametrize("after_steps", [0, 2])
 @pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.situation(
+    "Price",
+    "Weights with a selection bias are loaded after `attach`",
+    "works: the price goes on from the loaded bias",
+)
 def test_a_bias_that_is_loaded_after_attaching_is_kept(after_steps: int, assign: bool) -> None:
     model, other = tiny("deepseek_v3"), tiny("deepseek_v3")
     for bias in biases(other):
@@ -47,6 +52,11 @@ def test_a_bias_that_is_loaded_after_attaching_is_kept(after_steps: int, assign:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"], ids=["hook", "bias"])
+@pytest.mark.situation(
+    "Price",
+    "A reference policy made by switching adapters off",
+    "works: it does not feel the price",
+)
 def test_a_reference_made_by_switching_adapters_off_does_not_feel_the_price(family: str) -> None:
     ids = tokens(2, 12)
     bare = tiny(family).eval()
@@ -100,12 +110,22 @@ def zeroed_on_the_second_rank(brought: bool) -> list[list[float]]:
     return [bias.tolist() for bias in biases(model)]
 
 
+@pytest.mark.situation(
+    "Price",
+    "FSDP with `cpu_ram_efficient_loading`: rank 0 sends its weights after `attach`",
+    "works: equal prices on all ranks",
+)
 def test_weights_that_come_from_rank_0_after_attaching_bring_its_price() -> None:
     first, second = run(zeroed_on_the_second_rank, 2, True)
     assert first == second
     assert (torch.tensor(first) - TRAINED).abs().max() <= 3 * SPEED
 
 
+@pytest.mark.situation(
+    "Price",
+    "Ranks that start from other selection biases",
+    "refused: the first step names the router and both prices",
+)
 def test_ranks_that_start_from_other_prices_are_refused() -> None:
     for answer in outcomes(zeroed_on_the_second_rank, 2, False):
         assert isinstance(answer, Failure)

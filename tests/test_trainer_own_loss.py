@@ -73,6 +73,11 @@ class InsteadDivided(Instead):
 @pytest.mark.parametrize("split", [4, 8])
 @pytest.mark.parametrize("kind", [Added, Divided, Instead, InsteadDivided])
 @pytest.mark.parametrize("scaler", [False, True], ids=["plain", "scaler"])
+@pytest.mark.situation(
+    "Loss",
+    "`compute_loss` adds a term of its own to the model's loss, or replaces it",
+    "works: the term is the same at 1, 4 and 8 micro-batches",
+)
 def test_strength_is_the_same_however_a_trainer_makes_its_loss_of_the_models(
     tmp_path: Path, kind: Any, split: int, scaler: bool
 ) -> None:
@@ -83,6 +88,11 @@ def test_strength_is_the_same_however_a_trainer_makes_its_loss_of_the_models(
     assert agree(parts, whole)
 
 
+@pytest.mark.situation(
+    "Loss",
+    "An epoch whose last step has fewer micro-batches, with a loss of the trainer's own",
+    "works",
+)
 def test_a_short_last_step_keeps_its_strength_with_a_loss_of_the_trainers(tmp_path: Path) -> None:
     """Six rows by fours, one at a time: the second step has two micro-batches."""
     make = plain(tmp_path, Rows(6), kind=Instead, learning_rate=0.0)
@@ -102,6 +112,11 @@ def test_after_a_trainer_a_loop_of_ones_own_has_the_scale_of_its_own(tmp_path: P
 
 
 @pytest.mark.parametrize("scale", [2.0**9, torch.tensor(2.0**9)], ids=["number", "tensor"])
+@pytest.mark.situation(
+    "Loss",
+    "DeepSpeed scales the loss in fp16",
+    "works: the scale is read from DeepSpeed's optimizer (tested with a stand-in)",
+)
 def test_the_scale_of_deepspeeds_own_optimizer_is_seen(scale: Any) -> None:
     """In fp16 it scales the loss by itself, and accelerate wraps it without a scaler."""
     wrapped = SimpleNamespace(scaler=None, optimizer=SimpleNamespace(loss_scale=scale))
@@ -113,6 +128,11 @@ def test_the_scale_of_deepspeeds_own_optimizer_is_seen(scale: Any) -> None:
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*(is_gradient_checkpointing|experimental).*")
 @pytest.mark.parametrize("name", ["ORPO", "CPO"])
+@pytest.mark.situation(
+    "Loss",
+    "ORPO or CPO with `output_router_logits=True`",
+    "works: the model's own balancing loss is switched off, with a warning",
+)
 def test_a_preference_trainer_that_saw_the_native_loss_switched_on_trains_without_it(
     tmp_path: Path,
     name: str,

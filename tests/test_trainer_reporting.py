@@ -51,6 +51,11 @@ def trainer_of(folder: Path, model: Any, callbacks: list[Any], **changes: Any) -
     return Trainer(model, settings, train_dataset=Rows(4), callbacks=callbacks)
 
 
+@pytest.mark.situation(
+    "Metrics",
+    '`report_to=["tensorboard"]` with the documented lines',
+    "works: the `moe/` scalars are in the event file",
+)
 def test_the_documented_lines_bring_metrics_to_tensorboard(tmp_path: Path) -> None:
     model = tiny("mixtral")
     callback = BalanceCallback(mb.attach(model, mb.PhiBalancing()))
@@ -63,6 +68,11 @@ def test_the_documented_lines_bring_metrics_to_tensorboard(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("added_later", [True, False])
+@pytest.mark.situation(
+    "Metrics",
+    "Reporters given before or after the callback, or added later",
+    "works",
+)
 def test_every_reporter_sees_them_in_whatever_order(
     tmp_path: Path, ours_first: bool, added_later: bool
 ) -> None:

@@ -54,6 +54,11 @@ def price_of(balancing: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"], ids=["hook", "bias"])
+@pytest.mark.situation(
+    "Checkpoints",
+    "`load_best_model_at_end`",
+    "works: the state and its price go back to the best checkpoint",
+)
 def test_the_best_checkpoint_is_evaluated_with_its_own_price(tmp_path: Path, family: str) -> None:
     callback = BalanceCallback(mb.LossFree(speed=0.2))
     trainer = trainer_of(
@@ -75,6 +80,11 @@ def test_the_best_checkpoint_is_evaluated_with_its_own_price(tmp_path: Path, fam
     assert callback.balancing.metrics()["tokens"] == 24  # of the last step that was trained
 
 
+@pytest.mark.situation(
+    "Checkpoints",
+    "`load_best_model_at_end` with `state_file=False`",
+    "warned: the state stays the last step's",
+)
 def test_a_best_checkpoint_without_a_state_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -114,6 +124,11 @@ def resumed(folder: Path, checkpoint: Path, steps: int, **more: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*batch size:UserWarning")
+@pytest.mark.situation(
+    "Checkpoints",
+    "`auto_find_batch_size` after an out-of-memory",
+    "works: checkpoints resume",
+)
 def test_a_run_whose_batch_size_was_found_after_running_out_of_memory_resumes(
     tmp_path: Path,
 ) -> None:
@@ -145,6 +160,11 @@ def two_phases(folder: Path) -> Any:
     return balancing
 
 
+@pytest.mark.situation(
+    "Checkpoints",
+    "Two trainings with one handle",
+    "works: checkpoints of both resume",
+)
 def test_the_second_of_two_trainings_with_one_handle_resumes(tmp_path: Path) -> None:
     balancing = two_phases(tmp_path)
     price = price_of(balancing).clone()
@@ -176,6 +196,11 @@ def test_an_older_file_of_another_count_resumes_as_the_message_says(
     assert "is taken for step 2" in caplog.text
 
 
+@pytest.mark.situation(
+    "Checkpoints",
+    "`resume_from=` names the folder of another step",
+    "refused: the message names both steps",
+)
 def test_a_state_of_another_step_is_refused_before_anything_changes(tmp_path: Path) -> None:
     two_phases(tmp_path)
     other = tmp_path / "two" / "checkpoint-1"
