@@ -28,6 +28,11 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @each_method
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.situation(
+    "Frozen",
+    "Some routers are frozen",
+    "works: they are left out, and one line says how many",
+)
 def test_a_frozen_router_is_left_out_with_one_line(
     family: str, method: mb.Method, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -48,6 +53,11 @@ def test_a_frozen_router_is_left_out_with_one_line(
         assert torch.equal(tensor, before[key])
 
 
+@pytest.mark.situation(
+    "Frozen",
+    "All routers are frozen",
+    "refused: the method works through their gradient",
+)
 def test_all_frozen_is_refused_as_one_frozen_model() -> None:
     model = tiny("mixtral")
     model.requires_grad_(False)
@@ -71,6 +81,11 @@ class Distilled(nn.Module):
 
 @each_method
 @pytest.mark.parametrize("attention_only", [False, True])
+@pytest.mark.situation(
+    "Frozen",
+    "A frozen teacher in one module with its student",
+    "works: the student alone is balanced",
+)
 def test_a_frozen_teacher_is_left_as_it_is(method: mb.Method, attention_only: bool) -> None:
     both, ids = Distilled(), tokens()
     if attention_only:
@@ -103,6 +118,11 @@ def adapted(**settings: object) -> nn.Module:
     "settings",
     [{"modules_to_save": ["gate"]}, {"target_parameters": ["mlp.gate.weight"]}],
     ids=["saved", "adapted"],
+)
+@pytest.mark.situation(
+    "Frozen",
+    "A second LoRA adapter, such as the reference of DPO",
+    "works: it is left out",
 )
 def test_a_second_adapter_is_neither_refused_nor_balanced(
     settings: dict[str, object], method: mb.Method, caplog: pytest.LogCaptureFixture

@@ -38,6 +38,11 @@ def bypassed(layers: tuple[int, ...] = (0, 1)) -> nn.Module:
     return model
 
 
+@pytest.mark.situation(
+    "Silence",
+    "A fused block computes past its router (MegaBlocks, ScatterMoE, MXFP4)",
+    "warned: in training and in evaluation, once each",
+)
 def test_a_block_that_bypasses_its_router_is_told_of_in_evaluation_and_in_training(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -63,6 +68,11 @@ def test_a_monitor_of_one_bypassed_block_names_it(caplog: pytest.LogCaptureFixtu
     assert "model.layers.1.mlp.gate" in line
 
 
+@pytest.mark.situation(
+    "Silence",
+    "A monitor whose model is not the one that runs",
+    "warned: no router counted a token",
+)
 def test_a_monitor_whose_routers_were_never_called_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -75,6 +85,11 @@ def test_a_monitor_whose_routers_were_never_called_says_so(
     assert "counted no token" in line
 
 
+@pytest.mark.situation(
+    "Silence",
+    "An MoE block without a router that is recognised, next to others",
+    "warned: the block is named",
+)
 def test_an_moe_block_without_a_known_router_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("mixtral", num_hidden_layers=3)
     block = model.model.layers[2].mlp
@@ -91,6 +106,11 @@ def test_an_moe_block_without_a_known_router_is_told_of(caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
+@pytest.mark.situation(
+    "Silence",
+    "`step()` is never called, or the callback is missing",
+    "warned: after ten updates of the router",
+)
 def test_a_step_that_is_never_called_is_asked_for(
     caplog: pytest.LogCaptureFixture, forgotten: bool
 ) -> None:

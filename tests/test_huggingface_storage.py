@@ -39,6 +39,11 @@ class Packed(nn.Module):
 
 
 @pytest.mark.parametrize("family", LINEAR_ROUTERS)
+@pytest.mark.situation(
+    "Weights",
+    "Quantised routers that hold a `Linear`",
+    "works",
+)
 def test_a_router_that_holds_a_quantised_linear_is_recognised(family: str) -> None:
     model = tiny(family)
     expected = rules(model)
@@ -79,6 +84,11 @@ def test_a_forward_that_a_kernel_replaced_is_not_the_rule(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.situation(
+    "Weights",
+    "A model on meta when it is attached to",
+    "works: the state comes with the weights",
+)
 def test_a_model_on_meta_is_attached_to_and_trains_when_its_weights_come(family: str) -> None:
     """As ranks without weights are, before FSDP brings them."""
     whole, model, ids = tiny(family), tiny(family), tokens()
@@ -105,6 +115,11 @@ def test_a_model_on_meta_is_attached_to_and_trains_when_its_weights_come(family:
 
 
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+@pytest.mark.situation(
+    "Weights",
+    "CPU or disk offload",
+    "works: a monitor counts",
+)
 def test_an_offloaded_model_is_watched(tmp_path: Any, offload: Any) -> None:
     model, ids = tiny("mixtral").eval(), tokens()
     with mb.monitor(model) as watch:

@@ -66,6 +66,11 @@ def count(given: dict[str, Any], **settings: Any) -> int:
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "float", "int", "3-D"])
+@pytest.mark.situation(
+    "Tokens",
+    "4-D and dictionary attention masks",
+    "works: padding is read from the diagonal",
+)
 def test_a_mask_of_more_axes_tells_padding_by_its_diagonal(kind: str) -> None:
     batch = packed(tail=4)
     mask = block_mask(batch["numbers"], kind)
@@ -160,6 +165,11 @@ FLASH = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     ],
     ids=["fixed", "sequence", "together", "phi"],
 )
+@pytest.mark.situation(
+    "Tokens",
+    "Packed rows under a sequence-wise loss",
+    "works: charged as the same rows padded",
+)
 def test_packed_rows_are_charged_as_padded_ones(make: Any, collate: Any) -> None:
     both = {
         "padded": padded(),
@@ -200,6 +210,11 @@ def test_packed_sequences_are_told_apart_in_a_compiled_model() -> None:
 
 
 @pytest.mark.parametrize("family", ["switch_transformers", "nllb-moe"])
+@pytest.mark.situation(
+    "Tokens",
+    "A decoder whose collator gives no mask",
+    "works: counted by its labels",
+)
 def test_a_decoder_without_a_mask_is_counted_by_its_labels(family: str) -> None:
     """As `DataCollatorForSeq2Seq` leaves it."""
     model, ids = tiny(family), tokens()
@@ -232,6 +247,11 @@ def test_tokens_of_images_and_of_text_are_counted_by_their_own_routers() -> None
         assert {n for name, n in found.items() if "text" in name} == {19 - seen}
 
 
+@pytest.mark.situation(
+    "Tokens",
+    "A model called through one of its parts (`model.thinker(…)`)",
+    "works: padding and scale are known",
+)
 def test_a_model_called_through_one_of_its_parts_knows_padding_and_scale() -> None:
     """As Qwen-Omni's thinker is trained, or a language model within a vision model."""
     model, ids = tiny("qwen3_vl_moe"), tokens()

@@ -252,23 +252,6 @@ def test_metrics_join_the_trainers_log_without_a_key_per_expert(tmp_path: Path) 
     assert entries[0]["moe/tokens"] == 2 * 2 * 12
 
 
-def test_leading_callback_lets_other_loggers_see_the_metrics(tmp_path: Path) -> None:
-    seen: list[set[str]] = []
-
-    class Reporter(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
-            seen.append(set(logs))
-
-    model = tiny("mixtral")
-    callback = BalanceCallback(mb.attach(model, mb.PhiBalancing()))
-    trainer = Trainer(
-        model, arguments(tmp_path), train_dataset=Rows(4), callbacks=[Reporter(), callback]
-    )
-    callback.lead(trainer)
-    trainer.train()
-    assert "moe/maxvio" in seen[0]
-
-
 def test_a_native_loss_switched_on_after_attaching_is_switched_off(tmp_path: Path) -> None:
     model = tiny("mixtral")
     balancing = mb.attach(model, mb.PhiBalancing())

@@ -322,6 +322,11 @@ def test_the_models_own_loss_is_not_in_the_trainers(
 
 
 @every_trainer
+@pytest.mark.situation(
+    "Loss",
+    "A TRL trainer is told to add the model's own balancing loss",
+    "refused: two balancing losses; set `router_aux_loss_coef=0.0`",
+)
 def test_a_native_loss_that_was_asked_for_is_refused(tmp_path: Path, name: str) -> None:
     make = MAKERS[name](tmp_path, router_aux_loss_coef=0.01)
     with pytest.raises(ValueError, match=r"set router_aux_loss_coef=0\.0"):

@@ -128,12 +128,14 @@ def tie(
     return tied
 
 
-def follow(loss: Float[Tensor, ""], scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Return `loss` unchanged, and write the gradient that it receives into `scale`.
+def follow(
+    loss: Float[Tensor, ""], scale: Float[Tensor, ""], factor: float = 1.0
+) -> Float[Tensor, ""]:
+    """Return `loss` unchanged, and write the gradient that it receives, by `factor`, into `scale`.
 
     So a strength means the same under a gradient scaler, accumulation and any world size.
     """
-    followed: Tensor = _Follow.apply(loss, scale)  # type: ignore[no-untyped-call]
+    followed: Tensor = _Follow.apply(loss, scale, factor)  # type: ignore[no-untyped-call]
     return followed
 
 
@@ -310,8 +312,8 @@ class _Tie(torch.autograd.Function):
 
 class _Follow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, scale: Tensor) -> Tensor:
-        ctx.scale = scale
+    def forward(ctx: Any, loss: Tensor, scale: Tensor, factor: float) -> Tensor:
+        ctx.scale, ctx.factor = scale, factor
         # A clone, not a view: trainers scale the loss they are given in place.
         return loss.clone()
 
@@ -319,8 +321,11 @@ class _Follow(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         # An exact zero says that the trainer made its own loss (DDP sends one to unused outputs).
-        ctx.scale.copy_(torch.where(gradient == 0, ctx.scale, gradient.to(ctx.scale.dtype)))
-        return gradient, None
+        found = gradient.to(ctx.scale.dtype)
+        if ctx.factor != 1:
+            found = found * ctx.factor
+        ctx.scale.copy_(torch.where(gradient == 0, ctx.scale, found))
+        return gradient, None, None
 
 
 def _from_affinities(

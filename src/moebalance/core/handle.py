@@ -123,14 +123,14 @@ class Balancing:
         """Forget the sums since the last step, for example of a step that you gave up."""
         self._ledger.discard()
 
-    def follow(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """Return `loss`; the balancing term is from now on scaled exactly as this loss is.
+    def follow(self, loss: Float[Tensor, ""], *, factor: float = 1.0) -> Float[Tensor, ""]:
+        """Return `loss`; the balancing term is from now on scaled as this loss is, times `factor`.
 
         Wrap the mean loss of a batch before you divide it by accumulation steps or give it to a
         gradient scaler. You do not need it if the model computes its own loss.
         """
         for scale in self._loss_scales():
-            loss = follow(loss, scale)
+            loss = follow(loss, scale, factor)
         return loss
 
     def set_loss_scale(self, scale: float) -> None:

@@ -50,8 +50,10 @@ class ModelHooks:
         self.keep_native_loss = keep_native_loss
         self.entrances = list(entrances)
         self._shifts = {e.number: _shifts_labels(e.module) for e in entrances}
-        self.divided_by = 1
-        """What a trainer divides a loss by that knows the labels of its step already."""
+        self.micro_batches = 1
+        """In this step, as its trainer says."""
+        self.divided_again = False
+        """Whether the trainer divides by them a loss that knows the labels of its step already."""
         weights = [p for r in self.routers for p in r.site.router.parameters() if p.requires_grad]
         self.steps = StepReminder(weights[0] if weights else None)
         self.calls = CallReminder()
@@ -97,7 +99,8 @@ class ModelHooks:
             targets = labels[..., 1:] if shifted else labels
         count = (targets != -100).sum()
         share = count / (total.to(count.device) if isinstance(total, Tensor) else total)
-        weight = share if self.divided_by == 1 else share * self.divided_by
+        # A loss of the trainer's own is charged at 1 / micro_batches: what is left is the share.
+        weight = share if self.micro_batches == 1 else share * self.micro_batches
         self.forward.context = self.forward.context._replace(weight=weight)
 
     def _begin(self, module: nn.Module, *, trains: bool) -> None:
@@ -112,6 +115,7 @@ class ModelHooks:
         self.balancing.place(
             {r.layer.name: to for r in self.routers if (to := home(r.site.router)) is not None}
         )
+        self._forget_reference()  # of a forward that an exception ended
         if trains:
             self.policy.trains()
             self.prices.follow()
@@ -125,12 +129,15 @@ class ModelHooks:
             self.forward.context, self._kept = self._kept, None
         if torch.compiler.is_compiling():
             return
-        if self.forward.reference:
-            self.forward.reference = False
-            self.prices.resume()
+        self._forget_reference()
         if self._called == sum(router.calls for router in self.routers) and self._is_eager():
             names = [router.layer.name for router in self.routers]
             self.calls.saw_forward(names, training=module.training)
+
+    def _forget_reference(self) -> None:
+        if self.forward.reference:
+            self.forward.reference = False
+            self.prices.resume()
 
     def _is_eager(self) -> bool:
         """Whether no part is compiled: there, calls are not counted. Nor do shapes count."""
@@ -163,11 +170,13 @@ class ModelHooks:
                 if isinstance(value, Tensor) and value.requires_grad:
                     resume = partial(self.forward.resume, self.forward.context)
                     value.register_hook(resume)  # type: ignore[no-untyped-call]
+        weighed = self.forward.context.weight is not None and not self.divided_again
+        factor = 1 / self.micro_batches if weighed else 1.0
         if isinstance(output, ModelOutput) and isinstance(output.get("loss"), Tensor):
-            output["loss"] = self.balancing.follow(output["loss"])
+            output["loss"] = self.balancing.follow(output["loss"], factor=factor)
             return output
         if isinstance(output, tuple) and isinstance(output[0], Tensor) and output[0].dim() == 0:
-            return (self.balancing.follow(output[0]), *output[1:])
+            return (self.balancing.follow(output[0], factor=factor), *output[1:])
         return None
 
 

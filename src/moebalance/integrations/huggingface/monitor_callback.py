@@ -2,9 +2,8 @@
 
 from typing import Any, Protocol
 
-from transformers import TrainerCallback
-
 from moebalance.core.handle import Balancing
+from moebalance.integrations.huggingface.reporting import Reporting
 
 
 class Recorder(Protocol):
@@ -19,7 +18,7 @@ class Recorder(Protocol):
         """Log an evaluation."""
 
 
-class MonitorCallback(TrainerCallback):
+class MonitorCallback(Reporting):
     """Log what a monitor sees with a Hugging Face Trainer (or TRL's).
 
     Args:
@@ -36,12 +35,8 @@ class MonitorCallback(TrainerCallback):
         if not control.should_log:
             self.monitor.record()
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def complete(self, state: Any, logs: dict[str, Any]) -> None:
         """Add the metrics to a training log entry, and the entry's loss to the run log."""
-        if logs is None or "loss" not in logs:
-            return
         found = self.monitor.record(loss=float(logs["loss"]))
         logs.update({self.prefix + name: value for name, value in found.items()})
 

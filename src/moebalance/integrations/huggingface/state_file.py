@@ -16,9 +16,17 @@ STATE_FILE = "moebalance.safetensors"
 """Name of the balancing state next to a checkpoint's own files."""
 
 
-def save(balancing: Balancing, folder: str | Path) -> Path:
-    """Write the balancing state into a checkpoint folder, whole or not at all."""
+def save(balancing: Balancing, folder: str | Path, *, global_step: int | None = None) -> Path:
+    """Write the balancing state into a checkpoint folder, whole or not at all.
+
+    Args:
+        balancing: the handle.
+        folder: of the checkpoint.
+        global_step: the trainer's step, if the handle has counted others before.
+    """
     state = balancing.state_dict()
+    if global_step is not None:
+        state["global_step"] = global_step
     tensors = {
         f"{name}/{key}": tensor.cpu().contiguous()
         for name, layer in state.pop("layers").items()

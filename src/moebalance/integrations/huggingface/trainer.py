@@ -2,23 +2,26 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
 
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
-from moebalance.integrations.huggingface.hooks import attach
+from moebalance.integrations.huggingface.hooks import attach, hooks_of
+from moebalance.integrations.huggingface.model_hooks import ModelHooks
 from moebalance.integrations.huggingface.native_loss import silence_native_loss
+from moebalance.integrations.huggingface.reporting import Reporting, calling_trainer
+from moebalance.integrations.huggingface.resuming import follow_best, resume, save_beside
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import transformers_model
-from moebalance.integrations.huggingface.state_file import STATE_FILE, load, save
 from moebalance.integrations.huggingface.trainer_loss import (
     Epoch,
     follow_outputs,
     scaler_factor,
+    silence_enabled_loss,
     silence_trainer_loss,
 )
 from moebalance.methods.base import Method
@@ -26,12 +29,12 @@ from moebalance.methods.base import Method
 logger = logging.getLogger("moebalance")
 
 
-class BalanceCallback(TrainerCallback):
+class BalanceCallback(Reporting):
     """Let a Hugging Face Trainer (or TRL's) drive the balancing.
 
     Ends the balancing step with the optimizer step, keeps the term's strength in proportion to the
-    loss, adds the metrics to the trainer's logs, saves the state next to each checkpoint and takes
-    it up again on resuming.
+    loss, adds the metrics to the trainer's logs, for all of its reporters, saves the state next to
+    each checkpoint and takes it up again on resuming.
 
     Args:
         balancing: what `moebalance.attach` returned; or a method, to be attached to the trainer's
@@ -66,6 +69,7 @@ class BalanceCallback(TrainerCallback):
         self.state_file = state_file
         self._epoch = Epoch(None, 1)
         self._restore_config: Callable[[], None] = lambda: None
+        self._hooks: list[ModelHooks] = []
         self._followed: nn.Module | None = None
         self._unfollow: Callable[[], None] = lambda: None
 
@@ -90,6 +94,7 @@ class BalanceCallback(TrainerCallback):
             ValueError: the method does not fit the model, or the trainer was told to add the
                 model's own balancing loss.
         """
+        super().on_init_end(args, state, control, **kwargs)
         self._restore_config = silence_trainer_loss(args, kwargs["model"])
         self._take(args, kwargs["model"])
 
@@ -102,6 +107,7 @@ class BalanceCallback(TrainerCallback):
             ValueError: the model's routers are frozen, or others than were attached to; or the
                 trainer was told to add the model's own balancing loss.
         """
+        super().on_train_begin(args, state, control, **kwargs)
         if args.n_gpu > 1:
             raise RuntimeError(
                 f"torch.nn.DataParallel over {args.n_gpu} GPUs: its replicas are counted nowhere. "
@@ -115,10 +121,17 @@ class BalanceCallback(TrainerCallback):
         if model is not None:
             self.balancing.on_detach(silence_native_loss(model))
         self._epoch = Epoch.of(args, state, kwargs.get("train_dataloader"))
+        trainer = calling_trainer(self)
+        self.balancing.on_detach(silence_enabled_loss(trainer))
+        self._hooks = hooks_of(kwargs["model"])
+        for hooks in self._hooks:
+            hooks.divided_again = getattr(trainer, "loss_is_scaled_for_ga", None) is False
+        self.balancing.on_detach(partial(self._rate, 1))
         self._scale(kwargs.get("optimizer"))
         self.balancing.discard()
         if state.global_step > 0:
-            self._resume(args, state)
+            given, beside = self.resume_from, self.state_file
+            resume(self.balancing, args, state, given=given, state_file=beside)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the epoch's steps from the first one that is not skipped."""
@@ -137,12 +150,8 @@ class BalanceCallback(TrainerCallback):
         self.balancing.step()
         self._epoch.step += 1
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def complete(self, state: Any, logs: dict[str, Any]) -> None:
         """Add the metrics to a training log entry."""
-        if logs is None or "loss" not in logs:
-            return
         found = {self.prefix + name: value for name, value in self.balancing.metrics().items()}
         logs.update(found)
         if state.log_history:
@@ -151,16 +160,13 @@ class BalanceCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state next to the checkpoint just written."""
         if self.state_file and state.is_world_process_zero:
-            save(self.balancing, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            save_beside(self.balancing, args, state)
 
-    def lead(self, trainer: Any) -> None:
-        """Move this callback to the front, so that W&B, TensorBoard and others log the metrics too.
-
-        A Trainer calls its reporters before the callbacks it is given.
-        """
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where the trainer went back to its best checkpoint, go with it."""
+        self._rate(1)
+        self.balancing.set_loss_scale(1.0)
+        follow_best(self.balancing, args, state)
 
     def _take(self, args: Any, model: nn.Module) -> None:
         """Attach to `model` if that is left to this callback, and follow what the trainer does."""
@@ -175,22 +181,13 @@ class BalanceCallback(TrainerCallback):
             self.balancing.on_detach(self._unfollow)
 
     def _scale(self, optimizer: Any) -> None:
-        self.balancing.set_loss_scale(scaler_factor(optimizer) / self._epoch.micro_batches)
+        micro_batches = self._epoch.micro_batches
+        self._rate(micro_batches)
+        self.balancing.set_loss_scale(scaler_factor(optimizer) / micro_batches)
 
-    def _resume(self, args: Any, state: Any) -> None:
-        own, named = Path(args.output_dir) / f"checkpoint-{state.global_step}", None
-        if isinstance(args.resume_from_checkpoint, str):  # from a command line it may be "True"
-            named = Path(args.resume_from_checkpoint)
-        folder = self.resume_from or (named if named and (named / STATE_FILE).is_file() else own)
-        if state.global_step == self.balancing.steps and not (folder / STATE_FILE).is_file():
-            return  # loaded by hand
-        load(self.balancing, folder)
-        if state.global_step != self.balancing.steps:
-            raise ValueError(
-                f"{folder / STATE_FILE} was saved after {self.balancing.steps} steps, but training "
-                f"resumes at step {state.global_step}: give the checkpoint that is resumed from as "
-                "BalanceCallback(..., resume_from=...)."
-            )
+    def _rate(self, micro_batches: int) -> None:
+        for hooks in self._hooks:
+            hooks.micro_batches = micro_batches
 
 
 def _tied(balancing: Balancing | None, model: nn.Module) -> Iterator[tuple[str, LayerBalance]]:

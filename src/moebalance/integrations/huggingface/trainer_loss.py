@@ -12,6 +12,10 @@ the number of micro-batches of this very step, n_i of N labels are in micro-batc
   the tokens of a whole generation, so that a step's weights need not sum to one; R_i weighs 1/A,
   as TRL weighs the models' own balancing losses.
 
+- `compute_loss` that leaves the model's loss out, but calls `super()` with the labels of the step:
+  R_i weighs n_i/N. So it does where the Trainer divides such a loss once more
+  (`loss_is_scaled_for_ga = False`), by A.
+
 So the weights of a step sum to 1 everywhere. A gradient scaler multiplies all of them.
 """
 
@@ -72,9 +76,37 @@ class Epoch:
 
 
 def scaler_factor(optimizer: Any) -> float:
-    """What a gradient scaler multiplies the loss by; 1 without one."""
+    """What a gradient scaler multiplies the loss by; 1 without one.
+
+    DeepSpeed has none: its own optimizer, which accelerate wraps, scales the loss in fp16.
+    """
     scaler = getattr(optimizer, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+    if scaler is not None:
+        return float(scaler.get_scale())
+    own = getattr(getattr(optimizer, "optimizer", None), "loss_scale", None)
+    return float(own) if isinstance(own, int | float | Tensor) else 1.0
+
+
+def silence_enabled_loss(trainer: Any) -> Callable[[], None]:
+    """Have a TRL trainer leave out a balancing loss that it saw switched on; return the undo.
+
+    ORPO and CPO read `output_router_logits` of the model's configuration when they are made. With
+    it switched off since, they would add a coefficient times None.
+    """
+    if _is_trl(getattr(trainer, "args", None)) or not getattr(trainer, "aux_loss_enabled", False):
+        return _nothing
+    logger.warning(
+        "moebalance: switched off the balancing loss that %s adds for output_router_logits=True "
+        "(router_aux_loss_coef=%s); detach() switches it on again.",
+        type(trainer).__name__,
+        getattr(trainer, "aux_loss_coef", None),
+    )
+    trainer.aux_loss_enabled = False
+
+    def undo() -> None:
+        trainer.aux_loss_enabled = True
+
+    return undo
 
 
 def silence_trainer_loss(args: Any, model: nn.Module) -> Callable[[], None]:
