@@ -20,6 +20,7 @@ In reading order:
     progress     how far runs are: bars, or lines
     console      tables and verdicts in the terminal
     trackers     run logs → TensorBoard, W&B, trackio
+    shown        the pictures, tables and percentiles that trackers show
     cli          the commands and their options
     bench/       what each method costs here
     doctor/      what balances a model, and what will leave with its checkpoint

@@ -127,6 +127,10 @@ Resume = Annotated[bool, _flag("--resume", "Go on from the last checkpoint.")]
 Track = Annotated[
     str | None, _option("TRACKERS", "Also send rows to 'tensorboard,wandb,trackio' or some.")
 ]
+ShowToo = Annotated[
+    str | None,
+    _option("WHAT", "What trackers show too: 'layers,percentiles,images,tables', some, or 'none'."),
+]
 
 
 def _say_version(asked: bool) -> None:
@@ -174,13 +178,14 @@ def compare(
     steps: Steps = None,
     workers: Workers = None,
     track: Track = None,
+    show: ShowToo = None,
 ) -> None:
     """Run methods × seeds under equal compute and data order, and report."""
     from moebalance.lab.jobs import compare_all
     from moebalance.lab.recipe import Recipe
 
     given = {"methods": methods, "seeds": seeds, "steps": steps, "workers": workers}
-    compare_all(Recipe.read(recipe), out, track=track, **given)  # type: ignore[arg-type]
+    compare_all(Recipe.read(recipe), out, track=track, show_too=show, **given)  # type: ignore[arg-type]
 
 
 @command
@@ -191,9 +196,10 @@ def train(
     seed: Seed = 0,
     resume: Resume = False,
     track: Track = None,
+    show: ShowToo = None,
 ) -> None:
     """Train one Mixture-of-Experts model with one method, log every step, save it and report."""
-    _run_one(recipe, out, method, seed, resume, track, fine_tunes=False)
+    _run_one(recipe, out, method, seed, resume, track, show, fine_tunes=False)
 
 
 @command
@@ -204,12 +210,13 @@ def finetune(
     seed: Seed = 0,
     resume: Resume = False,
     track: Track = None,
+    show: ShowToo = None,
 ) -> None:
     """Fine-tune one checkpoint with one method, whole or by LoRA; report before and after.
 
     RECIPE has a [model] checkpoint. For methods × seeds there is `compare`.
     """
-    _run_one(recipe, out, method, seed, resume, track, fine_tunes=True)
+    _run_one(recipe, out, method, seed, resume, track, show, fine_tunes=True)
 
 
 def _run_one(recipe: Path, *options: Any, fine_tunes: bool) -> None:
@@ -282,11 +289,14 @@ def track(
     runs: RunFolders,
     to: Annotated[str, _option("TRACKERS", "'tensorboard,wandb,trackio', or some of them.")],
     folder: Annotated[Path | None, _option("FOLDER", "Where trackers write.")] = None,
+    show: ShowToo = None,
 ) -> None:
     """Send finished runs to experiment trackers."""
+    from moebalance.lab.shown import Show
     from moebalance.lab.trackers import track as send
 
-    count = sum(len(send(path, to.split(","), folder=folder)) for path in runs)
+    too = Show() if show is None else Show.of(show.split(","))
+    count = sum(len(send(path, to.split(","), folder=folder, show=too)) for path in runs)
     say(f"Sent {counted(count, 'run')} to {to}.")
 
 

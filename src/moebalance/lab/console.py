@@ -214,10 +214,15 @@ def watch_runs(folders: list[Path], *, once: bool, every_s: float = 1.0) -> None
             runs, problems = readable_runs(folders)
 
 
-def trackers(folder: Path, names: str | None) -> AbstractContextManager[None]:
+def trackers(
+    folder: Path, names: str | None, show: str | None = None
+) -> AbstractContextManager[None]:
     """Send the runs under a folder to trackers, named with commas, while the block runs."""
     if names is None:
         return nullcontext()
+    from moebalance.lab.shown import Show
     from moebalance.lab.trackers import following
 
-    return following(folder, names.split(","))
+    return following(
+        folder, names.split(","), show=Show() if show is None else Show.of(show.split(","))
+    )
