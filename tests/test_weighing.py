@@ -1,4 +1,4 @@
-"""How much of the router's gradient is balancing: against two backwards, one with each part alone."""
+"""How much of the router's gradient is balancing, against a backward of each part alone."""
 
 from __future__ import annotations
 
