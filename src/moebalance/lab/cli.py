@@ -5,6 +5,7 @@ moebalance train recipe.toml       train one model with one method
 moebalance finetune recipe.toml    the same from the weights of a checkpoint
 moebalance compare recipe.toml     methods × seeds under equal compute
 moebalance report runs/…           run logs → one offline HTML file, or a live page (--follow)
+moebalance report trace.jsonl      the same for what Megatron, rollouts or Transformers wrote
 moebalance watch runs/…            the same runs in the terminal
 moebalance track runs/… --to …     run logs → TensorBoard, W&B or trackio
 moebalance doctor MODEL            what balances a model, what can, and what its checkpoint keeps
@@ -33,6 +34,7 @@ from moebalance.lab.console import (
     console,
     counted,
     errors,
+    runs_or_traces,
     save_extras,
     say,
     serve,
@@ -40,7 +42,6 @@ from moebalance.lab.console import (
     show_diagnosis,
     watch_runs,
 )
-from moebalance.runlog import find_runs
 
 DEMO = "demo.toml"
 _P = ParamSpec("_P")
@@ -131,6 +132,13 @@ ShowToo = Annotated[
     str | None,
     _option("WHAT", "What trackers show too: 'layers,percentiles,images,tables', some, or 'none'."),
 ]
+Experts = Annotated[
+    int | None, _option("NUMBER", "Experts of a layer, if a trace does not say.", min=2)
+]
+TopK = Annotated[
+    int | None, _option("NUMBER", "Experts of a token, if a trace does not say.", min=1)
+]
+Layers = Annotated[int | None, _option("NUMBER", "MoE layers, if a trace does not say.", min=1)]
 
 
 def _say_version(asked: bool) -> None:
@@ -239,15 +247,21 @@ def doctor(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A model type, config.json or checkpoint; or runs, or a log."
+            metavar="TARGET",
+            help="A model type, config.json or checkpoint; or runs, a log, or a trace.",
         ),
     ],
+    experts: Experts = None,
+    top_k: TopK = None,
+    layers: Layers = None,
 ) -> None:
     """Say what is wrong with a model's routers and biases, or with runs, and what to change.
 
     Loads no weights. Ends with exit code 1 if a finding is an error.
     """
-    if show_diagnosis(target):
+    from moebalance.lab.traces import Missing
+
+    if show_diagnosis(target, Missing(experts, top_k, layers)):
         raise typer.Exit(1)
 
 
@@ -272,12 +286,18 @@ def report(
     port: Annotated[
         int, _option("NUMBER", "Port for --follow; 0 for a free one.", min=0, max=65535)
     ] = 0,
+    experts: Experts = None,
+    top_k: TopK = None,
+    layers: Layers = None,
 ) -> None:
-    """Turn run logs into a table and one offline HTML file."""
+    """Turn run logs, or traces of other tools, into a table and one offline HTML file."""
     if follow:
         serve(runs, port)
         return
-    found = [run for folder in runs for run in find_runs(folder)]
+    from moebalance.lab.traces import Missing
+
+    missing = Missing(experts, top_k, layers)
+    found = [run for folder in runs for run in runs_or_traces(folder, missing)]
     first = runs[0] if runs[0].is_dir() else runs[0].parent
     show(found, out or first / REPORT)
     to = figures_dir or first / "figures"

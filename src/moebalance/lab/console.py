@@ -13,6 +13,7 @@ from rich.table import Table
 from moebalance.runlog import LOG_NAME, Run, find_runs
 
 if TYPE_CHECKING:
+    from moebalance.lab.traces import Missing
     from moebalance.report import BeforeAfter
 
 REPORT = "report.html"
@@ -146,16 +147,34 @@ def save_extras(
         say(f"Archived {counted(len(runs), 'log')} in {archive}")
 
 
-def show_diagnosis(target: str) -> bool:
+def runs_or_traces(path: Path, missing: "Missing | None" = None) -> list[Run]:
+    """The runs of a log, a folder of them, or a trace that another tool wrote.
+
+    Args:
+        path: of it.
+        missing: what a trace does not say; None for nothing known.
+    """
+    from moebalance.lab.traces import Missing, find_traces, is_trace
+
+    if not is_trace(path):
+        return find_runs(path)
+    found = find_traces(path, missing or Missing())
+    for note in found.notes:
+        say(note)
+    return found.runs
+
+
+def show_diagnosis(target: str, missing: "Missing | None" = None) -> bool:
     """Print what is wrong with runs or a model, and what to change; return whether it is an error.
 
     Args:
-        target: a run log, a folder of runs, or a model as the doctor of models takes it.
+        target: a run log, a folder of runs, a trace, or a model as the doctor of models takes it.
+        missing: what a trace does not say.
     """
     if _holds_runs(Path(target)):
         from moebalance.report import diagnosis
 
-        found = diagnosis.diagnose(find_runs(target))
+        found = diagnosis.diagnose(runs_or_traces(Path(target), missing))
         texts = [diagnosis.render(found, width=console.width)]
         severities = [str(each.severity) for each in found]
     else:
@@ -169,9 +188,13 @@ def show_diagnosis(target: str) -> bool:
 
 
 def _holds_runs(path: Path) -> bool:
-    """Whether this is a run log or a folder of them, and no model."""
+    """Whether this is a run log, a folder of them or a trace, and no model."""
+    from moebalance.lab.traces import is_trace
+
     if path.is_file():
-        return path.suffix == ".jsonl"
+        return path.suffix == ".jsonl" or is_trace(path)
+    if is_trace(path):
+        return True
     model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
     return path.is_dir() and not model and next(path.rglob(LOG_NAME), None) is not None
 
