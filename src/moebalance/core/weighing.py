@@ -40,8 +40,12 @@ class Weighing:
         balance: list[Tensor] = []
         branch = logits.view_as(logits)
         # A method that charges nothing sends None, and a task that sends nothing too.
-        branch.register_hook(lambda part: None if part is None else balance.append(part.detach()))
-        logits.register_hook(lambda both: None if both is None else self._add(both, balance))
+        branch.register_hook(  # type: ignore[no-untyped-call]
+            lambda part: None if part is None else balance.append(part.detach())
+        )
+        logits.register_hook(  # type: ignore[no-untyped-call]
+            lambda both: None if both is None else self._add(both, balance)
+        )
         return branch
 
     def close(self) -> None:

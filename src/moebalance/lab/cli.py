@@ -58,7 +58,12 @@ class _PlainHelp:
 
 
 class _Command(_PlainHelp, TyperCommand):
-    pass
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for argument in self.params:
+            if argument.param_type_name == "argument":
+                # Its name says what to give; Typer would add the Python type, <list[Path]>.
+                argument.display_type_rich = lambda ctx: ""  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
 
 
 class _Group(_PlainHelp, TyperGroup):

@@ -57,7 +57,8 @@ def load_image(loads: Sequence[ArrayLike], *, cell: int | None = None) -> Pixels
     codes = np.full((len(rows), width), len(_COLOURS) - 1)
     for code, row in zip(codes, rows, strict=True):
         code[: len(row)] = _codes(row)
-    return _COLOURS[codes].repeat(side, axis=0).repeat(side, axis=1)
+    pixels: Pixels = _COLOURS[codes].repeat(side, axis=0).repeat(side, axis=1)
+    return pixels
 
 
 def png(pixels: Pixels) -> bytes:

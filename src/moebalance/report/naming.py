@@ -61,7 +61,8 @@ def _name(key: Key, rivals: Mapping[Key, Mapping[str, str]]) -> Name:
     if len(rivals) == 1:
         return Name(display_name(key[0]))
     mine = rivals[key]
-    own, common = [], []
+    own: list[str] = []
+    common: list[str] = []
     for setting in dict.fromkeys(name for settings in rivals.values() for name in settings):
         words = f"{setting}={value}" if (value := mine.get(setting)) else f"no {setting}"
         differs = len({settings.get(setting) for settings in rivals.values()}) > 1
