@@ -48,12 +48,12 @@ def show(runs: list[Run], page: Path) -> None:
     # A narrow terminal gets the first columns in full rather than all of them cut short.
     columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
     for batching in {row["batching"]: None for row in rows}:
-        cells = (
+        cells = [
             [_cell(row, key, digits) for _, key, digits in columns]
             for row in rows
             if row["batching"] == batching
-        )
-        _print_table(f"{batching} micro-batches", [title for title, _, _ in columns], cells)
+        ]
+        _print_table(f"{batching} micro-batches", *_fitting([c[0] for c in columns], cells))
     for section in summarise(runs):
         console.print(f"[bold]{escape(section.title)}[/]: {escape(section.verdict)}")
         if section.before_after is not None:
@@ -75,6 +75,18 @@ _COLUMNS = (
     ("entropy", "entropy", 2),
     ("purity", "purity", 2),
 )
+
+
+def _fitting(
+    titles: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """As many columns as leave room for every word of the names: cut, two settings look alike."""
+    name = max(len(word) for row in [titles, *rows] for word in row[0].split())
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    kept = len(titles)
+    while kept > 2 and name + sum(widths[1:kept]) + 3 * kept + 1 > console.width:
+        kept -= 1
+    return titles[:kept], [row[:kept] for row in rows]
 
 
 def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
@@ -105,7 +117,8 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
     """A table of names on the left, which may wrap, and numbers on the right, which may not."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
+        justify, overflow = ("right", "ellipsis") if i else ("left", "fold")
+        table.add_column(column, justify=justify, no_wrap=i > 0, overflow=overflow)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

@@ -144,8 +144,8 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Method:
     kinds = method_classes()
     if name not in kinds:
         raise ValueError(
-            f"Unknown method {name!r}.{_as_potential(name)}{instead_of(name, kinds)} Join several with +, for example "
-            "phi+loss-free."
+            f"Unknown method {name!r}.{_as_potential(name)}{instead_of(name, kinds)} "
+            "Join several with +, for example phi+loss-free."
         )
     kind = kinds[name]
     _check_options(name, kind, options)

@@ -57,9 +57,9 @@ def configuration(target: str | Path) -> tuple[PreTrainedConfig, dict[str, Any] 
         return _load(path), None
     if path.suffix == ".toml" and path.is_file():
         raise ValueError(
-            f"{path} is a recipe. The doctor looks at models and at runs: give it the folder of the "
-            f"runs, after `moebalance train {path}`; or the recipe's [model] checkpoint, or its "
-            "model type."
+            f"{path} is a recipe. The doctor looks at models and at runs: give it the folder of "
+            f"the runs, after `moebalance train {path}`; or the recipe's [model] checkpoint, or "
+            "its model type."
         )
     if path.is_file() and path.suffix != ".json":
         raise ValueError(
