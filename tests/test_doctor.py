@@ -92,9 +92,25 @@ def test_a_target_that_is_nothing_is_refused_with_a_way_on(target: str, message:
         diagnose(target)
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds neither config\.json nor adapter_config\.json"):
-        diagnose(tmp_path)
+def test_a_folder_that_holds_neither_model_nor_runs_is_refused_for_what_it_is(
+    tmp_path: Path,
+) -> None:
+    for content in ("is an empty folder", r"has no config\.json"):
+        with pytest.raises(ValueError, match=rf"{content}.*adapter_config\.json.*log\.jsonl"):
+            diagnose(tmp_path)
+        (tmp_path / "notes.txt").touch()
+
+
+def test_a_recipe_is_called_a_recipe_and_any_other_file_by_what_is_possible(
+    tmp_path: Path,
+) -> None:
+    recipe, text = tmp_path / "mine.toml", tmp_path / "notes.txt"
+    recipe.touch()
+    text.touch()
+    with pytest.raises(ValueError, match=r"mine\.toml is a recipe.*moebalance train"):
+        diagnose(recipe)
+    with pytest.raises(ValueError, match=r"neither a config\.json, nor a run log"):
+        diagnose(text)
 
 
 # --- Balancing that is there already ------------------------------------------------------------

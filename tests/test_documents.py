@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,12 @@ def of_the_reader(page: str) -> dict[str, Any]:
     if page == "docs/doctor.md":
         names["model"] = tiny("deepseek_v3")
         names["balancing"] = mb.attach(names["model"], mb.LossFree())
+    if page == "docs/report.md":
+        router = mb.BalancedRouter(mb.PhiBalancing(), num_experts=4, top_k=1)
+        names |= {"balancing": mb.attach(router), "step": 1}
+        router(torch.randn(8, 4, requires_grad=True))[0].sum().backward()
+        names["balancing"].step()
+        names["writer"] = SimpleNamespace(add_image=lambda tag, pixels, step, dataformats: None)
     if page == "docs/layout.md":
         router = mb.BalancedRouter(mb.PhiBalancing(), num_experts=4, top_k=1)
         names |= {"balancing": mb.attach(router), "mean_loss": torch.ones((), requires_grad=True)}

@@ -74,6 +74,7 @@ def test_a_bad_method_is_refused_with_what_is_possible(
     [
         ("fi", "Unknown method 'fi'. Did you mean 'phi'"),
         ("φ", "Did you mean 'phi'"),
+        ("Tsalis", "The potential Tsallis is written phi"),
         ("phi(potential=Tsalis)", "Unknown potential 'Tsalis'. Did you mean 'Tsallis'"),
         ("phi(potential=tsallis)", "Did you mean 'Tsallis'"),
         ("phi(strength=abc)", "strength='abc': must be a number"),

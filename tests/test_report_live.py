@@ -152,6 +152,55 @@ def test_the_view_forgives_what_a_log_lacks(tmp_path, options):
     assert "φ-balancing" in shown(tmp_path / "run")
 
 
+SETTINGS = (
+    "PhiBalancing(potential=NegativeEntropy(), strength=0.001, memory_tokens=10000)",
+    "PhiBalancing(potential=NegativeEntropy(), strength=0.03, memory_tokens=10000)",
+)
+
+
+def test_two_settings_of_one_method_are_told_apart_in_80_columns(tmp_path):
+    for i, method_repr in enumerate(SETTINGS):
+        header = {"method_repr": method_repr, "parts": None}
+        write_run(tmp_path / str(i), "phi", header=header)
+    write_run(tmp_path / "z", "none")
+    text = shown(tmp_path, 80)
+    lines = [line for line in text.splitlines() if "60/60" in line]
+    assert ["strength=0.001" in line for line in lines] == [True, False, False]
+    assert ["strength=0.03" in line for line in lines] == [False, True, False]
+    assert text.count("potential=NegativeEntropy") == 1  # what is common is said once
+    assert text.count("φ-balancing\n") + text.count("φ-balancing  ") == 1  # one heading
+    assert "No balancing 0" in text
+
+
+def test_a_long_difference_is_wrapped_and_not_cut(tmp_path):
+    for i in (1, 2):
+        words = f"PhiBalancing(potential=Tempered(NegativeEntropy(), temperature=0.{i}5))"
+        write_run(tmp_path / str(i), "phi", header={"method_repr": words, "parts": None})
+    text = "".join(shown(tmp_path, 80).split())
+    assert "temperature=0.15" in text
+    assert "temperature=0.25" in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        (({"steps": 60}, {"steps": 90}), ("steps=60", "steps=90")),
+        (({"recipe": {"lr": 0.1}}, {"recipe": {"lr": 0.2}}), ("lr=0.1", "lr=0.2")),
+        (({}, {}), ("first", "second")),
+        (
+            ({"recipe": {"a": 1, "b": 1, "c": 1}}, {"recipe": {"a": 2, "b": 2, "c": 2}}),
+            ("first", "second"),
+        ),
+    ],
+)
+def test_twins_of_one_setting_are_named_by_what_differs_else_by_folder(tmp_path, headers, words):
+    for name, header in zip(("first", "second"), headers, strict=True):
+        write_run(tmp_path / name, "phi", header=header)
+    text = shown(tmp_path, 120)
+    assert all(text.count(word) == 1 for word in words)
+
+
 def test_the_command_shows_runs_until_they_end(tmp_path):
     write_run(tmp_path / "run", "phi")
     for arguments in (["--once"], []):

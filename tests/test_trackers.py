@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from typer.testing import CliRunner
 
+import moebalance as mb
+from moebalance import metrics
 from moebalance.lab.cli import app
+from moebalance.lab.shown import Pace, Show, extremes, percentiles
 from moebalance.lab.trackers import following, scalars, track
+from moebalance.metrics.image import DEAD_SHADE, SHADES, load_image, png
 from moebalance.runlog import RunLog, read_run
 from synthetic_runs import write_run
 
@@ -38,6 +48,8 @@ def told(monkeypatch) -> list[tuple[Any, ...]]:
             )
 
         module.init = init
+        module.Image = lambda pixels: ("image", pixels.shape)
+        module.Table = lambda columns, data: ("table", columns, data)
         return module
 
     for name in ("wandb", "trackio"):
@@ -133,7 +145,8 @@ def test_names_say_where_a_number_comes_from():
     assert scalars(row, {}) == {"eval/loss": 1.5, "eval/mi": 0.2}
     header = {"model": {"layers": ["model.layers.7.mlp.gate"]}}
     snapshot = {"kind": "snapshot", "step": 4, "load": [[0.75, 0.25, 0.0, 0.0]]}
-    assert scalars(snapshot, header) == {"moe/layer_7/maxvio": 2.0, "moe/layer_7/dead": 0.5}
+    found = scalars(snapshot, header, Show.of(["layers"]))
+    assert found == {"moe/layer_7/maxvio": 2.0, "moe/layer_7/dead": 0.5}
 
 
 def test_an_unknown_tracker_and_one_not_installed_are_refused(tmp_path, monkeypatch):
@@ -161,3 +174,141 @@ def test_the_command_sends_finished_runs(tmp_path):
     assert done.exit_code == 0, done.output
     assert "Sent 1 run to tensorboard" in done.output
     assert "moe/gini" in events(tmp_path / "out" / "tensorboard" / "mixed-run")
+
+
+# Pictures and tables
+
+
+def reload(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
+
+
+def colour(pixels: np.ndarray, layer: int, expert: int, cell: int) -> str:
+    at = pixels[layer * cell + cell // 2, expert * cell + cell // 2]
+    return "#" + "".join(f"{int(channel):02x}" for channel in at[:3])
+
+
+def test_tensorboard_has_the_picture_and_the_table_of_every_snapshot(tmp_path):
+    load = [[0.5, 0.25, 0.25, 0.0], [0.25] * 4]
+    run = read_run(write_run(tmp_path / "run", "phi", steps=40, load=load, experts=4))
+    track(run.path, ["tensorboard"], folder=tmp_path / "out")
+    found = reload(tmp_path / "out" / "tensorboard" / "mixed-run")
+    assert set(found.Tags()["images"]) == {"moe/load", "eval/load"}
+    assert [event.step for event in found.Images("moe/load")] == [20, 40]
+    (event,) = found.Images("eval/load")
+    pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert pixels.shape == (event.height, event.width, 3)
+    shades = [colour(pixels, 0, expert, 16) for expert in range(4)]
+    assert shades == [SHADES[9], SHADES[6], SHADES[6], DEAD_SHADE]
+    (text,) = found.Tensors("eval/extremes")
+    table = text.tensor_proto.string_val[0].decode()
+    assert table.splitlines()[0] == "|  | layer | expert | load |"
+    assert "| hottest | layer 0 | 0 | 2.0 |" in table
+    assert "| coldest | layer 0 | 3 | 0.0 |" in table
+
+
+def test_no_number_of_keys_or_rows_grows_with_the_experts(tmp_path, told):
+    kept = []
+    for experts in (8, 256):
+        told.clear()
+        write_run(tmp_path / f"{experts}", "phi", experts=experts, steps=20)
+        track(tmp_path / f"{experts}", ["wandb"])
+        rows = [call[2] for call in told if call[1] == "log"]
+        tables = [value for row in rows for value in row.values() if "table" in str(value)]
+        kept.append(({key for row in rows for key in row}, [len(t[2]) for t in tables]))
+    (few_keys, few_rows), (many_keys, many_rows) = kept
+    assert few_keys == many_keys
+    assert few_rows == [8, 8] or max(few_rows) <= 10
+    assert many_rows == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("words", "present"),
+    [
+        ("none", set()),
+        ("images", {"moe/load", "eval/load"}),
+        ("tables", {"moe/extremes", "eval/extremes"}),
+        ("layers", {"moe/layer_0/maxvio"}),
+        ("percentiles", {"moe/layers/gini_p50"}),
+    ],
+)
+def test_each_has_a_switch_of_its_own(tmp_path, told, words, present):
+    write_run(tmp_path / "run", "phi", steps=20)
+    asked = ["track", str(tmp_path), "--to", "wandb", "--show", words]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    keys = {key for call in told if call[1] == "log" for key in call[2]}
+    every = {"moe/load", "moe/extremes", "moe/layer_0/maxvio", "moe/layers/gini_p50"}
+    assert (keys & (every | {"eval/load", "eval/extremes"})) == present
+    assert "moe/maxvio" in keys
+
+
+def test_an_unknown_thing_to_show_is_refused_with_the_known_ones(tmp_path):
+    write_run(tmp_path / "run", "phi", steps=3)
+    done = CliRunner().invoke(
+        app, ["track", str(tmp_path), "--to", "tensorboard", "--show", "image"]
+    )
+    assert done.exit_code == 2
+    assert "layers, percentiles, images, tables" in done.output
+
+
+def test_a_long_run_sends_a_few_hundred_pictures_and_its_last():
+    pace = Pace(planned=99_999)
+    sent = [step for step in (*range(25, 99_999, 25), 99_999) if pace.due("snapshot", step)]
+    assert 50 < len(sent) < 200
+    assert sent[0] == 25
+    assert sent[-1] == 99_999
+
+
+def test_percentiles_are_of_layers():
+    load = [[1.0 + i, 1.0, 1.0, 1.0] for i in range(11)]
+    found = percentiles({"kind": "snapshot", "step": 1, "load": load}, {})
+    maxvio = [4 * (1 + i) / (4 + i) - 1 for i in range(11)]
+    assert found["moe/layers/maxvio_p10"] == pytest.approx(maxvio[1])
+    assert found["moe/layers/maxvio_p50"] == pytest.approx(maxvio[5])
+    assert found["moe/layers/maxvio_p90"] == pytest.approx(maxvio[9])
+    gini = metrics.gini(torch.tensor(load[5])).item()
+    assert found["moe/layers/gini_p50"] == pytest.approx(gini)
+    assert found["moe/layers/dead_p90"] == 0
+
+
+def test_no_expert_is_called_hottest_and_coldest():
+    rows = extremes({"load": [[0.5, 0.3, 0.2]]}, {})
+    assert rows == [["hottest", "layer 0", 0, 1.5], ["coldest", "layer 0", 2, 0.6]]
+
+
+def test_layers_of_other_sizes_and_without_tokens_have_their_place_in_the_picture():
+    pixels = load_image([[1, 1, 1], [2, 0], [0, 0, 0]], cell=2)
+    assert pixels.shape == (6, 6, 3)
+    assert colour(pixels, 1, 1, 2) == DEAD_SHADE
+    assert len({colour(pixels, *at, 2) for at in ((1, 2), (2, 0), (2, 2))}) == 1
+    with pytest.raises(ValueError, match="one load"):
+        load_image([])
+    with pytest.raises(ValueError, match="1 or more"):
+        load_image([[1]], cell=0)
+
+
+def test_a_picture_file_says_what_the_pixels_are():
+    pixels = load_image([[3, 1, 0, 0], [1, 1, 1, 1]])
+    again = np.asarray(Image.open(io.BytesIO(png(pixels))))
+    assert (again == pixels).all()
+
+
+def test_a_loop_of_ones_own_draws_a_load_without_a_plotting_library(tmp_path):
+    router = mb.BalancedRouter(mb.PhiBalancing(), num_experts=8, top_k=2)
+    balancing = mb.attach(router)
+    router(torch.randn(64, 8, requires_grad=True))[0].sum().backward()
+    balancing.step()
+    writer = SummaryWriter(tmp_path)
+    loads = [hard.cpu() for hard, _ in balancing.loads().values()]
+    writer.add_image("moe/load", mb.metrics.load_image(loads), 1, dataformats="HWC")
+    writer.close()
+    (event,) = reload(tmp_path).Images("moe/load")
+    assert (event.height, event.width) == (16, 128)
+
+
+def test_drawing_a_load_imports_no_plotting_library():
+    code = (
+        "import sys, moebalance.metrics as m; m.png(m.load_image([[1, 2]])); "
+        "sys.exit('matplotlib' in sys.modules or 'PIL' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -121,7 +121,8 @@ class BalancedRouter(LayerBalance):
         traits, preference = self.traits, None
         if traits.selects and not traits.has_selection_price:
             preference = self.preference(logits, mask, training=self.training)
-        if training and logits.requires_grad and traits.from_sums:
+        # Where the two gradients are weighed they need branches of their own, which `tie` has.
+        if training and logits.requires_grad and traits.from_sums and self.weighing is None:
             how = self._pass(top_k=self.top_k, normalize=self.normalize, limit=self.limit)
             return choose(logits, how, preference=preference, mask=mask)
         affinities = self.gate.affinities(logits)

@@ -20,6 +20,7 @@ from moebalance.core.distributed import Group
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import FORMAT, check_fit, method_name
 from moebalance.core.step import Ledger
+from moebalance.core.weighing import Weighing, gradient_ratio
 from moebalance.methods.base import Method
 from moebalance.metrics.expert_parallel import contiguous, rank_violation
 from moebalance.metrics.summary import summary
@@ -114,6 +115,9 @@ class Balancing:
         """
         self._ledger.close(self.steps + 1)
         self.steps += 1
+        for layer in self.layers.values():
+            if layer.weighing is not None:
+                layer.weighing.close()
         self._reset_loss_scale()
         self._publish()
         if self.steps == 1 and self.layers:
@@ -156,8 +160,9 @@ class Balancing:
             (1 is uniform), `dead` (share of experts) on the hard load; `soft_maxvio` and
             `soft_hard_gap`; `aim_maxvio` and `aim_gap`, relative to a method's proportions if it
             has some; `price_spread` of a selection price; `tokens` per layer; the method's own
-            readings, for example `multiplier`, with `_least` and `_most` over layers. Empty before
-            the first step.
+            readings, for example `multiplier`, with `_least` and `_most` over layers;
+            `gradient_ratio` and `gradient_ratio_worst`, if `weigh_gradient` is on. Empty before the
+            first step.
         """
         sums = [layer.last_sums for layer in self.layers.values()]
         found = summary(sums, self.method.traits.aim)
@@ -168,6 +173,8 @@ class Balancing:
             spreads = [metrics.price_spread(price).item() for price in prices]
             found["price_spread"] = sum(spreads) / len(spreads)
         found |= self._readings()
+        weighed = ((n, w) for n, layer in self.layers.items() if (w := layer.weighing) is not None)
+        found |= gradient_ratio(weighed)
         if ep_size is not None:
             loads = [hard.tolist() for hard, _ in self.loads().values() if hard.sum() > 0]
             violations = [rank_violation(load, contiguous(load, ep_size)) for load in loads]
@@ -188,6 +195,18 @@ class Balancing:
         """From now on also count in evaluation mode; see `evaluation`."""
         for layer in self.layers.values():
             layer.start_watching()
+
+    def weigh_gradient(self, on: bool = True) -> None:
+        """From now on measure how much of the router's gradient is balancing; off at first.
+
+        `metrics()` then has `gradient_ratio`: ‖balance‖ / ‖task‖ of the gradients at the logits,
+        over all tokens of this process in the step, and `gradient_ratio_worst`, the largest of one
+        layer. The pressure that a method puts on the choice has no gradient and counts as 0.
+        It costs a few passes over the logits of each layer, and a router of ours takes its path
+        without fused kernels. Not under torch.compile.
+        """
+        for layer in self.layers.values():
+            layer.weighing = Weighing() if on else None
 
     @torch.no_grad()
     def evaluation(self) -> tuple[dict[str, float], dict[str, Loads]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moebalance.core.autograd import Pass, Tally, tie
 from moebalance.core.packing import pack, packed_size, unpack
+from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax
 from moebalance.methods.base import Method, State, observe
 from moebalance.methods.lineage import Lineage, inherit
@@ -70,6 +71,7 @@ class LayerBalance(nn.Module):
         self.last_step: Tensor
         self.last_total: Tensor | None
         self.watched: Sums | None = None
+        self.weighing: Weighing | None = None
         self._reset()
 
     @property
@@ -130,6 +132,8 @@ class LayerBalance(nn.Module):
                     routing = route(logits, experts, self.gate, mask=mask, sequences=sequences)
                     self.count(observe(self.method, self.state, routing))
             return carrier
+        if self.weighing is not None and logits.requires_grad:
+            logits = self.weighing.branch(logits)
         how = self._pass(sequences=sequences)
         return tie(carrier, how, logits=logits, experts=experts, mask=mask, weight=weight)
 
@@ -190,6 +194,8 @@ class LayerBalance(nn.Module):
     def discard(self) -> None:
         """Forget what was counted since the last commit."""
         self.running.zero_()
+        if self.weighing is not None:
+            self.weighing.discard()
 
     def extra_repr(self) -> str:
         """Show the method and the size."""

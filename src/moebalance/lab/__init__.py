@@ -19,7 +19,9 @@ In reading order:
     jobs         what the commands do with a recipe
     progress     how far runs are: bars, or lines
     console      tables and verdicts in the terminal
+    traces/      what other tools write about routing, read as runs
     trackers     run logs → TensorBoard, W&B, trackio
+    shown        the pictures, tables and percentiles that trackers show
     cli          the commands and their options
     bench/       what each method costs here
     doctor/      what balances a model, and what will leave with its checkpoint

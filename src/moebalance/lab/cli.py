@@ -5,6 +5,7 @@ moebalance train recipe.toml       train one model with one method
 moebalance finetune recipe.toml    the same from the weights of a checkpoint
 moebalance compare recipe.toml     methods × seeds under equal compute
 moebalance report runs/…           run logs → one offline HTML file, or a live page (--follow)
+moebalance report trace.jsonl      the same for what Megatron, rollouts or Transformers wrote
 moebalance watch runs/…            the same runs in the terminal
 moebalance track runs/… --to …     run logs → TensorBoard, W&B or trackio
 moebalance doctor MODEL            what balances a model, what can, and what its checkpoint keeps
@@ -33,6 +34,7 @@ from moebalance.lab.console import (
     console,
     counted,
     errors,
+    runs_or_traces,
     save_extras,
     say,
     serve,
@@ -40,7 +42,6 @@ from moebalance.lab.console import (
     show_diagnosis,
     watch_runs,
 )
-from moebalance.runlog import find_runs
 
 DEMO = "demo.toml"
 _P = ParamSpec("_P")
@@ -57,7 +58,12 @@ class _PlainHelp:
 
 
 class _Command(_PlainHelp, TyperCommand):
-    pass
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for argument in self.params:
+            if argument.param_type_name == "argument":
+                # Its name says what to give; Typer would add the Python type, <list[Path]>.
+                argument.display_type_rich = lambda ctx: ""  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
 
 
 class _Group(_PlainHelp, TyperGroup):
@@ -127,6 +133,17 @@ Resume = Annotated[bool, _flag("--resume", "Go on from the last checkpoint.")]
 Track = Annotated[
     str | None, _option("TRACKERS", "Also send rows to 'tensorboard,wandb,trackio' or some.")
 ]
+ShowToo = Annotated[
+    str | None,
+    _option("WHAT", "What trackers show too: 'layers,percentiles,images,tables', some, or 'none'."),
+]
+Experts = Annotated[
+    int | None, _option("NUMBER", "Experts of a layer, if a trace does not say.", min=2)
+]
+TopK = Annotated[
+    int | None, _option("NUMBER", "Experts of a token, if a trace does not say.", min=1)
+]
+Layers = Annotated[int | None, _option("NUMBER", "MoE layers, if a trace does not say.", min=1)]
 
 
 def _say_version(asked: bool) -> None:
@@ -174,13 +191,14 @@ def compare(
     steps: Steps = None,
     workers: Workers = None,
     track: Track = None,
+    show: ShowToo = None,
 ) -> None:
     """Run methods × seeds under equal compute and data order, and report."""
     from moebalance.lab.jobs import compare_all
     from moebalance.lab.recipe import Recipe
 
     given = {"methods": methods, "seeds": seeds, "steps": steps, "workers": workers}
-    compare_all(Recipe.read(recipe), out, track=track, **given)  # type: ignore[arg-type]
+    compare_all(Recipe.read(recipe), out, track=track, show_too=show, **given)  # type: ignore[arg-type]
 
 
 @command
@@ -191,9 +209,10 @@ def train(
     seed: Seed = 0,
     resume: Resume = False,
     track: Track = None,
+    show: ShowToo = None,
 ) -> None:
     """Train one Mixture-of-Experts model with one method, log every step, save it and report."""
-    _run_one(recipe, out, method, seed, resume, track, fine_tunes=False)
+    _run_one(recipe, out, method, seed, resume, track, show, fine_tunes=False)
 
 
 @command
@@ -204,12 +223,13 @@ def finetune(
     seed: Seed = 0,
     resume: Resume = False,
     track: Track = None,
+    show: ShowToo = None,
 ) -> None:
     """Fine-tune one checkpoint with one method, whole or by LoRA; report before and after.
 
     RECIPE has a [model] checkpoint. For methods × seeds there is `compare`.
     """
-    _run_one(recipe, out, method, seed, resume, track, fine_tunes=True)
+    _run_one(recipe, out, method, seed, resume, track, show, fine_tunes=True)
 
 
 def _run_one(recipe: Path, *options: Any, fine_tunes: bool) -> None:
@@ -232,15 +252,21 @@ def doctor(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A model type, config.json or checkpoint; or runs, or a log."
+            metavar="TARGET",
+            help="A model type, config.json or checkpoint; or runs, a log, or a trace.",
         ),
     ],
+    experts: Experts = None,
+    top_k: TopK = None,
+    layers: Layers = None,
 ) -> None:
     """Say what is wrong with a model's routers and biases, or with runs, and what to change.
 
     Loads no weights. Ends with exit code 1 if a finding is an error.
     """
-    if show_diagnosis(target):
+    from moebalance.lab.traces import Missing
+
+    if show_diagnosis(target, Missing(experts, top_k, layers)):
         raise typer.Exit(1)
 
 
@@ -265,12 +291,18 @@ def report(
     port: Annotated[
         int, _option("NUMBER", "Port for --follow; 0 for a free one.", min=0, max=65535)
     ] = 0,
+    experts: Experts = None,
+    top_k: TopK = None,
+    layers: Layers = None,
 ) -> None:
-    """Turn run logs into a table and one offline HTML file."""
+    """Turn run logs, or traces of other tools, into a table and one offline HTML file."""
     if follow:
         serve(runs, port)
         return
-    found = [run for folder in runs for run in find_runs(folder)]
+    from moebalance.lab.traces import Missing
+
+    missing = Missing(experts, top_k, layers)
+    found = [run for folder in runs for run in runs_or_traces(folder, missing)]
     first = runs[0] if runs[0].is_dir() else runs[0].parent
     show(found, out or first / REPORT)
     to = figures_dir or first / "figures"
@@ -282,11 +314,14 @@ def track(
     runs: RunFolders,
     to: Annotated[str, _option("TRACKERS", "'tensorboard,wandb,trackio', or some of them.")],
     folder: Annotated[Path | None, _option("FOLDER", "Where trackers write.")] = None,
+    show: ShowToo = None,
 ) -> None:
     """Send finished runs to experiment trackers."""
+    from moebalance.lab.shown import Show
     from moebalance.lab.trackers import track as send
 
-    count = sum(len(send(path, to.split(","), folder=folder)) for path in runs)
+    too = Show() if show is None else Show.of(show.split(","))
+    count = sum(len(send(path, to.split(","), folder=folder, show=too)) for path in runs)
     say(f"Sent {counted(count, 'run')} to {to}.")
 
 

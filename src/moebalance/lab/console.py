@@ -13,6 +13,7 @@ from rich.table import Table
 from moebalance.runlog import LOG_NAME, Run, find_runs
 
 if TYPE_CHECKING:
+    from moebalance.lab.traces import Missing
     from moebalance.report import BeforeAfter
 
 REPORT = "report.html"
@@ -47,12 +48,12 @@ def show(runs: list[Run], page: Path) -> None:
     # A narrow terminal gets the first columns in full rather than all of them cut short.
     columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
     for batching in {row["batching"]: None for row in rows}:
-        cells = (
+        cells = [
             [_cell(row, key, digits) for _, key, digits in columns]
             for row in rows
             if row["batching"] == batching
-        )
-        _print_table(f"{batching} micro-batches", [title for title, _, _ in columns], cells)
+        ]
+        _print_table(f"{batching} micro-batches", *_fitting([c[0] for c in columns], cells))
     for section in summarise(runs):
         console.print(f"[bold]{escape(section.title)}[/]: {escape(section.verdict)}")
         if section.before_after is not None:
@@ -74,6 +75,18 @@ _COLUMNS = (
     ("entropy", "entropy", 2),
     ("purity", "purity", 2),
 )
+
+
+def _fitting(
+    titles: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """As many columns as leave room for every word of the names: cut, two settings look alike."""
+    name = max(len(word) for row in [titles, *rows] for word in row[0].split())
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    kept = len(titles)
+    while kept > 2 and name + sum(widths[1:kept]) + 3 * kept + 1 > console.width:
+        kept -= 1
+    return titles[:kept], [row[:kept] for row in rows]
 
 
 def _cell(row: Mapping[str, Any], key: str, digits: int) -> str:
@@ -104,7 +117,8 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
     """A table of names on the left, which may wrap, and numbers on the right, which may not."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
+        justify, overflow = ("right", "ellipsis") if i else ("left", "fold")
+        table.add_column(column, justify=justify, no_wrap=i > 0, overflow=overflow)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
@@ -146,16 +160,34 @@ def save_extras(
         say(f"Archived {counted(len(runs), 'log')} in {archive}")
 
 
-def show_diagnosis(target: str) -> bool:
+def runs_or_traces(path: Path, missing: "Missing | None" = None) -> list[Run]:
+    """The runs of a log, a folder of them, or a trace that another tool wrote.
+
+    Args:
+        path: of it.
+        missing: what a trace does not say; None for nothing known.
+    """
+    from moebalance.lab.traces import Missing, find_traces, is_trace
+
+    if not is_trace(path):
+        return find_runs(path)
+    found = find_traces(path, missing or Missing())
+    for note in found.notes:
+        say(note)
+    return found.runs
+
+
+def show_diagnosis(target: str, missing: "Missing | None" = None) -> bool:
     """Print what is wrong with runs or a model, and what to change; return whether it is an error.
 
     Args:
-        target: a run log, a folder of runs, or a model as the doctor of models takes it.
+        target: a run log, a folder of runs, a trace, or a model as the doctor of models takes it.
+        missing: what a trace does not say.
     """
     if _holds_runs(Path(target)):
         from moebalance.report import diagnosis
 
-        found = diagnosis.diagnose(find_runs(target))
+        found = diagnosis.diagnose(runs_or_traces(Path(target), missing))
         texts = [diagnosis.render(found, width=console.width)]
         severities = [str(each.severity) for each in found]
     else:
@@ -169,9 +201,13 @@ def show_diagnosis(target: str) -> bool:
 
 
 def _holds_runs(path: Path) -> bool:
-    """Whether this is a run log or a folder of them, and no model."""
+    """Whether this is a run log, a folder of them or a trace, and no model."""
+    from moebalance.lab.traces import is_trace
+
     if path.is_file():
-        return path.suffix == ".jsonl"
+        return path.suffix == ".jsonl" or is_trace(path)
+    if is_trace(path):
+        return True
     model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
     return path.is_dir() and not model and next(path.rglob(LOG_NAME), None) is not None
 
@@ -214,10 +250,15 @@ def watch_runs(folders: list[Path], *, once: bool, every_s: float = 1.0) -> None
             runs, problems = readable_runs(folders)
 
 
-def trackers(folder: Path, names: str | None) -> AbstractContextManager[None]:
+def trackers(
+    folder: Path, names: str | None, show: str | None = None
+) -> AbstractContextManager[None]:
     """Send the runs under a folder to trackers, named with commas, while the block runs."""
     if names is None:
         return nullcontext()
+    from moebalance.lab.shown import Show
     from moebalance.lab.trackers import following
 
-    return following(folder, names.split(","))
+    return following(
+        folder, names.split(","), show=Show() if show is None else Show.of(show.split(","))
+    )

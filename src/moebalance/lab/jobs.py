@@ -16,7 +16,13 @@ from moebalance.words.methods import split_outside_brackets
 
 
 def run_one(
-    recipe: Recipe, out: Path | None, method: str | None, seed: int, resume: bool, track: str | None
+    recipe: Recipe,
+    out: Path | None,
+    method: str | None,
+    seed: int,
+    resume: bool,
+    track: str | None,
+    show_too: str | None = None,
 ) -> None:
     """Make one run in this process, and report.
 
@@ -27,6 +33,7 @@ def run_one(
         seed: seed of fresh weights and data order.
         resume: go on from the last checkpoint.
         track: trackers to send rows to, with commas.
+        show_too: what they show next to the scalars, with commas; None for everything.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -43,7 +50,10 @@ def run_one(
     log, steps = folder / LOG_NAME, recipe.train.steps
     first = int(os.environ.get("RANK", 0)) == 0  # started by torchrun: the first process reports
     try:
-        with trackers(folder, track if first else None), follow_log(console, log, steps, method):
+        with (
+            trackers(folder, track if first else None, show_too),
+            follow_log(console, log, steps, method),
+        ):
             train_run(
                 recipe,
                 method=method,
@@ -72,6 +82,7 @@ def compare_all(
     steps: int | None = None,
     workers: int | None = None,
     track: str | None = None,
+    show_too: str | None = None,
 ) -> None:
     """Make all runs of a comparison, and report; if it ends early, report the runs so far.
 
@@ -83,6 +94,7 @@ def compare_all(
         steps: optimizer steps of a run.
         workers: runs at a time.
         track: trackers to send rows to, with commas.
+        show_too: what they show next to the scalars, with commas; None for everything.
     """
     spec, folder = recipe.compare, out or Path("runs") / recipe.name
     if methods is not None:
@@ -100,7 +112,7 @@ def compare_all(
     )
     try:
         with (
-            trackers(folder, track),
+            trackers(folder, track, show_too),
             follow_jobs(console, jobs, recipe.train.steps) as progress,
         ):
             found = compare(recipe, folder, workers=workers, progress=progress)

@@ -116,6 +116,7 @@ class TrainSpec:
         eval_sequences: held-out sequences in an evaluation, the same for every run.
         eval_every: steps between evaluations; 0 evaluates once, at the end.
         snapshot_every: steps between load snapshots in the log.
+        gradient_ratio: log how much of the routers' gradient is balancing, at some cost.
         save_every: steps between checkpoints; 0 saves none.
         bf16: compute in bfloat16; weights and router state stay in float32.
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -135,6 +136,7 @@ class TrainSpec:
     eval_sequences: _Count = 512
     eval_every: _CountOrNone = 0
     snapshot_every: _Count = 25
+    gradient_ratio: StrictBool = False
     save_every: _CountOrNone = 0
     bf16: StrictBool = False
     gradient_checkpointing: StrictBool = False

@@ -5,11 +5,11 @@ on, under one set of names. (The reporters of the Trainer live in the training p
 not send finished runs, nor those of a comparison's workers, and would call `moe/maxvio`
 `train/moe/maxvio`.)
 
-| row | scalars |
-|---|---|
-| `step` | `train/loss`, `train/lr`, `train/step_time_s`, …; `moe/maxvio`, `moe/gini`, … |
-| `snapshot` | `moe/layer_3/maxvio` and `moe/layer_3/dead`, a share, for every layer |
-| `eval` | `eval/loss`, `eval/maxvio`, `eval/mi`, … |
+| row | scalars | pictures |
+|---|---|---|
+| `step` | `train/loss`, `train/lr`, `train/step_time_s`, …; `moe/maxvio`, `moe/gini`, … | |
+| `snapshot` | `moe/layers/maxvio_p90`, …; `moe/layer_3/maxvio`, … | `moe/load`, `moe/extremes` |
+| `eval` | `eval/loss`, `eval/maxvio`, `eval/mi`, … | `eval/load`, `eval/extremes` |
 
 A tracker that fails loses nothing: the log is whole, and :func:`track` sends it again. A tracker is
 imported only when it is asked for.
@@ -19,40 +19,57 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import Context
 from pathlib import Path
 from typing import Any, Protocol
 
+from moebalance.lab.shown import (
+    COLUMNS,
+    Pace,
+    Show,
+    Shown,
+    by_layer,
+    extremes,
+    markdown,
+    percentiles,
+    picture,
+)
+from moebalance.metrics.image import png
 from moebalance.report.estimates import finite
-from moebalance.report.loads import layer_names, ratios
-from moebalance.report.pack import DEAD
 from moebalance.runlog import LOG_NAME, Row, Run, find_runs
 
+EVERYTHING = Show()
 _TRAIN = frozenset({"loss", "lr", "grad_norm", "step_time_s"})
 
 
 class Sink(Protocol):
-    """Where the scalars of one run go."""
+    """Where the numbers and pictures of one run go."""
 
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Take the scalars of one row."""
+    def write(self, shown: Shown, step: int) -> None:
+        """Take what one row has."""
 
     def close(self, status: str) -> None:
         """The run ended: `complete`, `interrupted`, `failed`, or it has `no end row`."""
 
 
-def track(path: Path | str, to: Sequence[str], *, folder: Path | str | None = None) -> list[Run]:
+def track(
+    path: Path | str,
+    to: Sequence[str],
+    *,
+    folder: Path | str | None = None,
+    show: Show = EVERYTHING,
+) -> list[Run]:
     """Send finished runs, or what there is of others, to trackers.
 
     Args:
         path: a run folder, a log, or a folder of runs.
         to: of `tensorboard`, `wandb`, `trackio`.
         folder: where TensorBoard and W&B write; `trackers` in each run's folder by default.
+        show: what to send next to the scalars of each row.
 
     Returns:
         The runs that were sent.
@@ -65,7 +82,7 @@ def track(path: Path | str, to: Sequence[str], *, folder: Path | str | None = No
     check_trackers(to)
     runs = find_runs(path)
     for run in runs:
-        reader = _Reader(run.path, to, folder)
+        reader = _Reader(run.path, to, folder, show)
         reader.read()
         reader.close()
     return runs
@@ -73,7 +90,12 @@ def track(path: Path | str, to: Sequence[str], *, folder: Path | str | None = No
 
 @contextmanager
 def following(
-    path: Path | str, to: Sequence[str], *, folder: Path | str | None = None, every_s: float = 1.0
+    path: Path | str,
+    to: Sequence[str],
+    *,
+    folder: Path | str | None = None,
+    every_s: float = 1.0,
+    show: Show = EVERYTHING,
 ) -> Iterator[None]:
     """Send every run that is written under `path` inside the block to trackers, as it is written.
 
@@ -86,6 +108,7 @@ def following(
         to: of `tensorboard`, `wandb`, `trackio`; none does nothing.
         folder: as for :func:`track`.
         every_s: seconds between looks at the logs.
+        show: what to send next to the scalars of each row.
 
     Raises:
         ValueError: a tracker is unknown.
@@ -103,7 +126,7 @@ def following(
     def look() -> None:
         for log in sorted(path.rglob(LOG_NAME)):
             if log not in readers and before.get(log) != log.stat().st_mtime_ns:
-                readers[log] = _Reader(log, to, folder)
+                readers[log] = _Reader(log, to, folder, show)
         for reader in readers.values():
             reader.read()
 
@@ -124,15 +147,35 @@ def following(
             reader.close()
 
 
-def scalars(row: Row, header: Row) -> dict[str, float]:
-    """The named scalars of a row; empty for a header, an end, or a row of another kind.
+def shown(row: Row, header: Row, show: Show, pace: Pace) -> Shown:
+    """What a row has for a tracker; nothing for a header, an end, or a row of another kind."""
+    kind = row["kind"]
+    if kind not in ("step", "snapshot", "eval"):
+        return Shown()
+    numbers = scalars(row, header, show)
+    pictures = (show.images or show.tables) and bool(row.get("load"))
+    if not pictures or not pace.due(kind, row["step"]):
+        return Shown(numbers)
+    room = "eval" if kind == "eval" else "moe"
+    image = picture(row) if show.images else None
+    table = extremes(row, header) if show.tables else []
+    return Shown(
+        numbers,
+        {} if image is None else {f"{room}/load": image},
+        {f"{room}/extremes": table} if table else {},
+    )
+
+
+def scalars(row: Row, header: Row, show: Show = EVERYTHING) -> dict[str, float]:
+    """The named scalars of a row.
 
     >>> scalars({"kind": "step", "step": 1, "loss": 2.5, "maxvio": 0.5, "note": "x"}, {})
     {'train/loss': 2.5, 'moe/maxvio': 0.5}
     """
     kind = row["kind"]
     if kind == "snapshot":
-        return _by_layer(row, header)
+        spread = percentiles(row, header) if show.percentiles else {}
+        return spread | (by_layer(row, header) if show.layers else {})
     if kind not in ("step", "eval"):
         return {}
     found = {key: finite(row, key) for key in row if key not in ("kind", "step")}
@@ -157,12 +200,19 @@ class _TensorBoard:
         _module("tensorboard")
         writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
         self._event = importlib.import_module("tensorboard.compat.proto.event_pb2").Event
+        self._text = importlib.import_module("tensorboard.plugins.text.summary_v2").text_pb
         self._writer = writer.EventFileWriter(str(folder / "tensorboard" / name))
 
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
+    def write(self, shown: Shown, step: int) -> None:
         event = self._event(step=step)
-        for tag, value in scalars.items():
+        for tag, value in shown.scalars.items():
             event.summary.value.add(tag=tag, simple_value=value)
+        for tag, pixels in shown.images.items():
+            image = event.summary.value.add(tag=tag).image
+            image.height, image.width, image.colorspace = pixels.shape
+            image.encoded_image_string = png(pixels)
+        for tag, rows in shown.tables.items():
+            event.summary.MergeFrom(self._text(tag, markdown(rows)))
         self._writer.add_event(event)
         self._writer.flush()
 
@@ -171,13 +221,18 @@ class _TensorBoard:
 
 
 class _Logger:
-    """A run of W&B or trackio, which take rows alike."""
+    """A run of W&B or trackio, which take rows alike, and have pictures of one form."""
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    def __init__(self, run: Any, package: Any) -> None:
+        self._run, self._package = run, package
 
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(scalars), step=step)
+    def write(self, shown: Shown, step: int) -> None:
+        row: dict[str, Any] = dict(shown.scalars)
+        row |= {tag: self._package.Image(pixels) for tag, pixels in shown.images.items()}
+        for tag, rows in shown.tables.items():
+            columns = [name or "end" for name in COLUMNS]
+            row[tag] = self._package.Table(columns=columns, data=rows)
+        self._run.log(row, step=step)
 
     def close(self, status: str) -> None:
         self._run.finish()
@@ -194,13 +249,15 @@ def _wandb(header: Row, name: str, folder: Path) -> Sink:
     folder.mkdir(parents=True, exist_ok=True)
     # Runs of a comparison are open side by side: create_new here, a context of its own below.
     options = {**_about(header, name), "dir": str(folder), "reinit": "create_new"}
-    return _WeightsAndBiases(_module("wandb").init(**options))
+    package = _module("wandb")
+    return _WeightsAndBiases(package.init(**options), package)
 
 
 def _trackio(header: Row, name: str, folder: Path) -> Sink:
     """In trackio's own local database, unless its own variables say otherwise."""
     off = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
-    return _Logger(Context().run(_module("trackio").init, **_about(header, name), **off))
+    package = _module("trackio")
+    return _Logger(Context().run(package.init, **_about(header, name), **off), package)
 
 
 def _about(header: Row, name: str) -> dict[str, Any]:
@@ -218,8 +275,8 @@ TRACKERS: dict[str, Callable[[Row, str, Path], Sink]] = {
 class _Reader:
     """Reads a log as it grows, and hands each row to the run's sinks once."""
 
-    def __init__(self, log: Path, to: Sequence[str], folder: Path | str | None) -> None:
-        self._log, self._to = log, to
+    def __init__(self, log: Path, to: Sequence[str], folder: Path | str | None, show: Show) -> None:
+        self._log, self._to, self._show, self._pace = log, to, show, Pace()
         self._folder = Path(folder) if folder is not None else log.parent / "trackers"
         self._read_bytes, self._status = 0, "no end row"
         self._header: Row = {}
@@ -241,32 +298,19 @@ class _Reader:
 
     def _send(self, row: Row) -> None:
         if row["kind"] == "header":
-            self._header = row
+            self._header, self._pace = row, Pace(row.get("steps"))
             name = f"{row.get('batching') or 'run'}-{self._log.resolve().parent.name}"
             name = re.sub(r"[^\w.+-]+", "-", name)
             self._sinks = [TRACKERS[to](row, name, self._folder) for to in self._to]
         elif row["kind"] == "end":
             self._status = str(row.get("status"))
-        elif found := scalars(row, self._header):
+        elif any(found := shown(row, self._header, self._show, self._pace)):
             for sink in self._sinks:
                 sink.write(found, row["step"])
 
 
 def _room(kind: str, key: str) -> str:
     return "eval" if kind == "eval" else "train" if key in _TRAIN else "moe"
-
-
-def _by_layer(row: Row, header: Row) -> dict[str, float]:
-    grid = ratios(row, "load")
-    names = layer_names(Run(Path(), header), len(grid))
-    found = {}
-    for name, layer in zip(names, grid, strict=True):
-        known = [ratio for ratio in layer if ratio is not None and math.isfinite(ratio)]
-        if known:
-            place = f"moe/{name.replace(' ', '_')}"
-            found[f"{place}/maxvio"] = max(known) - 1
-            found[f"{place}/dead"] = sum(ratio < DEAD for ratio in known) / len(known)
-    return found
 
 
 def _module(name: str) -> Any:

@@ -78,6 +78,8 @@ def train_run(
         made, vocab_size = recipe_method(recipe, method), texts.data.tokenizer.vocab_size
         model, balancing = _balanced_model(recipe, made, vocab_size, begun.checkpoint)
         rank, world = _rank_and_world()
+        if recipe.train.gradient_ratio:
+            balancing.weigh_gradient()
         log, goes_on = _open_log(folder, begun, rank, stack)
         if not goes_on:
             log.write("header", **header(recipe, identity, model, balancing, texts))

@@ -2,6 +2,7 @@
 
 load.py             how even a load is; the gap between soft and hard load
 specialisation.py   which expert serves which domain; how choices change and go together
+image.py            a load as a small picture
 summary.py          a model's layers in about ten numbers
 expert_parallel.py  the cost of imbalance when experts are spread over ranks; imports no torch
 
@@ -12,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moebalance.metrics.image import load_image as load_image
+    from moebalance.metrics.image import png as png
     from moebalance.metrics.load import coefficient_of_variation as coefficient_of_variation
     from moebalance.metrics.load import dead_fraction as dead_fraction
     from moebalance.metrics.load import gini as gini
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from moebalance.metrics.specialisation import router_similarity as router_similarity
 
 _HOME = {
+    "image": ["load_image", "png"],
     "load": [
         "coefficient_of_variation",
         "dead_fraction",

@@ -5,6 +5,7 @@ In reading order:
     columns.py         the numbers that tables show, and what each means
     methods.py         how a method looks: name, colours, mark, line
     parts.py           what a run's method is made of
+    naming.py          what settings of one method are called
     estimates.py       runs → mean ± sd for each method and setting
     verdict.py         the sentence on top, by paired differences
     before_after.py    fine-tuning: where it began, where it ended

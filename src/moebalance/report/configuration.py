@@ -70,20 +70,36 @@ def settings(runs: Sequence[Run]) -> dict[str, list[Setting]]:
     return groups
 
 
+def folders(runs: Sequence[Run]) -> list[str]:
+    """Where each run's log lies, under the folder that all have in common."""
+    parents = [run.path.resolve().parent for run in runs]
+    root = Path(os.path.commonpath(parents))
+    found = (parent.relative_to(root).as_posix() for parent in parents)
+    return [p.name if name == "." else name for p, name in zip(parents, found, strict=True)]
+
+
+def differences(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Each run's entries of recipe, model, data and steps in which the runs differ."""
+    flat = [
+        _flat({key: run.header.get(key) for key in ("recipe", "model", "data", "steps")})
+        for run in runs
+    ]
+    keys = dict.fromkeys(name for entries in flat for name in entries)
+    varied = [name for name in keys if len({entries.get(name) for entries in flat}) > 1]
+    return [{name: entries.get(name, "—") for name in varied} for entries in flat]
+
+
 def run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """One row a run: what it was, how far it came, how it ended, where its log lies."""
-    parents = [run.path.resolve().parent for run in runs]
-    root = Path(os.path.commonpath(parents)) if len(parents) > 1 else parents[0].parent
     rows = []
-    for run, parent in zip(runs, parents, strict=True):
+    for run, folder in zip(runs, folders(runs), strict=True):
         planned = run.header.get("steps")
         status = _STATUS.get(run.status, run.status)
         error = run.end.get("error") if run.end else None
         wall_s = run.end.get("wall_s") if run.end else None
-        folder = parent.relative_to(root).as_posix()
         rows.append(
             {
-                "folder": parent.name if folder == "." else folder,
+                "folder": folder,
                 "method": display_name(run.method),
                 "key": run.method,
                 "method_repr": run.method_repr,

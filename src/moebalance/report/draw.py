@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
+from moebalance.metrics.image import DEAD_SHADE, SHADES
 from moebalance.report.canvas import GROUND, INK, MARKS, MUTED, logarithmic, plain
 from moebalance.report.columns import LEAST_LOSS
 from moebalance.report.estimates import MethodSummary, finite
@@ -25,12 +26,6 @@ from moebalance.report.methods import leader
 from moebalance.report.pack import DEAD
 from moebalance.runlog import Run
 
-SHADES = (
-    *("#0b3c73", "#2a5f98", "#5584b6", "#84a8cd", "#b2c9e0", "#d9e3ec", "#f0efeb"),
-    *("#f6dfce", "#f3c3a0", "#e79d6c", "#d4743c", "#b1501c", "#832f06"),
-)
-"""From ¼× to 4× an even share in thirds of a doubling; the middle one is an even share."""
-DEAD_SHADE = "#b5008c"
 _LETTER = 6.6  # pixels, the mean width of one at 12 pixels
 _POINTS = 120
 # Soft against hard, in thirds of a doubling from ⅛× to 8×; what lies beyond stands at the edge.

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
 
+from moebalance.metrics.image import DEAD_SHADE, SHADES
 from moebalance.report.canvas import GRID, GROUND, INK, MARKS, MUTED, svg_text
-from moebalance.report.draw import DEAD_SHADE, SHADES
 from moebalance.report.estimates import MethodSummary
 
 _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"

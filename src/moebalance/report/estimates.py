@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moebalance.report.methods import Look, display_name, look, looks
+from moebalance.report.methods import Look, look, looks
+from moebalance.report.naming import by_setting, names
 from moebalance.report.parts import balances, parts_of
 from moebalance.runlog import Row, Run
 
@@ -92,10 +92,10 @@ def method_summaries(
         metrics: the keys of the evaluation row to summarise.
         among: all runs of the report, so that a setting has one name and look in all of it.
     """
-    known, groups = _grouped(among or runs), _grouped(runs)
+    known, groups = by_setting(among or runs), by_setting(runs)
     order = list(looks(method for method, _ in known))
     keys = sorted(known, key=lambda key: (order.index(key[0]), key[1]))
-    labels = _labels({key: known[key] for key in keys})
+    labels = names({key: known[key] for key in keys})
     rivals = {key: [other for other in keys if other[0] == key[0]] for key in keys}
     times = {key: _step_times_s(groups.get(key, ())) for key in keys}
     baseline = next((times[key] for key in keys if key[0] == "none"), {})
@@ -103,7 +103,7 @@ def method_summaries(
     return [
         _summary(
             key,
-            labels[key],
+            str(labels[key]),
             rivals[key].index(key),
             groups[key],
             metrics,
@@ -113,13 +113,6 @@ def method_summaries(
         for key in keys
         if key in groups
     ]
-
-
-def _grouped(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.method, run.method_repr), []).append(run)
-    return groups
 
 
 def is_whole(run: Run) -> bool:
@@ -230,30 +223,3 @@ def _by_seed(rows: Iterable[tuple[Run, Row]], metric: str) -> dict[Any, float]:
 
 def _seed(run: Run) -> int | str:
     return run.seed if run.seed is not None else str(run.path)
-
-
-def _labels(groups: Mapping[tuple[str, str], Sequence[Run]]) -> dict[tuple[str, str], str]:
-    """The method's name; where several settings of it were run, what tells them apart as well."""
-    labels = {}
-    for key in groups:
-        name = display_name(key[0])
-        rivals = {k: _settings(runs[0]) for k, runs in groups.items() if k[0] == key[0]}
-        own = [
-            f"{setting}={mine}" if (mine := rivals[key].get(setting)) else f"no {setting}"
-            for setting in dict.fromkeys(s for settings in rivals.values() for s in settings)
-            if len({settings.get(setting) for settings in rivals.values()}) > 1
-        ]
-        tail = ", ".join(own) or f"setting {list(rivals).index(key) + 1}"
-        labels[key] = f"{name} · {tail}" if len(rivals) > 1 else name
-    return labels
-
-
-def _settings(run: Run) -> dict[str, str]:
-    """The settings of a run's method in words; of two parts that share a name, with the part's."""
-    parts = parts_of(run)
-    shared = Counter(name for part in parts for name in part.settings)
-    return {
-        f"{part.word} {name}" if shared[name] > 1 else name: str(value).removesuffix("()")
-        for part in parts
-        for name, value in part.settings.items()
-    }

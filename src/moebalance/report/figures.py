@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
+from moebalance.metrics.image import DEAD_SHADE, SHADES
 from moebalance.report import draw
 from moebalance.report.canvas import INK, MUTED, grid, heading, legend_below, panels, save
 from moebalance.report.estimates import MethodSummary
@@ -188,8 +189,8 @@ def _maps(
 
 def _scale(figure: Figure, cells: Sequence[Axes]) -> None:
     """The colours from ¼× to 4×, and below them the one of dead experts."""
-    shades = ListedColormap(draw.SHADES).with_extremes(under=draw.DEAD_SHADE)
-    norm = BoundaryNorm([(i - 6.5) / 3 for i in range(14)], len(draw.SHADES))
+    shades = ListedColormap(SHADES).with_extremes(under=DEAD_SHADE)
+    norm = BoundaryNorm([(i - 6.5) / 3 for i in range(14)], len(SHADES))
     colours = ScalarMappable(norm, shades)
     bar = figure.colorbar(colours, ax=list(cells), extend="min", aspect=14, ticks=[-2, -1, 0, 1, 2])
     bar.ax.set_yticklabels(["¼×", "½×", "1×", "2×", "4×"], fontsize=7)

@@ -15,8 +15,9 @@ import math
 import zlib
 from collections.abc import Sequence
 
-DEAD = 0.01
-"""Below this multiple of an even share an expert counts as dead."""
+from moebalance.metrics.image import DEAD
+
+__all__ = ["DEAD", "code", "pack", "ratio", "thinned", "unpack"]
 
 _EVEN, _PER_DOUBLING = 82, 12
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from moebalance.report.configuration import differences, folders
 from moebalance.report.estimates import finite, number
 from moebalance.report.loads import layer_names, matrix, maxvio, relative, source
-from moebalance.report.methods import display_name
+from moebalance.report.naming import Name, by_setting, names
 from moebalance.report.pack import DEAD
 from moebalance.runlog import Run
 
@@ -64,36 +65,68 @@ def view(runs: Sequence[Run], problems: Sequence[str] = (), *, width: int = 100)
 
     narrow = width < 90
     curves = _CURVES[:2] if narrow else _CURVES
-    room = max(6, min(40, (width - 52 - 9 * len(curves)) // len(curves)))
+    room = max(6, min(40, (width - 52 - 9 * len(curves)) // len(curves))) if width >= 64 else 0
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("run", no_wrap=True, max_width=28)
+    # A name is wrapped, never cut: what tells two settings apart may stand at its end.
+    table.add_column("run", min_width=14, max_width=28, overflow="fold")
     table.add_column("step", justify="right", no_wrap=True)
     for _, title, _ in curves:
         table.add_column(title, no_wrap=True)
     if not narrow:
         table.add_column("left", justify="right", no_wrap=True)
-    several = len({run.batching for run in runs}) > 1
-    for run in runs:
-        cells = [Text(_name(run, batching=several))]
+    for name, run in _named(runs):
+        cells = [Text(name)]
+        if run is None:
+            table.add_row(*cells)
+            continue
         cells.append(Text(_progress(run)))
         for key, _, digits in curves:
             values = [finite(row, key) for row in run.steps]
             last = next((v for v in reversed(values) if v is not None), None)
             words = "–" if last is None else number(last, digits)
-            cells.append(Text(f"{sparkline(values, room)} {words}"))
+            cells.append(Text(f"{sparkline(values, room)} {words}".strip()))
         if not narrow:
             cells.append(Text(_left(run)))
         table.add_row(*cells)
     parts: list[Table | Text] = [table] if runs else []
+    # Said once, under the table: next to the name it would take the numbers' room.
+    common = {n.method: n.common for n in names(by_setting(runs)).values() if n.common}
+    parts += [Text(f"{name}: {words} in all", style="dim") for name, words in common.items()]
     if len(runs) == 1:
         parts.append(_layers(runs[0], width))
     parts += [Text(problem, style="yellow") for problem in problems]
     return Group(*parts)
 
 
-def _name(run: Run, *, batching: bool) -> str:
-    seed = "" if run.seed is None else f" {run.seed}"
-    return f"{display_name(run.method)}{seed}{f' {run.batching}' if batching else ''}"
+def _named(runs: Sequence[Run]) -> Iterator[tuple[str, Run | None]]:
+    """What each line is called: settings of one method stand under its name, without a run."""
+    found = names(by_setting(runs))
+    several = len({run.batching for run in runs}) > 1
+    called = [found[run.method, run.method_repr] for run in runs]
+    lines = [_line(name, run, several) for name, run in zip(called, runs, strict=True)]
+    keys = [(run.method, line) for run, line in zip(runs, lines, strict=True)]
+    for method in dict.fromkeys(run.method for run in runs):
+        alike = [i for i, run in enumerate(runs) if run.method == method]
+        first = called[alike[0]]
+        if first.own:
+            yield first.method, None
+        for i in alike:
+            twins = [j for j in alike if keys[j] == keys[i]]
+            more = _more([runs[j] for j in twins])[twins.index(i)] if len(twins) > 1 else ""
+            yield f"{'  ' if first.own else ''}{lines[i]}{more}", runs[i]
+
+
+def _line(name: Name, run: Run, batching: bool) -> str:
+    seed = "" if run.seed is None else f", seed {run.seed}" if name.own else f" {run.seed}"
+    return f"{name.own or name.method}{seed}{f' {run.batching}' if batching else ''}"
+
+
+def _more(twins: Sequence[Run]) -> list[str]:
+    """What tells twins of one setting and seed apart: an entry of the recipe, or the folder."""
+    varied = differences(twins)
+    words = [" ".join(f"{k.split('.')[-1]}={v}" for k, v in each.items()) for each in varied]
+    few = 0 < len(varied[0]) <= 2 and len(set(words)) == len(twins)
+    return [f", {text}" for text in (words if few else folders(twins))]
 
 
 def _layers(run: Run, width: int) -> Text:
@@ -108,15 +141,15 @@ def _layers(run: Run, width: int) -> Text:
     if row is None:
         return text
     layers = [relative(line) for line in matrix(row.get("load"))]
-    names = layer_names(run, len(layers))
+    called = layer_names(run, len(layers))
     kept = range(0, len(layers), max(1, math.ceil(len(layers) / _MOST_LAYERS)))
-    gutter = max((len(names[i]) for i in kept), default=0) + 1
+    gutter = max((len(called[i]) for i in kept), default=0) + 1
     text.append(f"\nLoad of every expert at step {row['step']}, from the most loaded: ", "dim")
     text.append("▃ even, █ 3.5× or more, · dead\n", "dim")
     for i in kept:
         ranked = sorted((r for r in layers[i] if r is not None), reverse=True)
         columns = max(1, min(len(ranked), width - gutter - 16))
-        text.append(names[i].ljust(gutter), "dim")
+        text.append(called[i].ljust(gutter), "dim")
         for j in range(columns if ranked else 0):
             ratio = ranked[j * len(ranked) // columns]
             block = BLOCKS[min(len(BLOCKS) - 1, round(2 * ratio))]

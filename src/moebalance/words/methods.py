@@ -17,9 +17,9 @@ from typing import Any
 from moebalance import methods as methods
 from moebalance.methods import MaxVio, Method, Scheduled, Targeted, Together
 from moebalance.methods.goals import GOALS, Goal
-from moebalance.potentials import NegativeEntropy
+from moebalance.potentials import POTENTIALS, NegativeEntropy
 from moebalance.words.potentials import build_potential, table_with_proportions
-from moebalance.words.suggest import check_options, instead_of
+from moebalance.words.suggest import check_options, instead_of, nearest
 
 TARGET, SCHEDULE = "target", "schedule"
 """Options of every method with a strength; a method takes one of them."""
@@ -144,8 +144,8 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Method:
     kinds = method_classes()
     if name not in kinds:
         raise ValueError(
-            f"Unknown method {name!r}.{instead_of(name, kinds)} Join several with +, for example "
-            "phi+loss-free."
+            f"Unknown method {name!r}.{_as_potential(name)}{instead_of(name, kinds)} "
+            "Join several with +, for example phi+loss-free."
         )
     kind = kinds[name]
     _check_options(name, kind, options)
@@ -154,6 +154,12 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Method:
     if TARGET in options:
         return Targeted(method, _build_goal(options[TARGET]))
     return _scheduled(method, options[SCHEDULE]) if SCHEDULE in options else method
+
+
+def _as_potential(name: str) -> str:
+    """What to write if the word of a method is the name of a potential, or nearly."""
+    near = nearest(name, [potential.__name__ for potential in POTENTIALS])
+    return f" The potential {near} is written phi(potential={near})." if near else ""
 
 
 def _check_options(name: str, kind: type[Method], options: Mapping[str, Any]) -> None:

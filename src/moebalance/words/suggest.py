@@ -12,9 +12,19 @@ def did_you_mean(word: str, possible: Iterable[str]) -> str:
     >>> did_you_mean("zzz", ["python"])
     ''
     """
+    near = nearest(word, possible)
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def nearest(word: str, possible: Iterable[str]) -> str | None:
+    """The nearest possible name, or None.
+
+    >>> nearest("tsalis", ["Tsallis", "Renyi"])
+    'Tsallis'
+    """
     by_sound = {_sound(name): name for name in possible}
     near = difflib.get_close_matches(_sound(word), by_sound, n=1)
-    return f" Did you mean {by_sound[near[0]]!r}?" if near else ""
+    return by_sound[near[0]] if near else None
 
 
 def instead_of(word: str, possible: Iterable[str]) -> str:

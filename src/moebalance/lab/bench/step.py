@@ -61,10 +61,10 @@ def measure_steps(
     for case in cases:
         tell(str(case))
         with torch.device(device):  # random numbers of a large model take minutes on a processor
-            model = _build(case)
+            model = build(case)
         ids = torch.randint(0, 256, (case.tokens // case.length, case.length), device=device)
         named: dict[str, Method | None] = {BARE: None, NULL: None, **methods}
-        calls = {name: _step(_twin(model), ids, method) for name, method in named.items()}
+        calls = {name: _step(twin(model), ids, method) for name, method in named.items()}
         timed = interleaved(calls, rounds=rounds, device=device)
         sizes = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
         variants = {name: asdict(found) for name, found in timed.items()}
@@ -72,7 +72,8 @@ def measure_steps(
     return rows
 
 
-def _build(case: StepCase) -> nn.Module:
+def build(case: StepCase) -> nn.Module:
+    """The model of a case."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -95,7 +96,7 @@ def _build(case: StepCase) -> nn.Module:
     return found
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """A model with modules of its own, for hooks of its own, on the same parameters and buffers."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

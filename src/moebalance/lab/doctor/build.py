@@ -50,10 +50,22 @@ def configuration(target: str | Path) -> tuple[PreTrainedConfig, dict[str, Any] 
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(
-                f"{path} holds neither config.json nor adapter_config.json: give the folder that "
-                "save_pretrained or a Trainer wrote."
+                f"{path} {_content(path)}, so neither a model nor runs: give a folder with a "
+                "config.json or adapter_config.json, as save_pretrained or a Trainer write it, or "
+                "one with run logs (log.jsonl)."
             )
         return _load(path), None
+    if path.suffix == ".toml" and path.is_file():
+        raise ValueError(
+            f"{path} is a recipe. The doctor looks at models and at runs: give it the folder of "
+            f"the runs, after `moebalance train {path}`; or the recipe's [model] checkpoint, or "
+            "its model type."
+        )
+    if path.is_file() and path.suffix != ".json":
+        raise ValueError(
+            f"{path} is neither a config.json, nor a run log (log.jsonl), nor a trace: give one of "
+            "them, a folder of them, or a model type such as qwen3_moe."
+        )
     if path.is_file():
         return _load(path), None
     kind = str(target)
@@ -62,10 +74,14 @@ def configuration(target: str | Path) -> tuple[PreTrainedConfig, dict[str, Any] 
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
             f"{kind!r} is no model type, file or folder.{hint} Give a model type such as "
-            "qwen3_moe, a config.json, or a checkpoint folder; of a model on a hub, download its "
-            "config.json first."
+            "qwen3_moe, a config.json, a checkpoint folder, or a folder of runs; of a model on a "
+            "hub, download its config.json first."
         )
     return AutoConfig.for_model(kind), None
+
+
+def _content(path: Path) -> str:
+    return "is an empty folder" if next(path.iterdir(), None) is None else "has no config.json"
 
 
 def _load(path: Path) -> PreTrainedConfig:

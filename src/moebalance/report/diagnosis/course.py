@@ -39,7 +39,15 @@ def unfinished(log: Reading) -> Iterator[Finding]:
 def too_short(log: Reading) -> Iterator[Finding]:
     """Too few steps, or no rows about them."""
     last, rows = log.run.last_step, len(log.step)
-    if last < LEAST_STEPS:
+    if log.run.header.get("trace"):
+        yield Finding(
+            Severity.NOTE,
+            "This is a trace: its load is judged, and not the course of a training.",
+            "For the course, log a run with moebalance.monitor(model, log=…).",
+            f"{last} step{'' if last == 1 else 's'} of {log.run.header['trace']}",
+            "trace",
+        )
+    elif last < LEAST_STEPS:
         yield Finding(
             Severity.NOTE,
             "The run is too short to judge how its balance goes.",
