@@ -70,7 +70,10 @@ def configuration(target: str | Path) -> tuple[PreTrainedConfig, dict[str, Any] 
 
 def _load(path: Path) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(path),
+            trust_remote_code=False,  # else it may ask on stdin, and run code
+        )
     except _CONSTRUCTION_ERRORS as error:
         raise ValueError(f"Transformers cannot read {path}: {error}") from error
     return config
