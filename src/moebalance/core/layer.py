@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moebalance.core.autograd import Pass, Tally, tie
 from moebalance.core.packing import pack, packed_size, unpack
+from moebalance.core.sound import tensors_problem, trial_problem
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax
 from moebalance.methods.base import Method, State, observe
@@ -187,9 +188,23 @@ class LayerBalance(nn.Module):
             saved: the `state_dict` of the other layer.
             lineage: the parents of this layer's experts among the other's.
         """
-        old = _refill(self._template, iter([saved[name] for name in self._state_names]))
-        self._write(inherit(old, lineage, self.gate))
+        self._write(self._inherited(saved, lineage))
         self.last_step.copy_(saved["last_step"])
+
+    @torch.no_grad()
+    def problem(self, saved: Mapping[str, Tensor], lineage: Lineage | None = None) -> str:
+        """Why a saved state of the right shapes cannot be trained with; empty if it can.
+
+        Args:
+            saved: the `state_dict` of this layer, or of one with other experts.
+            lineage: the parents of this layer's experts among the other's.
+        """
+        found = tensors_problem(saved, self._buffers)  # type: ignore[arg-type]
+        if found:
+            return found
+        here = {name: tensor.detach().cpu() for name, tensor in saved.items()}
+        state = self._inherited(here, lineage) if lineage is not None else self._of(here)
+        return trial_problem(self.method, state, self.gate, self.num_experts)
 
     def discard(self) -> None:
         """Forget what was counted since the last commit."""
@@ -212,6 +227,22 @@ class LayerBalance(nn.Module):
         self.running = torch.zeros(size, dtype=torch.float32)
         self.loss_scale = torch.ones((), dtype=torch.float32)
         self.last_total = None
+
+    def _of(self, saved: Mapping[str, Tensor]) -> State:
+        return _refill(self._template, iter([saved[name] for name in self._state_names]))
+
+    def _inherited(self, saved: Mapping[str, Tensor], lineage: Lineage) -> State:
+        return inherit(self._of(saved), lineage, self.gate)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Refuse a model's checkpoint whose balancing state cannot be trained with."""
+        saved = {name: state_dict.get(prefix + name) for name in self._buffers}
+        if all(_plain(saved[name], own) for name, own in self._buffers.items()):
+            found = self.problem(saved)
+            if found:
+                args[-1].append(f"The balancing state of {prefix or self.name} is refused: {found}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _pass(self, **more: Any) -> Pass:
         tally = Tally(self.running, self.last_step, self.loss_scale)
@@ -271,6 +302,13 @@ def commit_rows(
     torch._foreach_zero_([layer.running for layer in layers])
     for layer, total in zip(layers, totals.unbind(), strict=True):
         layer.last_total = total
+
+
+def _plain(tensor: Any, own: Tensor | None) -> bool:
+    """Whether values can be looked at: none are there for a part of a tensor, or on meta."""
+    if own is None or own.is_meta or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        return False
+    return not tensor.is_meta and tensor.shape == own.shape
 
 
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

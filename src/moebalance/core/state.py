@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moebalance.core.layer import LayerBalance
+from moebalance.core.sound import steps_problem, tensors_problem
 from moebalance.methods.base import Method, inner_methods
 from moebalance.methods.lineage import Lineage
 
@@ -38,14 +39,10 @@ def check_fit(
         Where `parents` are given, how each layer's experts descend from the saved ones.
 
     Raises:
-        ValueError: another format, method, set of layers or number of experts.
+        ValueError: another format, method, set of layers or number of experts; or values that
+            cannot be trained with (`sound.py`).
     """
-    for key in ("format", "method", "method_repr", "steps", "layers"):
-        if key not in state:
-            raise ValueError(
-                f"Not a balancing state: it has no {key!r} (keys: {sorted(state)}). "
-                "Give what Balancing.state_dict() returned."
-            )
+    check_values(state)
     if state["format"] != FORMAT:
         raise ValueError(
             f"This balancing state has format {state['format']}; this version reads {FORMAT}. "
@@ -60,7 +57,7 @@ def check_fit(
     if mine != theirs:
         raise ValueError(
             "This balancing state belongs to another model: missing layers "
-            f"{sorted(mine - theirs)[:3]}, unknown layers {sorted(theirs - mine)[:3]}."
+            f"{sorted(mine - theirs)[:3]}, unknown layers {sorted(theirs - mine, key=str)[:3]}."
         )
     lineages = {}
     for name, layer in layers.items():
@@ -75,11 +72,43 @@ def check_fit(
                 "If experts were copied, merged or taken out since, say of which each descends: "
                 "parents=[…]."
             )
+        problem = layer.problem(state["layers"][name], lineages.get(name))
+        if problem:
+            raise ValueError(f"The balancing state of {name} is refused: {problem}")
     if state["method_repr"] != repr(method):
         logger.warning(
             "moebalance: state saved under %s continues under %r.", state["method_repr"], method
         )
     return lineages
+
+
+def check_values(state: Mapping[str, Any]) -> None:
+    """Refuse a saved state that no method could go on from, whatever the model.
+
+    Raises:
+        ValueError: a part is missing; steps are no whole number ≥ 0; or a tensor is not float32,
+            not finite or too large.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"Not a balancing state but {type(state).__name__}: give what Balancing.state_dict() "
+            "returned."
+        )
+    for key in ("format", "method", "method_repr", "steps", "layers"):
+        if key not in state:
+            raise ValueError(
+                f"Not a balancing state: it has no {key!r} (keys: {sorted(state, key=str)[:9]}). "
+                "Give what Balancing.state_dict() returned."
+            )
+    problem = steps_problem(state["steps"])
+    if not problem and not isinstance(state["layers"], Mapping):
+        problem = f"its layers are {type(state['layers']).__name__}, not a table by name."
+    if problem:
+        raise ValueError(f"This balancing state is refused: {problem}")
+    for name, tensors in state["layers"].items():
+        problem = tensors_problem(tensors)
+        if problem:
+            raise ValueError(f"The balancing state of {name} is refused: {problem}")
 
 
 def _lineage(

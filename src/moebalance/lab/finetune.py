@@ -109,7 +109,11 @@ def _load(recipe: Recipe, folder: Path, weights: Path) -> PreTrainedModel:
     experts = keys.pop("experts_implementation", None)
     # Updates of 2e-5 vanish in a bfloat16 weight: train in float32 whatever the file holds.
     dtype = keys.pop("dtype", "float32")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,  # else it may ask on stdin
+    )
     kind = config.model_type
     if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
@@ -123,7 +127,12 @@ def _load(recipe: Recipe, folder: Path, weights: Path) -> PreTrainedModel:
     model, found = cast(
         tuple[PreTrainedModel, dict[str, Any]],
         AutoModelForCausalLM.from_pretrained(
-            weights, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            weights,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         ),
     )
     for problem in ("missing_keys", "mismatched_keys"):

@@ -86,7 +86,10 @@ def _content(path: Path) -> str:
 
 def _load(path: Path) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(path),
+            trust_remote_code=False,  # else it may ask on stdin, and run code
+        )
     except _CONSTRUCTION_ERRORS as error:
         raise ValueError(f"Transformers cannot read {path}: {error}") from error
     return config
