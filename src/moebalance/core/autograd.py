@@ -122,6 +122,8 @@ def tie(
         mask: (T,) True for real tokens, or None.
         weight: this batch's weight in the mean over its step; None for 1.
     """
+    if torch.compiler.is_compiling():  # which traces no function of the same tensor twice
+        carrier = carrier.view_as(carrier)
     fits = how.fused and how.traits.from_sums
     how = how._replace(fused=fits and kernels.supported(logits, how.gate, experts.shape[-1]))
     tied: Tensor = _Tie.apply(how, mask, weight, experts, logits, carrier)  # type: ignore[no-untyped-call]

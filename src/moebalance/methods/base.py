@@ -219,6 +219,12 @@ def inner_methods(method: Method) -> tuple[Method, ...]:
     return tuple(one for value in fields for one in value if isinstance(one, Method))
 
 
+def sees_sequences(method: Method) -> bool:
+    """Whether the method, or a part of it, looks at single sequences."""
+    own = method.traits.coupling == "sequence"
+    return own or any(sees_sequences(part) for part in inner_methods(method))
+
+
 def described(parameters: Any) -> str:
     """The repr of a dataclass of hyper-parameters, without the ones that are None."""
     values = ((name, value) for name, value in vars(parameters).items() if value is not None)
