@@ -80,7 +80,7 @@ def warm(model, steps=2) -> Balancing:
     """A handle on a model that has trained for some steps."""
     balancing = handle(model)
     for seed in range(steps):
-        model(hidden(16, seed=50 + seed)).mean().backward()
+        model(hidden(1, 16, seed=50 + seed)).mean().backward()
         balancing.step()
     model.zero_grad()
     return balancing

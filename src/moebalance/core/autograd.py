@@ -47,11 +47,13 @@ class Tally(NamedTuple):
         running: packed sums of the step so far (`core.packing`); added to in place.
         last_step: (2,) tokens and batches of the last finished step.
         scale: () gradient of the total loss with respect to the task loss.
+        replayed: () 1 once a batch of this step was routed by choices from elsewhere.
     """
 
     running: Float[Tensor, sums]
     last_step: Float[Tensor, 2]
     scale: Float[Tensor, ""]
+    replayed: Float[Tensor, ""]
 
 
 class Pass(NamedTuple):
@@ -68,6 +70,7 @@ class Pass(NamedTuple):
         normalize: whether a router of ours divides a token's weights by their sum.
         limit: the groups of experts that a router of ours may choose from; None for all experts.
         sequences: number of sequences in which the tokens lie.
+        replayed: whether the choice came from elsewhere.
     """
 
     method: Method
@@ -80,6 +83,7 @@ class Pass(NamedTuple):
     normalize: bool = False
     limit: GroupLimit | None = None
     sequences: int = 1
+    replayed: bool = False
 
 
 def choose(
@@ -292,6 +296,8 @@ class _Tie(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, experts, mask, weight = ctx.saved_tensors
         how = ctx.how
+        if how.replayed:
+            how.tally.replayed.fill_(1)
         if weight is not None:
             tally = how.tally
             how = how._replace(tally=tally._replace(scale=tally.scale * weight))
@@ -362,7 +368,7 @@ def _settle(
     if how.fused:
         form = kernels.mean_price(how.method, how.state)
         if kernels.forms(form):
-            return kernels.charge(form, packed, *how.tally)
+            return kernels.charge(form, packed, *how.tally[:3])
     how.tally.running.add_(packed)
     if not how.traits.charges:
         return None

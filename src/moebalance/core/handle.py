@@ -306,11 +306,11 @@ class Balancing:
         )
 
     def _share_loss_scale(self) -> None:
-        """Layers on one device share one cell: following a loss then costs one copy."""
-        cells: dict[torch.device, Tensor] = {}
+        """Layers on one device share their cells: following a loss then costs one copy."""
+        cells: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for layer in self.layers.values():
-            cell = cells.setdefault(layer.loss_scale.device, layer.loss_scale)
-            layer.loss_scale = cell
+            own = layer.loss_scale, layer.replayed
+            layer.loss_scale, layer.replayed = cells.setdefault(own[0].device, own)
 
     def _reset_loss_scale(self) -> None:
         for cell in self._loss_scales():

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from moebalance.core.autograd import Pass, Tally, tie
 from moebalance.core.packing import pack, packed_size, unpack
 from moebalance.gates import Gate, Softmax
-from moebalance.methods.base import Method, State, observe
+from moebalance.methods.base import Method, State, observe, sees_sequences
 from moebalance.methods.lineage import Lineage, inherit
-from moebalance.routing import Sums, measure, route
+from moebalance.routing import Sums, as_number, measure, route
 
 _SOFTMAX = Softmax()
 
@@ -67,6 +67,7 @@ class LayerBalance(nn.Module):
             raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
         self.method, self.traits, self.num_experts = method, method.traits, num_experts
         self.gate, self.fused, self.name = gate, fused, name
+        self.by_sequence = sees_sequences(method)
         self.last_step: Tensor
         self.last_total: Tensor | None
         self.watched: Sums | None = None
@@ -108,6 +109,7 @@ class LayerBalance(nn.Module):
         mask: Bool[Tensor, T] | None = None,
         sequences: int = 1,
         weight: Float[Tensor, ""] | None = None,
+        replayed: bool = False,
     ) -> Tensor:
         """Tie this batch's counting and charge to the backward pass of `carrier`.
 
@@ -118,6 +120,8 @@ class LayerBalance(nn.Module):
             mask: (T,) True for real tokens, or None.
             sequences: number of equally long sequences in which the tokens lie.
             weight: this batch's weight in the mean over its step; None for 1.
+            replayed: whether the choice came from elsewhere, not from this router. The step then
+                moves no price (`Method.held`).
 
         Returns:
             `carrier`, unchanged.
@@ -129,8 +133,10 @@ class LayerBalance(nn.Module):
                 with torch.no_grad():
                     routing = route(logits, experts, self.gate, mask=mask, sequences=sequences)
                     self.count(observe(self.method, self.state, routing))
+                    if replayed:
+                        self.replayed.fill_(1)
             return carrier
-        how = self._pass(sequences=sequences)
+        how = self._pass(sequences=sequences, replayed=replayed)
         return tie(carrier, how, logits=logits, experts=experts, mask=mask, weight=weight)
 
     def count(self, sums: Sums) -> None:
@@ -166,7 +172,8 @@ class LayerBalance(nn.Module):
             total: packed sums of all ranks; None for this process's own.
         """
         total = self.running.clone() if total is None else total
-        commit_rows([self], total.unsqueeze(0))
+        commit_rows([self], total.unsqueeze(0), replayed=self.replayed)
+        self.replayed.zero_()
         assert self.last_sums is not None
         return self.last_sums
 
@@ -190,6 +197,7 @@ class LayerBalance(nn.Module):
     def discard(self) -> None:
         """Forget what was counted since the last commit."""
         self.running.zero_()
+        self.replayed.zero_()
 
     def extra_repr(self) -> str:
         """Show the method and the size."""
@@ -205,10 +213,11 @@ class LayerBalance(nn.Module):
         size = packed_size(self.method, self.num_experts)
         self.running = torch.zeros(size, dtype=torch.float32)
         self.loss_scale = torch.ones((), dtype=torch.float32)
+        self.replayed = torch.zeros((), dtype=torch.float32)
         self.last_total = None
 
     def _pass(self, **more: Any) -> Pass:
-        tally = Tally(self.running, self.last_step, self.loss_scale)
+        tally = Tally(self.running, self.last_step, self.loss_scale, self.replayed)
         return Pass(self.method, self.traits, self.gate, self.state, tally, self.fused, **more)
 
     def _write(self, state: State) -> None:
@@ -229,6 +238,7 @@ class LayerBalance(nn.Module):
             self._buffers[name] = tensor.to(device)
         self.running = self.running.to(device)
         self.loss_scale = self.loss_scale.to(device)
+        self.replayed = self.replayed.to(device)
         if self.watched is not None:
             scores, counts, tokens, _ = self.watched
             self.watched = Sums(scores.to(device), counts.to(device), tokens.to(device))
@@ -241,6 +251,7 @@ def commit_rows(
     totals: Float[Tensor, "L sums"],
     *,
     good: Bool[Tensor, ""] | None = None,
+    replayed: Tensor | None = None,
 ) -> None:
     """End the step of layers of one size under one method, in as many kernels as for one of them.
 
@@ -248,6 +259,8 @@ def commit_rows(
         layers: on one device.
         totals: their packed sums, a row each; kept by the layers.
         good: whether to advance the states, where the host does not know it yet; None for yes.
+        replayed: one number, above 0 if a batch of the step was routed by choices from elsewhere;
+            None for no.
     """
     first = layers[0]
     method, experts = first.method, first.num_experts
@@ -256,6 +269,8 @@ def commit_rows(
         old = [torch.stack(tensors) for tensors in held]
         states = _refill(first._template, iter(old))
         new = torch.vmap(method.update)(states, unpack(totals, method, experts))
+        if replayed is not None:
+            new = _held(method, states, new, replayed)
         for tensors, before, (_, after) in zip(held, old, _leaves(new), strict=True):
             after = after if good is None else torch.where(good, after, before)
             # In place: compiled graphs and CUDA graphs hold on to these very tensors.
@@ -265,6 +280,18 @@ def commit_rows(
     torch._foreach_zero_([layer.running for layer in layers])
     for layer, total in zip(layers, totals.unbind(), strict=True):
         layer.last_total = total
+
+
+def _held(method: Method, states: State, new: State, replayed: Tensor) -> State:
+    """The new states, where what integrates stays if the choice was not the router's own."""
+    held = method.held(states, new)
+    seen = as_number(replayed.reshape(()))
+    if held is new or (isinstance(seen, float) and not seen):
+        return new
+    replayed = replayed.reshape(()).to(next(_leaves(new))[1].device) > 0
+    pairs = zip(_leaves(held), _leaves(new), strict=True)
+    kept = [h if h is n else torch.where(replayed, h, n) for (_, h), (_, n) in pairs]
+    return _refill(new, iter(kept))
 
 
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -120,6 +120,15 @@ class Method:
         """
         return state
 
+    def held(self, before: State, after: State) -> State:
+        """The state after a step that was routed by choices from elsewhere, as in a replay.
+
+        The router's price had no effect on such a step. What integrates the load, such as a
+        selection price, would run away: take it from `before`. Averages go on: take them from
+        `after`. LAW: each tensor is one of `before` or of `after`.
+        """
+        return after
+
     def selection_price(self, state: State) -> Float[Tensor, E] | None:
         """Price (E,) subtracted from the affinities before top-k; None for no effect."""
         return None

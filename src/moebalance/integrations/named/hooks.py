@@ -109,7 +109,6 @@ class LogitHook:
     ) -> None:
         self.balancing, self.layer, self.how = balancing, layer, how
         self.surround, self.reminder = surround, reminder
-        self.by_sequence = sees_sequences(layer.method)
         self.witness = Witness(layer.name, how)
 
     def after(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -189,7 +188,7 @@ class LogitHook:
 
     def _rows(self, logits: Tensor) -> int:
         """In how many sequences the tokens lie."""
-        if not self.by_sequence:
+        if not self.layer.by_sequence:
             return 1
         if logits.dim() == 3:
             return logits.shape[0]
