@@ -287,3 +287,55 @@ def test_only_booleans_or_zeros_and_ones_pass_as_a_mask(kind):
     for bad in (additive, lowest, torch.zeros(3, 4), 2 * real, -10_000 * (1 - real)):
         with pytest.raises(ValueError, match="mask == 0"):
             call(bad)
+
+
+# --- one expert -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", [mb.Softmax(), mb.Sigmoid()])
+def test_with_one_expert_the_task_trains_the_router_by_default(gate):
+    router = mb.BalancedRouter(mb.NoBalancing(), EXPERTS, 1, gate=gate)
+    logits = logits_of(1, 12)[0].requires_grad_()
+    weights, experts = router(logits)
+    torch.testing.assert_close(weights, gate.affinities(logits).gather(-1, experts))
+    weights.sum().backward()
+    assert logits.grad.abs().max() > 1e-3
+
+
+def test_one_expert_with_normalised_weights_is_refused():
+    with pytest.raises(ValueError, match="the task gives the router no gradient"):
+        mb.BalancedRouter(mb.NoBalancing(), EXPERTS, 1, normalize=True)
+    assert mb.BalancedRouter(mb.NoBalancing(), EXPERTS, 2).normalize
+    assert not mb.BalancedRouter(mb.NoBalancing(), EXPERTS, 2, normalize=False).normalize
+
+
+# --- what is said, and counted ----------------------------------------------------------------
+
+
+def test_a_step_without_tokens_names_the_unused_output_as_a_cause():
+    router = mb.BalancedRouter(mb.NoBalancing(), EXPERTS, 2)
+    balancing = mb.attach(router)
+    router(logits_of(1, 12)[0].requires_grad_())
+    with pytest.raises(RuntimeError, match="output the loss does not use"):
+        balancing.step()
+
+
+def test_warm_up_passes_before_a_capture_are_forgotten_by_discard():
+    router = mb.BalancedRouter(mb.LossFree(), EXPERTS, 2)
+    balancing = mb.attach(router)
+    logits = logits_of(1, 12)[0].requires_grad_()
+    for passes in (3, 1):
+        balancing.discard()
+        for _ in range(passes):
+            router(logits)[0].sum().backward()
+    balancing.step()
+    assert balancing.metrics()["tokens"] == 12
+
+
+def test_a_router_called_twice_in_a_step_counts_both_calls():
+    router = mb.BalancedRouter(mb.SwitchLoss(1.0), EXPERTS, 2)
+    balancing = mb.attach(router)
+    logits = logits_of(1, 12)[0].requires_grad_()
+    (router(logits)[0] + router(logits)[0]).sum().backward()
+    balancing.step()
+    assert balancing.metrics()["tokens"] == 24

@@ -55,6 +55,8 @@ class _Router(LayerBalance):
         Raises:
             ValueError: boundaries that do not fit, or none where the method needs them.
         """
+        if self.running.is_meta:
+            self.settle()
         if cu_seqlens is None and sequences is None:
             if len(shape) == 3:
                 return Lay(mask, max(shape[0], 1))
@@ -129,14 +131,16 @@ class BalancedRouter(_Router):
         num_experts: E.
         top_k: K, experts per token.
         gate: `Softmax()` or `Sigmoid()`.
-        normalize: whether the K weights of a token are divided by their sum.
+        normalize: whether the K weights of a token are divided by their sum. None for yes where
+            K > 1. With one expert the weight would be 1, and the task would not train the router.
         limit: the groups of experts that a token may choose from; None for all experts. Quantile
             balancing does not know of it, and balances less well under one.
         fused: whether to run as one kernel each way where that can be (`kernels.supported`).
         name: what errors and logs call this layer.
 
     Raises:
-        ValueError: top_k out of 1..E, a limit that does not fit, or shapes that do not.
+        ValueError: top_k out of 1..E, one expert with normalised weights, a limit that does not
+            fit, or shapes that do not.
 
     >>> from moebalance import PhiBalancing
     >>> router = BalancedRouter(PhiBalancing(), num_experts=8, top_k=2)
@@ -154,7 +158,7 @@ class BalancedRouter(_Router):
         top_k: int,
         *,
         gate: Gate = _SOFTMAX,
-        normalize: bool = True,
+        normalize: bool | None = None,
         limit: GroupLimit | None = None,
         fused: bool = True,
         name: str = "router",
@@ -164,11 +168,18 @@ class BalancedRouter(_Router):
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
             )
+        if top_k == 1 and normalize:
+            raise ValueError(
+                "top_k=1 with normalize=True: a token's one weight divided by itself is 1, so that "
+                "the task gives the router no gradient. Leave normalize out: the weight is then "
+                "the affinity."
+            )
         if limit is not None:
             if not isinstance(limit, GroupLimit):
                 raise TypeError(f"limit={limit!r}: must be a GroupLimit such as GroupLimit(8, 4).")
             limit.check(num_experts, top_k)
-        self.top_k, self.normalize, self.limit = top_k, normalize, limit
+        self.top_k, self.limit = top_k, limit
+        self.normalize = top_k > 1 if normalize is None else normalize
 
     def forward(
         self,

@@ -63,6 +63,8 @@ class Balancing:
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
         self.price_outside: set[str] = set()
         """Names of layers whose selection price is in no weight of the model."""
+        for layer in self.layers.values():
+            layer.settle()
         self._share_loss_scale()
 
     def place(self, devices: Mapping[str, torch.device]) -> None:
@@ -120,7 +122,11 @@ class Balancing:
             self._announce()
 
     def discard(self) -> None:
-        """Forget the sums since the last step, for example of a step that you gave up."""
+        """Forget the sums since the last step, for example of a step that you gave up.
+
+        Call it after the warm-up passes before a CUDA graph is captured: they are real forward and
+        backward passes, and are counted.
+        """
         self._ledger.discard()
 
     def follow(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -7,6 +7,7 @@ the counts of the other ranks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from moebalance.core.autograd import Pass, Tally, tie
 from moebalance.core.packing import pack, packed_size, unpack
-from moebalance.gates import Gate, Softmax
+from moebalance.gates import Gate, Softmax, at_least_float32
 from moebalance.methods.base import Method, State, observe, sees_sequences
 from moebalance.methods.lineage import Lineage, inherit
 from moebalance.routing import Sums, as_number, measure, route
 
 _SOFTMAX = Softmax()
+
+logger = logging.getLogger("moebalance")
 
 
 class LayerBalance(nn.Module):
@@ -216,7 +219,47 @@ class LayerBalance(nn.Module):
         self.replayed = torch.zeros((), dtype=torch.float32)
         self.last_total = None
 
+    def settle(self) -> None:
+        """Make what is not a buffer, where only the buffers have left the meta device.
+
+        `load_state_dict(assign=True)`, Transformers and accelerate put buffers in place one by one.
+        """
+        device = self.last_step.device
+        if self.running.is_meta and device.type != "meta":
+            self.running = torch.zeros_like(self.running, device=device)
+            self.loss_scale = torch.ones_like(self.loss_scale, device=device)
+            self.replayed = torch.zeros_like(self.replayed, device=device)
+            self._template = self.method.init(self.num_experts)
+            # Transformers marks what it has read; the rest is memory that nobody wrote to.
+            read = (getattr(x, "_is_hf_initialized", False) for x in self._buffers.values())
+            if getattr(self, "_is_hf_initialized", False) and not all(read):
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._write(self.method.init(self.num_experts))
+        self.last_step.zero_()
+        logger.info("moebalance: the checkpoint has no state of %s: it starts anew.", self.name)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
+    ) -> None:
+        """Load; from a checkpoint that was made without this module, start anew and say so."""
+        own = [name for name in self._buffers if f"{prefix}{name}" in state_dict]
+        if own:
+            super()._load_from_state_dict(state_dict, prefix, *rest, **more)
+            for name in own:  # assign=True also takes over what was rounded
+                self._buffers[name] = at_least_float32(self.get_buffer(name))
+        elif not self.last_step.is_meta:
+            self._begin_anew()
+        self.settle()
+
     def _pass(self, **more: Any) -> Pass:
+        if self.last_step.dtype in (torch.bfloat16, torch.float16):
+            raise RuntimeError(
+                f"{self.name}: the balancing state was turned to {self.last_step.dtype}, in which "
+                "prices stop to move. Keep buffers in float32: with FSDP1 give "
+                "MixedPrecision(buffer_dtype=torch.float32), or use FSDP2."
+            )
         tally = Tally(self.running, self.last_step, self.loss_scale, self.replayed)
         return Pass(self.method, self.traits, self.gate, self.state, tally, self.fused, **more)
 
@@ -227,6 +270,7 @@ class LayerBalance(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerBalance:
         """Follow the model to another device, but never to another dtype."""
+        self.settle()
         device = fn(torch.empty(0, device=self.running.device)).device
         if self.running.is_meta and device.type != "meta":
             # Deferred initialisation: there are no values to move, so make the first ones.

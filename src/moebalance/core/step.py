@@ -250,7 +250,7 @@ class Ledger:
             f"No token was counted in {', '.join(self.layers)} during step {verdict.step}. Tokens "
             "are counted in the backward pass of a model in training mode: call step() once after "
             "each optimizer step, attach before compiling, and give each step at least one real "
-            "token."
+            "token. A layer whose output the loss does not use has no backward pass either."
         )
 
 

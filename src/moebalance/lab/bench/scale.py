@@ -78,7 +78,7 @@ def _batch(method: Method, tokens: int, experts: int, repeats: int) -> dict[str,
     upstream = torch.randn(tokens, 8)
 
     def balanced() -> None:
-        torch.autograd.grad(router(logits)[0], logits, upstream)
+        torch.autograd.grad(router(logits, sequences=1)[0], logits, upstream)
 
     def bare() -> None:
         # In no order, as ours: what is added shall be balancing and nothing else.
