@@ -19,6 +19,8 @@ from cases import METHODS, parts
 from layout_models import EXPERTS, WIDTH, Stack, losses
 from layouts import (
     ALONE,
+    NAMED_ALONE,
+    NAMED_PAIRS,
     ONE,
     PAIRS,
     QUADS,
@@ -123,6 +125,29 @@ def test_four_ranks_make_the_step_that_one_process_makes(one):
     sides = run(train_all, 4, QUADS, FEW)
     for name, layout in QUADS.items():
         check(sides, one, name, layout, FEW)
+
+
+NAMED = ("phi-negative-entropy", "phi-hard", "sequence", "loss-free", "z-loss", "phi-and-loss-free")
+
+
+@pytest.mark.parametrize("name", NAMED_ALONE)
+def test_named_linear_gates_make_the_step_of_balanced_routers(name, one):
+    layout = NAMED_ALONE[name]
+    check([renamed(train_all({name: layout}, NAMED))], one, name, layout, NAMED)
+
+
+def test_named_linear_gates_on_two_ranks_make_the_step_that_one_process_makes(one):
+    sides = [renamed(side) for side in run(train_all, 2, NAMED_PAIRS, NAMED)]
+    for name, layout in NAMED_PAIRS.items():
+        check(sides, one, name, layout, NAMED)
+
+
+def renamed(side: dict) -> dict:
+    """Layers by the name that they have where the gate is a router of ours."""
+    return {
+        key: {name.replace(".gate", ".router"): seen for name, seen in layers.items()}
+        for key, layers in side.items()
+    }
 
 
 def test_ranks_that_do_not_share_what_they_counted_are_found_out(one, two):
