@@ -104,7 +104,7 @@ class Surround:
     def _resume(self, call: Call, gradient: Tensor) -> None:
         """The backward of this call begins; it ends before the next call of the model."""
         self.now = call
-        engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(self._forget)
 
     def _forget(self) -> None:
