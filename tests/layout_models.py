@@ -40,6 +40,21 @@ class Block(nn.Module):
         return mixture(x, weights, experts, self.up, self.down)
 
 
+class NamedBlock(Block):
+    """The same with a linear map for a gate, which `attach(model, routers=…)` names."""
+
+    def __init__(self, method: Method, seed: int) -> None:
+        super().__init__(method, seed)
+        weight = self.gate.data
+        del self.gate, self.router
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False, dtype=weight.dtype)
+        self.gate.weight.data = weight
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        weights, experts = self.gate(x).softmax(dim=-1).topk(TOP_K, dim=-1)
+        return x + self.mix(x, weights / weights.sum(dim=-1, keepdim=True), experts)
+
+
 class TensorParallelBlock(Block):
     """Every rank sees every token and computes half of each expert's hidden units."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 import moebalance as mb
 from cases import METHODS, POTENTIALS
 from layout_models import (
+    TOP_K,
     WIDTH,
     Block,
     ExpertParallelBlock,
+    NamedBlock,
     SequenceParallelBlock,
     Stack,
     TensorParallelBlock,
@@ -137,6 +139,22 @@ RAGGED_PAIRS = {
 }
 
 
+NAMED_ALONE = {
+    "accumulation 4": Layout((cuts(2, 2, 2, 2),), block=NamedBlock),
+    "accumulation 4, padding": Layout((cuts(2, 2, 2, 2),), block=NamedBlock, tokens="ragged"),
+}
+NAMED_PAIRS = {
+    "DDP 2": Layout(halves(0), block=NamedBlock, wrap=DistributedDataParallel),
+    "DDP 2, padding": Layout(
+        halves(0), block=NamedBlock, wrap=DistributedDataParallel, tokens="ragged"
+    ),
+    "FSDP2 2": Layout(halves(0), block=NamedBlock, wrap=shard),
+    "FSDP2 2, one rank empty": Layout(halves(0), block=NamedBlock, wrap=shard, tokens="first half"),
+    "CP 2": Layout(halves(1), block=NamedBlock, wrap=DistributedDataParallel),
+}
+"""Layers whose gate is a linear map, named to `attach`; held against `BalancedRouter`s."""
+
+
 class Seen(NamedTuple):
     """What one rank knows of one layer at the end.
 
@@ -211,7 +229,11 @@ class _Run:
         self.layout = layout
         self.rank = dist.get_rank() if len(layout.batches) > 1 else 0
         self.model = Stack(method, layout.block, self.layers())
-        self.balancing = mb.attach(self.model, group=_alone() if layout.alone else None)
+        group = _alone() if layout.alone else None
+        named: dict[str, Any] = {"routers": "*.gate", "top_k": TOP_K, "normalize": True}
+        named |= {"method": method, "mask": "mask"}
+        more = named if layout.block is NamedBlock else {}
+        self.balancing = mb.attach(self.model, group=group, **more)
         self.wrapped = self.model if layout.wrap is None else layout.wrap(self.model)
 
     def layers(self) -> list[int]:
@@ -244,7 +266,8 @@ class _Run:
         return averaged * (part.sum() / whole.sum()).item()
 
     def gradients(self) -> list[Tensor]:
-        found = [layer.gate.grad for layer in self.model.layers.values()]
+        gates = (layer.gate for layer in self.model.layers.values())
+        found = [getattr(gate, "weight", gate).grad for gate in gates]
         return [g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for g in found]
 
 

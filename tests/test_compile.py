@@ -54,7 +54,7 @@ def test_a_price_that_moves_compiles_nothing_anew(method, router):
     balancing, run = handle(model), compiled(model)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(4):
-            run(hidden(16, seed=seed)).mean().backward()
+            run(hidden(1, 16, seed=seed)).mean().backward()
             balancing.step()
 
 

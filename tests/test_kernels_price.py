@@ -45,7 +45,7 @@ def charged(
     packed *= tokens > 0
     packed[-2], packed[-1] = tokens, 1
     running = torch.rand(2 * experts + 2, generator=generator)
-    tally = Tally(running, torch.tensor(last_step).float(), torch.tensor(0.7))
+    tally = Tally(running, torch.tensor(last_step).float(), torch.tensor(0.7), torch.zeros(()))
     state = skewed_state(method, experts)
     how = Pass(method, method.traits, Softmax(), state, tally, fused)
     price = _settle(how, packed, 0, torch.ones(1))

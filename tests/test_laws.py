@@ -391,3 +391,16 @@ def columns(tensor: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | 
 
 def public_names() -> dict[str, object]:
     return {**vars(mb.potentials), **vars(mb.methods)}
+
+
+@every_method
+def test_what_is_held_is_each_tensor_as_it_was_before_or_after(method):
+    """So that a replayed step can be told from another by one choice for each tensor."""
+    before = method.init(4)
+    routing = random_routing(12, 4, 2, seed=0)
+    after = method.update(before, observe(method, before, routing))
+    trios = zip(*map(tensors, (method.held(before, after), before, after)), strict=True)
+    assert all(held is old or held is new for held, old, new in trios)
+    if method.traits.has_selection_price:
+        old, price = (method.selection_price(x) for x in (before, method.held(before, after)))
+        assert torch.equal(old, price)

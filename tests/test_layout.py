@@ -19,6 +19,8 @@ from cases import METHODS, parts
 from layout_models import EXPERTS, WIDTH, Stack, losses
 from layouts import (
     ALONE,
+    NAMED_ALONE,
+    NAMED_PAIRS,
     ONE,
     PAIRS,
     QUADS,
@@ -123,6 +125,29 @@ def test_four_ranks_make_the_step_that_one_process_makes(one):
     sides = run(train_all, 4, QUADS, FEW)
     for name, layout in QUADS.items():
         check(sides, one, name, layout, FEW)
+
+
+NAMED = ("phi-negative-entropy", "phi-hard", "sequence", "loss-free", "z-loss", "phi-and-loss-free")
+
+
+@pytest.mark.parametrize("name", NAMED_ALONE)
+def test_named_linear_gates_make_the_step_of_balanced_routers(name, one):
+    layout = NAMED_ALONE[name]
+    check([renamed(train_all({name: layout}, NAMED))], one, name, layout, NAMED)
+
+
+def test_named_linear_gates_on_two_ranks_make_the_step_that_one_process_makes(one):
+    sides = [renamed(side) for side in run(train_all, 2, NAMED_PAIRS, NAMED)]
+    for name, layout in NAMED_PAIRS.items():
+        check(sides, one, name, layout, NAMED)
+
+
+def renamed(side: dict) -> dict:
+    """Layers by the name that they have where the gate is a router of ours."""
+    return {
+        key: {name.replace(".gate", ".router"): seen for name, seen in layers.items()}
+        for key, layers in side.items()
+    }
 
 
 def test_ranks_that_do_not_share_what_they_counted_are_found_out(one, two):
@@ -297,8 +322,8 @@ def test_a_step_sends_one_message_whatever_the_number_of_layers(method, two):
     for rank in two:
         for layers in (1, 3):
             extra = 16 * EXPERTS if method == "quantile" else 0
-            full = 4 * (layers * (2 * EXPERTS + 1 + extra) + 1)
-            lean = 4 * (layers * (OWN_NUMBERS[method] + 1) + 1)
+            full = 4 * (layers * (2 * EXPERTS + 1 + extra) + 2)
+            lean = 4 * (layers * (OWN_NUMBERS[method] + 1) + 2)
             assert rank.messages[method, layers, True][0] == [("allreduce_", full)] * 5
             assert rank.messages[method, layers, False][0] == [("allreduce_", lean)] * 5
 

@@ -98,9 +98,9 @@ def test_nothing_is_brought_to_the_device_to_end_a_step_there():
     layers = {f"layer{i}": LayerBalance(BOTH, 8).to("meta") for i in range(3)}
     balancing = Balancing(BOTH, layers)
     with Crossings() as crossings:
-        banks, flags = balancing._ledger._totals()
+        banks, flags, replayed = balancing._ledger._totals()
         for bank in banks:
-            commit_rows(bank.layers, bank.sums, good=flags[2].all())
+            commit_rows(bank.layers, bank.sums, good=flags[2].all(), replayed=replayed)
     assert not crossings.seen
     with Crossings() as crossings:  # the control
         torch.zeros(1).to("meta")

@@ -56,3 +56,18 @@ def test_your_own_router_takes_it_by_name():
     balancing.step()
     assert balancing.method == NATS
     assert balancing.metrics()["tokens"] == 64
+
+
+@pytest.mark.parametrize(
+    ("told", "method"),
+    [
+        ({"normalize": True}, NATS),
+        ({"gate": mb.Sigmoid()}, NATS),
+        ({}, PHI),  # another choice would change weights that are not normalised
+        ({"normalize": False}, PHI),
+    ],
+)
+def test_named_routers_get_what_leaves_their_weights_alone(told, method):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False))
+    with mb.attach(model, routers="0", top_k=2, **told) as balancing:
+        assert balancing.method == method

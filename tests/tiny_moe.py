@@ -57,7 +57,8 @@ class TinyMoE(nn.Module):
         self.router = ROUTERS[router](method)
 
     def forward(self, x, mask=None):
-        weights, experts = self.router(x @ self.gate.mT, mask)
+        rows = None if x.dim() == 3 else 1
+        weights, experts = self.router(x @ self.gate.mT, mask, sequences=rows)
         every = torch.einsum("...i,eij->...ej", x, self.experts)
         chosen = every.gather(-2, experts.unsqueeze(-1).expand(*experts.shape, WIDTH))
         return (weights.unsqueeze(-1) * chosen).sum(-2).square().mean(-1)
@@ -80,7 +81,7 @@ def warm(model, steps=2) -> Balancing:
     """A handle on a model that has trained for some steps."""
     balancing = handle(model)
     for seed in range(steps):
-        model(hidden(16, seed=50 + seed)).mean().backward()
+        model(hidden(1, 16, seed=50 + seed)).mean().backward()
         balancing.step()
     model.zero_grad()
     return balancing

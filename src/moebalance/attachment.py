@@ -1,9 +1,11 @@
 """One call that attaches a method to any MoE model."""
 
+from __future__ import annotations
+
 import sys
 import weakref
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,10 +14,14 @@ from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import bare_name
+from moebalance.gates import Gate, GroupLimit
 from moebalance.integrations.names import Layers, chosen
 from moebalance.integrations.reminders import StepReminder
-from moebalance.methods import Method
+from moebalance.methods import Method, recommended
 from moebalance.router import BalancedRouter, CountAndCharge
+
+if TYPE_CHECKING:
+    from moebalance.integrations.named import Routers
 
 _HANDLES: weakref.WeakKeyDictionary[LayerBalance, weakref.ref[Balancing]] = (
     weakref.WeakKeyDictionary()
@@ -31,11 +37,20 @@ def attach(
     group: Group | None = None,
     keep_native_loss: bool = False,
     fused: bool = True,
+    routers: Routers | None = None,
+    top_k: int | None = None,
+    gate: Gate | None = None,
+    normalize: bool | None = None,
+    limit: GroupLimit | None = None,
+    num_experts: int | None = None,
+    mask: str | None = None,
 ) -> Balancing:
     """Balance every MoE router of a model, without changing the model.
 
-    Attach before compiling; before or after moving to another dtype or, uncompiled, to another
-    device. With PEFT, attach to what `get_peft_model` returned.
+    For a model of your own, name the modules that return the logits of its routers:
+    `attach(model, method, routers="*.gate", top_k=2)`. Attach before compiling; before or after
+    moving to another dtype or, uncompiled, to another device. With PEFT, attach to what
+    `get_peft_model` returned.
 
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
@@ -49,6 +64,17 @@ def attach(
         keep_native_loss: leave a Transformers model's own balancing loss on, as one who only
             watches would.
         fused: whether to take the fused kernels where they run: on an NVIDIA GPU with Triton.
+        routers: modules that return logits, such as an `nn.Linear`: a glob pattern over module
+            names such as `"*.gate"`, a list of names or modules, or a function of the name. The
+            logits are the output, or its first tensor. None to look for routers that are known.
+        top_k: with `routers`: K, experts per token.
+        gate: with `routers`: how the layer's scores come from logits; None for `Softmax()`.
+        normalize: with `routers`: whether the layer divides a token's K weights by their sum. Only
+            a method that selects needs to know.
+        limit: with `routers`: the groups of experts that a token may choose from.
+        num_experts: with `routers`: E, where a module's `out_features` or weight does not tell.
+        mask: with `routers`: name of the argument of the model's forward that is True (or 1) for
+            real tokens. None to count all tokens.
 
     Returns:
         The handle: `step()` after each optimizer step, `metrics()`, `state_dict()`, `detach()`.
@@ -63,11 +89,20 @@ def attach(
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
     ours = (BalancedRouter, CountAndCharge)
-    routers: dict[str, LayerBalance] = {
+    own: dict[str, LayerBalance] = {
         name: module for name, module in model.named_modules() if isinstance(module, ours)
     }
-    if routers:
-        return _own(model, routers, method, layers, group, fused=fused)
+    said = {"top_k": top_k, "gate": gate, "normalize": normalize, "limit": limit}
+    said |= {"num_experts": num_experts, "mask": mask}
+    if routers is not None:
+        return _named(model, method, routers, said, own, layers, group, fused=fused)
+    told = [name for name, value in said.items() if value is not None]
+    if told:
+        raise ValueError(
+            f"{told[0]}= describes the modules that routers= names: also give routers."
+        )
+    if own:
+        return _own(model, own, method, layers, group, fused=fused)
     # Asking for Transformers would import it; a model of its kind can only exist if it is there.
     if "transformers" in sys.modules:
         from moebalance.integrations import huggingface
@@ -81,12 +116,41 @@ def attach(
                 keep_native_loss=keep_native_loss,
                 fused=fused,
             )
+    from moebalance.integrations.named import suggestion
+
     raise ValueError(
         f"{type(model).__name__} is neither a Transformers model nor has it a "
-        "moebalance.BalancedRouter: route its MoE layers with BalancedRouter (see the example "
-        "examples/plain_pytorch.py). For a Megatron-Core model, take balanced_spec and attach of "
-        "moebalance.integrations.megatron."
+        f"moebalance.BalancedRouter: {suggestion(model)} Or route its MoE layers with "
+        "BalancedRouter (see the example examples/plain_pytorch.py). For a Megatron-Core model, "
+        "take balanced_spec and attach of moebalance.integrations.megatron."
     )
+
+
+def _named(
+    model: nn.Module,
+    method: Method | None,
+    routers: Routers,
+    said: dict[str, Any],
+    own: dict[str, LayerBalance],
+    layers: Layers | None,
+    group: Group | None,
+    *,
+    fused: bool,
+) -> Balancing:
+    if own:
+        raise ValueError(
+            f"This model has BalancedRouters, such as {next(iter(own))}, which carry their method: "
+            "call attach(model) without routers=."
+        )
+    if layers is not None:
+        raise ValueError(f"layers={layers!r} and routers= both choose: routers= alone is enough.")
+    from moebalance.integrations import named as by_name
+
+    how = by_name.rule(**said)
+    if method is None:  # where another choice would change the weights, φ works alone
+        method = recommended(choosable=bool(how.normalize) or not how.gate.sums_to_one)
+    found = by_name.find(model, routers, how, method)
+    return by_name.attach(model, method, found, how, group=group, fused=fused)
 
 
 def _own(

@@ -6,6 +6,8 @@ CountAndCharge   logits and the experts that your layer chose → the same logit
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -14,11 +16,114 @@ from moebalance.core.autograd import best, choose, normalized
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, GroupLimit, Softmax
 from moebalance.methods.base import Method
+from moebalance.routing import real_tokens
 
 _SOFTMAX = Softmax()
 
 
-class BalancedRouter(LayerBalance):
+class Lay(NamedTuple):
+    """How a batch of T tokens lies.
+
+    Attributes:
+        mask: (T,) True for real tokens; None if all are.
+        sequences: number of equally long sequences, in order; or of rows of `places`.
+        places: (sequences, longest) the token at each place of a packed sequence; None if the
+            sequences are equally long.
+        valid: (sequences, longest) False where there is none.
+    """
+
+    mask: Bool[Tensor, "T"] | None
+    sequences: int = 1
+    places: Int[Tensor, "sequences longest"] | None = None
+    valid: Bool[Tensor, "sequences longest"] | None = None
+
+
+class _Router(LayerBalance):
+    """What both modules share: how tokens lie in sequences."""
+
+    def _lay_out(
+        self,
+        shape: torch.Size,
+        mask: Bool[Tensor, "T"] | None,
+        sequences: int | None,
+        cu_seqlens: Int[Tensor, "bounds"] | None,
+        *,
+        training: bool,
+    ) -> Lay:
+        """Say where sequences lie, or refuse if that must be known and is not.
+
+        Raises:
+            ValueError: boundaries that do not fit, or none where the method needs them.
+        """
+        if self.running.is_meta:
+            self.settle()
+        if cu_seqlens is None and sequences is None:
+            if len(shape) == 3:
+                return Lay(mask, max(shape[0], 1))
+            if training and self.by_sequence:
+                raise ValueError(
+                    f"{self.name}: {self.method!r} looks at single sequences, and logits of shape "
+                    f"{tuple(shape)} do not say where they end. Give logits of shape (B, S, E), "
+                    "sequences=B, or cu_seqlens of packed text."
+                )
+            return Lay(mask)
+        tokens = shape[:-1].numel()
+        if cu_seqlens is not None and sequences is not None:
+            raise ValueError(f"{self.name}: give sequences or cu_seqlens, not both.")
+        if cu_seqlens is None:
+            assert sequences is not None
+            if sequences < 1 or tokens % sequences:
+                raise ValueError(
+                    f"{self.name}: {tokens} tokens do not fall into sequences={sequences} of equal "
+                    "length: give cu_seqlens, where each begins and ends."
+                )
+            return Lay(mask, sequences)
+        return self._packed(cu_seqlens, tokens, mask)
+
+    def _packed(
+        self, bounds: Int[Tensor, "bounds"], tokens: int, mask: Bool[Tensor, "T"] | None
+    ) -> Lay:
+        if bounds.dim() != 1 or len(bounds) < 2 or bounds.is_floating_point():
+            raise ValueError(
+                f"{self.name}: cu_seqlens of shape {tuple(bounds.shape)} and {bounds.dtype}: give "
+                "whole numbers (N + 1,), such as [0, 5, 12] for sequences of 5 and 7 tokens."
+            )
+        inside = torch.arange(tokens, device=bounds.device) < bounds[-1]
+        mask = inside if mask is None else mask & inside
+        if not self.by_sequence:
+            return Lay(mask)
+        lengths = bounds.diff()
+        if bounds[0] != 0 or (lengths < 0).any() or bounds[-1] > tokens:
+            raise ValueError(
+                f"{self.name}: cu_seqlens from {int(bounds[0])} to {int(bounds[-1])} for {tokens} "
+                "tokens: they must begin with 0, never fall, and end at most at the last token."
+            )
+        place = torch.arange(max(int(lengths.max()), 1), device=bounds.device)
+        valid = place < lengths.unsqueeze(-1)
+        places = torch.where(valid, bounds[:-1].unsqueeze(-1) + place, 0)
+        return Lay(mask, len(lengths), places, valid)
+
+    def _tie(
+        self,
+        carrier: Tensor,
+        logits: Float[Tensor, "T E"],
+        experts: Int[Tensor, "T K"],
+        lay: Lay,
+        *,
+        replayed: bool,
+    ) -> Tensor:
+        mask = lay.mask
+        if lay.places is not None and lay.valid is not None and len(logits):
+            index = lay.places.reshape(-1).to(logits.device)
+            logits, experts = logits[index], experts[index]
+            valid = lay.valid.reshape(-1).to(logits.device)
+            mask = valid if mask is None else valid & mask[index]
+        return self.tie(
+            carrier, logits, experts, mask=mask, sequences=lay.sequences, replayed=replayed
+        )
+
+
+class BalancedRouter(_Router):
     """Top-k routing for a hand-written MoE layer, balanced by any method.
 
     Args:
@@ -26,14 +131,16 @@ class BalancedRouter(LayerBalance):
         num_experts: E.
         top_k: K, experts per token.
         gate: `Softmax()` or `Sigmoid()`.
-        normalize: whether the K weights of a token are divided by their sum.
+        normalize: whether the K weights of a token are divided by their sum. None for yes where
+            K > 1. With one expert the weight would be 1, and the task would not train the router.
         limit: the groups of experts that a token may choose from; None for all experts. Quantile
             balancing does not know of it, and balances less well under one.
         fused: whether to run as one kernel each way where that can be (`kernels.supported`).
         name: what errors and logs call this layer.
 
     Raises:
-        ValueError: top_k out of 1..E, a limit that does not fit, or shapes that do not.
+        ValueError: top_k out of 1..E, one expert with normalised weights, a limit that does not
+            fit, or shapes that do not.
 
     >>> from moebalance import PhiBalancing
     >>> router = BalancedRouter(PhiBalancing(), num_experts=8, top_k=2)
@@ -51,7 +158,7 @@ class BalancedRouter(LayerBalance):
         top_k: int,
         *,
         gate: Gate = _SOFTMAX,
-        normalize: bool = True,
+        normalize: bool | None = None,
         limit: GroupLimit | None = None,
         fused: bool = True,
         name: str = "router",
@@ -61,48 +168,75 @@ class BalancedRouter(LayerBalance):
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
             )
+        if top_k == 1 and normalize:
+            raise ValueError(
+                "top_k=1 with normalize=True: a token's one weight divided by itself is 1, so that "
+                "the task gives the router no gradient. Leave normalize out: the weight is then "
+                "the affinity."
+            )
         if limit is not None:
             if not isinstance(limit, GroupLimit):
                 raise TypeError(f"limit={limit!r}: must be a GroupLimit such as GroupLimit(8, 4).")
             limit.check(num_experts, top_k)
-        self.top_k, self.normalize, self.limit = top_k, normalize, limit
+        self.top_k, self.limit = top_k, limit
+        self.normalize = top_k > 1 if normalize is None else normalize
 
     def forward(
-        self, logits: Float[Tensor, "*tokens E"], mask: Bool[Tensor, "*tokens"] | None = None
+        self,
+        logits: Float[Tensor, "*tokens E"],
+        mask: Bool[Tensor, "*tokens"] | None = None,
+        *,
+        sequences: int | None = None,
+        cu_seqlens: Int[Tensor, "bounds"] | None = None,
+        experts: Int[Tensor, "*tokens K"] | None = None,
     ) -> tuple[Float[Tensor, "*tokens K"], Int[Tensor, "*tokens K"]]:
-        """Choose experts and weigh them.
+        """Choose experts and weigh them. One call a batch: a second one is charged a second time.
 
         Args:
             logits: (T, E) or (B, S, E), from the router's linear map.
-            mask: (T,) or (B, S), True or nonzero for real tokens; None if all are real.
+            mask: (T,) or (B, S), True or 1 for real tokens; None if all are real.
+            sequences: in how many equally long sequences the tokens lie. None for B, or for 1 if
+                the logits are (T, E).
+            cu_seqlens: where packed sequences begin and end, for example [0, 5, 12] for lengths 5
+                and 7. Tokens behind the last entry are padding. For methods such as `SequenceLoss`,
+                which look at single sequences.
+            experts: (T, K) or (B, S, K), choices from elsewhere, such as a replayed rollout. The
+                batch is counted and charged, and the step moves no selection price
+                (`Method.held`). None to choose.
 
         Returns:
             Weights (…, K) in the logits' dtype and experts (…, K), int64; a token's experts in any
             order.
+
+        Raises:
+            ValueError: shapes that do not fit, a mask of other numbers than 0 and 1, or packed
+                tokens without boundaries under a method that looks at single sequences.
         """
-        if logits.shape[-1] != self.num_experts:
+        shape = logits.shape
+        if shape[-1] != self.num_experts:
             raise ValueError(
-                f"{self.name}: logits of shape {tuple(logits.shape)} for {self.num_experts} "
+                f"{self.name}: logits of shape {tuple(shape)} for {self.num_experts} "
                 "experts: the last axis must be the experts."
             )
-        if mask is not None and mask.shape != logits.shape[:-1]:
+        if mask is not None and mask.shape != shape[:-1]:
             raise ValueError(
                 f"{self.name}: mask of shape {tuple(mask.shape)} for logits of shape "
-                f"{tuple(logits.shape)}: it must have the logits' shape without the last axis."
+                f"{tuple(shape)}: it must have the logits' shape without the last axis."
             )
         rows = logits.dim() == 2  # then views would only cost time
         flat = logits if rows else logits.reshape(-1, self.num_experts)
-        flat_mask = None if mask is None else mask.reshape(-1).bool()
+        real = None if mask is None else real_tokens(mask, f"{self.name}: mask").reshape(-1)
         training = self.training and torch.is_grad_enabled() and not self.at_rest
-        sequences = logits.shape[0] if logits.dim() == 3 else 1
-        weights, experts = self._choose(flat, flat_mask, sequences, training=training)
+        lay = self._lay_out(shape, real, sequences, cu_seqlens, training=training)
+        given = None if experts is None else self._given(experts, shape)
+        weights, chosen = self._choose(flat, lay, given, training=training)
         if not self.training:
-            self.watch(flat, experts, mask=flat_mask)
+            self.watch(flat, chosen, mask=lay.mask)
         weights = weights.to(logits.dtype)
         if rows:
-            return weights, experts
-        shape = (*logits.shape[:-1], self.top_k)
-        return weights.view(shape), experts.view(shape)
+            return weights, chosen
+        out = (*shape[:-1], self.top_k)
+        return weights.view(out), chosen.view(out)
 
     def extra_repr(self) -> str:
         """Show the choice as well."""
@@ -112,29 +246,50 @@ class BalancedRouter(LayerBalance):
     def _choose(
         self,
         logits: Float[Tensor, "T E"],
-        mask: Bool[Tensor, "T"] | None,
-        sequences: int,
+        lay: Lay,
+        given: Int[Tensor, "T K"] | None,
         *,
         training: bool,
     ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
         """Weights of the chosen experts, tied to counting and charging, and the choice."""
         traits, preference = self.traits, None
-        if traits.selects and not traits.has_selection_price:
-            preference = self.preference(logits, mask, training=self.training)
+        if traits.selects and not traits.has_selection_price and given is None:
+            preference = self.preference(logits, lay.mask, training=self.training)
         # Where the two gradients are weighed they need branches of their own, which `tie` has.
-        if training and logits.requires_grad and traits.from_sums and self.weighing is None:
+        plain = traits.from_sums and given is None and self.weighing is None
+        if training and logits.requires_grad and plain:
             how = self._pass(top_k=self.top_k, normalize=self.normalize, limit=self.limit)
-            return choose(logits, how, preference=preference, mask=mask)
+            return choose(logits, how, preference=preference, mask=lay.mask)
         affinities = self.gate.affinities(logits)
-        weights, experts = best(affinities, preference, self.price, self.top_k, self.limit)
+        if given is None:
+            weights, experts = best(affinities, preference, self.price, self.top_k, self.limit)
+        else:
+            weights, experts = affinities.gather(-1, given), given
         if self.normalize:
             weights, _ = normalized(weights)
         if training:
-            weights = self.tie(weights, logits, experts, mask=mask, sequences=sequences)
+            weights = self._tie(weights, logits, experts, lay, replayed=given is not None)
         return weights, experts
 
+    def _given(self, experts: Int[Tensor, "*tokens K"], shape: torch.Size) -> Int[Tensor, "T K"]:
+        """Check choices from elsewhere, and flatten them."""
+        if experts.shape != (*shape[:-1], self.top_k) or experts.is_floating_point():
+            raise ValueError(
+                f"{self.name}: experts of shape {tuple(experts.shape)} and {experts.dtype} for "
+                f"logits of shape {tuple(shape)} and top_k={self.top_k}: give whole numbers of "
+                f"shape {(*shape[:-1], self.top_k)}."
+            )
+        flat = experts.reshape(-1, self.top_k).long()
+        here = flat.device.type == "cpu" and not torch.compiler.is_compiling()
+        if here and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_experts:
+            raise ValueError(
+                f"{self.name}: experts from {int(flat.min())} to {int(flat.max())}, but the router "
+                f"has 0 to {self.num_experts - 1}. Give padding any of these, and a mask."
+            )
+        return flat
 
-class CountAndCharge(LayerBalance):
+
+class CountAndCharge(_Router):
     """Balance a layer whose choice is its own: capacity, thresholds, token dropping, replay.
 
     Call it with the logits and the experts that your layer chose, and go on with the logits that
@@ -161,23 +316,32 @@ class CountAndCharge(LayerBalance):
         logits: Float[Tensor, "*tokens E"],
         experts: Int[Tensor, "*tokens K"],
         mask: Bool[Tensor, "*tokens"] | None = None,
+        *,
+        sequences: int | None = None,
+        cu_seqlens: Int[Tensor, "bounds"] | None = None,
+        replayed: bool = False,
     ) -> Float[Tensor, "*tokens E"]:
         """Count a batch and charge it; nothing else changes.
 
         Args:
             logits: (T, E) or (B, S, E), from the router's linear map. Use the returned ones.
             experts: (T, K) or (B, S, K), the experts that your layer chose.
-            mask: (T,) or (B, S), True for real tokens; None if all are real.
+            mask: (T,) or (B, S), True or 1 for real tokens; None if all are real.
+            sequences: as in `BalancedRouter`.
+            cu_seqlens: as in `BalancedRouter`.
+            replayed: whether the choice came from elsewhere, such as a rollout. The step then moves
+                no selection price.
 
         Returns:
             The logits, tied to the backward pass that counts and charges.
         """
         flat = logits.reshape(-1, self.num_experts)
         chosen = experts.reshape(-1, experts.shape[-1])
-        real = None if mask is None else mask.reshape(-1).bool()
-        if self.training and torch.is_grad_enabled() and not self.at_rest:
-            sequences = logits.shape[0] if logits.dim() == 3 else 1
-            flat = self.tie(flat, flat, chosen, mask=real, sequences=sequences)
+        real = None if mask is None else real_tokens(mask, f"{self.name}: mask").reshape(-1)
+        training = self.training and torch.is_grad_enabled() and not self.at_rest
+        lay = self._lay_out(logits.shape, real, sequences, cu_seqlens, training=training)
+        if training:
+            flat = self._tie(flat, flat, chosen, lay, replayed=replayed)
         elif not self.training:
-            self.watch(flat, chosen, mask=real)
+            self.watch(flat, chosen, mask=lay.mask)
         return flat.view(logits.shape)

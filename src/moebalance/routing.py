@@ -190,6 +190,35 @@ def split(packed: Float[Tensor, "*rows sums"], num_experts: int) -> Sums:
     return Sums(scores, counts, tokens.squeeze(-1))
 
 
+def real_tokens(mask: Tensor, name: str) -> Bool[Tensor, "*tokens"]:
+    """A mask as booleans, True for real tokens. Only booleans or 0 and 1 are read.
+
+    An additive mask (0 for real tokens, a large negative number for padding) says the opposite.
+    Reading a floating-point mask waits for a GPU; booleans do not. Integers on a GPU are not read.
+
+    Raises:
+        TypeError: a floating-point mask under `torch.compile`, which cannot read it.
+        ValueError: other numbers than 0 and 1, or a floating-point mask without a 1.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    floating = mask.is_floating_point()
+    if torch.compiler.is_compiling():
+        if floating:
+            raise TypeError(f"{name} is {mask.dtype}: under torch.compile give booleans.")
+        return mask != 0
+    if (floating or mask.device.type == "cpu") and mask.numel() and not mask.is_meta:
+        real = mask == 1
+        # All zeros: an additive mask without padding looks the same as no real token at all.
+        if not bool((real | (mask == 0)).all()) or (floating and not bool(real.any())):
+            raise ValueError(
+                f"{name} ({mask.dtype}) holds values from {mask.min().item():g} to "
+                f"{mask.max().item():g}. It must be boolean, or 1 for real tokens and 0 for "
+                "padding. If it is additive (0 and -inf), give mask == 0."
+            )
+    return mask != 0
+
+
 def real_rows(values: Float[Tensor, "T *more"], mask: Bool[Tensor, "T"] | None) -> Tensor:
     """Values with padded rows set to 0, whatever they held: 0 · NaN would be NaN."""
     if mask is None:

@@ -302,3 +302,26 @@ def test_training_on_the_term_alone_balances():
         seen.append(balancing.metrics()["soft_maxvio"])
     assert seen[0] > 1.5
     assert max(seen[-3:]) < 0.5
+
+
+def test_steps_with_replayed_routing_move_no_selection_price():
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    model, balancing = balanced(LossFree(speed=0.01), num_layers=1, moe_enable_routing_replay=True)
+    layer = next(iter(balancing.layers.values()))
+    try:
+        for action in (RouterReplayAction.REPLAY_FORWARD, None):
+            hidden = normal((8, 2, HIDDEN), 0)
+            for replay in RouterReplay.global_router_replay_instances:
+                replay.set_target_indices(torch.tensor([[0, 1]]).expand(16, TOP_K))
+            if action is None:
+                RouterReplay.clear_global_router_replay_action()
+            else:
+                RouterReplay.set_global_router_replay_action(action)
+            run_step(model, [MicroBatch(hidden)])
+            assert layer.last_sums.tokens == 16
+            assert bool(layer.price.any()) is (action is None)
+    finally:
+        RouterReplay.clear_global_router_replay_action()
+        RouterReplay.clear_global_router_replay_instances()
+        balancing.detach()

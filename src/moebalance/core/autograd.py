@@ -47,11 +47,13 @@ class Tally(NamedTuple):
         running: packed sums of the step so far (`core.packing`); added to in place.
         last_step: (2,) tokens and batches of the last finished step.
         scale: () gradient of the total loss with respect to the task loss.
+        replayed: () 1 once a batch of this step was routed by choices from elsewhere.
     """
 
     running: Float[Tensor, "sums"]
     last_step: Float[Tensor, "2"]
     scale: Float[Tensor, ""]
+    replayed: Float[Tensor, ""]
 
 
 class Pass(NamedTuple):
@@ -68,6 +70,7 @@ class Pass(NamedTuple):
         normalize: whether a router of ours divides a token's weights by their sum.
         limit: the groups of experts that a router of ours may choose from; None for all experts.
         sequences: number of sequences in which the tokens lie.
+        replayed: whether the choice came from elsewhere.
     """
 
     method: Method
@@ -80,6 +83,7 @@ class Pass(NamedTuple):
     normalize: bool = False
     limit: GroupLimit | None = None
     sequences: int = 1
+    replayed: bool = False
 
 
 def choose(
@@ -122,6 +126,8 @@ def tie(
         mask: (T,) True for real tokens, or None.
         weight: this batch's weight in the mean over its step; None for 1.
     """
+    if torch.compiler.is_compiling():  # which traces no function of the same tensor twice
+        carrier = carrier.view_as(carrier)
     fits = how.fused and how.traits.from_sums
     how = how._replace(fused=fits and kernels.supported(logits, how.gate, experts.shape[-1]))
     tied: Tensor = _Tie.apply(how, mask, weight, experts, logits, carrier)  # type: ignore[no-untyped-call]
@@ -292,6 +298,8 @@ class _Tie(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, experts, mask, weight = ctx.saved_tensors
         how = ctx.how
+        if how.replayed:
+            how.tally.replayed.fill_(1)
         if weight is not None:
             tally = how.tally
             how = how._replace(tally=tally._replace(scale=tally.scale * weight))
@@ -365,7 +373,7 @@ def _settle(
     if how.fused:
         form = kernels.mean_price(how.method, how.state)
         if kernels.forms(form):
-            return kernels.charge(form, packed, *how.tally)
+            return kernels.charge(form, packed, *how.tally[:3])
     how.tally.running.add_(packed)
     if not how.traits.charges:
         return None

@@ -64,6 +64,8 @@ class Balancing:
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
         self.price_outside: set[str] = set()
         """Names of layers whose selection price is in no weight of the model."""
+        for layer in self.layers.values():
+            layer.settle()
         self._share_loss_scale()
 
     def place(self, devices: Mapping[str, torch.device]) -> None:
@@ -124,7 +126,11 @@ class Balancing:
             self._announce()
 
     def discard(self) -> None:
-        """Forget the sums since the last step, for example of a step that you gave up."""
+        """Forget the sums since the last step, for example of a step that you gave up.
+
+        Call it after the warm-up passes before a CUDA graph is captured: they are real forward and
+        backward passes, and are counted.
+        """
         self._ledger.discard()
 
     def follow(self, loss: Float[Tensor, ""], *, factor: float = 1.0) -> Float[Tensor, ""]:
@@ -325,11 +331,11 @@ class Balancing:
         )
 
     def _share_loss_scale(self) -> None:
-        """Layers on one device share one cell: following a loss then costs one copy."""
-        cells: dict[torch.device, Tensor] = {}
+        """Layers on one device share their cells: following a loss then costs one copy."""
+        cells: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for layer in self.layers.values():
-            cell = cells.setdefault(layer.loss_scale.device, layer.loss_scale)
-            layer.loss_scale = cell
+            own = layer.loss_scale, layer.replayed
+            layer.loss_scale, layer.replayed = cells.setdefault(own[0].device, own)
 
     def _reset_loss_scale(self) -> None:
         for cell in self._loss_scales():

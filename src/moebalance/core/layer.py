@@ -7,6 +7,7 @@ the counts of the other ranks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,14 @@ from moebalance.core.autograd import Pass, Tally, tie
 from moebalance.core.packing import pack, packed_size, unpack
 from moebalance.core.sound import tensors_problem, trial_problem
 from moebalance.core.weighing import Weighing
-from moebalance.gates import Gate, Softmax
-from moebalance.methods.base import Method, State, observe
+from moebalance.gates import Gate, Softmax, at_least_float32
+from moebalance.methods.base import Method, State, observe, sees_sequences
 from moebalance.methods.lineage import Lineage, inherit
-from moebalance.routing import Sums, measure, route
+from moebalance.routing import Sums, as_number, measure, route
 
 _SOFTMAX = Softmax()
+
+logger = logging.getLogger("moebalance")
 
 
 class LayerBalance(nn.Module):
@@ -69,6 +72,7 @@ class LayerBalance(nn.Module):
             raise ValueError(f"num_experts={num_experts}: balancing needs at least 2 experts.")
         self.method, self.traits, self.num_experts = method, method.traits, num_experts
         self.gate, self.fused, self.name = gate, fused, name
+        self.by_sequence = sees_sequences(method)
         self.last_step: Tensor
         self.last_total: Tensor | None
         self.watched: Sums | None = None
@@ -111,6 +115,7 @@ class LayerBalance(nn.Module):
         mask: Bool[Tensor, "T"] | None = None,
         sequences: int = 1,
         weight: Float[Tensor, ""] | None = None,
+        replayed: bool = False,
     ) -> Tensor:
         """Tie this batch's counting and charge to the backward pass of `carrier`.
 
@@ -121,6 +126,8 @@ class LayerBalance(nn.Module):
             mask: (T,) True for real tokens, or None.
             sequences: number of equally long sequences in which the tokens lie.
             weight: this batch's weight in the mean over its step; None for 1.
+            replayed: whether the choice came from elsewhere, not from this router. The step then
+                moves no price (`Method.held`).
 
         Returns:
             `carrier`, unchanged.
@@ -132,10 +139,12 @@ class LayerBalance(nn.Module):
                 with torch.no_grad():
                     routing = route(logits, experts, self.gate, mask=mask, sequences=sequences)
                     self.count(observe(self.method, self.state, routing))
+                    if replayed:
+                        self.replayed.fill_(1)
             return carrier
         if self.weighing is not None and logits.requires_grad:
             logits = self.weighing.branch(logits)
-        how = self._pass(sequences=sequences)
+        how = self._pass(sequences=sequences, replayed=replayed)
         return tie(carrier, how, logits=logits, experts=experts, mask=mask, weight=weight)
 
     def count(self, sums: Sums) -> None:
@@ -171,7 +180,8 @@ class LayerBalance(nn.Module):
             total: packed sums of all ranks; None for this process's own.
         """
         total = self.running.clone() if total is None else total
-        commit_rows([self], total.unsqueeze(0))
+        commit_rows([self], total.unsqueeze(0), replayed=self.replayed)
+        self.replayed.zero_()
         assert self.last_sums is not None
         return self.last_sums
 
@@ -209,6 +219,7 @@ class LayerBalance(nn.Module):
     def discard(self) -> None:
         """Forget what was counted since the last commit."""
         self.running.zero_()
+        self.replayed.zero_()
         if self.weighing is not None:
             self.weighing.discard()
 
@@ -226,6 +237,7 @@ class LayerBalance(nn.Module):
         size = packed_size(self.method, self.num_experts)
         self.running = torch.zeros(size, dtype=torch.float32)
         self.loss_scale = torch.ones((), dtype=torch.float32)
+        self.replayed = torch.zeros((), dtype=torch.float32)
         self.last_total = None
 
     def _of(self, saved: Mapping[str, Tensor]) -> State:
@@ -234,18 +246,55 @@ class LayerBalance(nn.Module):
     def _inherited(self, saved: Mapping[str, Tensor], lineage: Lineage) -> State:
         return inherit(self._of(saved), lineage, self.gate)
 
+    def settle(self) -> None:
+        """Make what is not a buffer, where only the buffers have left the meta device.
+
+        `load_state_dict(assign=True)`, Transformers and accelerate put buffers in place one by one.
+        """
+        device = self.last_step.device
+        if self.running.is_meta and device.type != "meta":
+            self.running = torch.zeros_like(self.running, device=device)
+            self.loss_scale = torch.ones_like(self.loss_scale, device=device)
+            self.replayed = torch.zeros_like(self.replayed, device=device)
+            self._template = self.method.init(self.num_experts)
+            # Transformers marks what it has read; the rest is memory that nobody wrote to.
+            read = (getattr(x, "_is_hf_initialized", False) for x in self._buffers.values())
+            if getattr(self, "_is_hf_initialized", False) and not all(read):
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._write(self.method.init(self.num_experts))
+        self.last_step.zero_()
+        logger.info("moebalance: the checkpoint has no state of %s: it starts anew.", self.name)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuse a model's checkpoint whose balancing state cannot be trained with."""
+        """Load a model's checkpoint, but no balancing state that cannot be trained with.
+
+        From a checkpoint that was made without this module, start anew and say so.
+        """
         saved = {name: state_dict.get(prefix + name) for name in self._buffers}
         if all(_plain(saved[name], own) for name, own in self._buffers.items()):
             found = self.problem(saved)
             if found:
                 args[-1].append(f"The balancing state of {prefix or self.name} is refused: {found}")
                 return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        there = [name for name, value in saved.items() if value is not None]
+        if there:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            for name in there:  # assign=True also takes over what was rounded
+                self._buffers[name] = at_least_float32(self.get_buffer(name))
+        elif not self.last_step.is_meta:
+            self._begin_anew()
+        self.settle()
 
     def _pass(self, **more: Any) -> Pass:
-        tally = Tally(self.running, self.last_step, self.loss_scale)
+        if self.last_step.dtype in (torch.bfloat16, torch.float16):
+            raise RuntimeError(
+                f"{self.name}: the balancing state was turned to {self.last_step.dtype}, in which "
+                "prices stop to move. Keep buffers in float32: with FSDP1 give "
+                "MixedPrecision(buffer_dtype=torch.float32), or use FSDP2."
+            )
+        tally = Tally(self.running, self.last_step, self.loss_scale, self.replayed)
         return Pass(self.method, self.traits, self.gate, self.state, tally, self.fused, **more)
 
     def _write(self, state: State) -> None:
@@ -255,6 +304,7 @@ class LayerBalance(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerBalance:
         """Follow the model to another device, but never to another dtype."""
+        self.settle()
         device = fn(torch.empty(0, device=self.running.device)).device
         if self.running.is_meta and device.type != "meta":
             # Deferred initialisation: there are no values to move, so make the first ones.
@@ -266,6 +316,7 @@ class LayerBalance(nn.Module):
             self._buffers[name] = tensor.to(device)
         self.running = self.running.to(device)
         self.loss_scale = self.loss_scale.to(device)
+        self.replayed = self.replayed.to(device)
         if self.watched is not None:
             scores, counts, tokens, _ = self.watched
             self.watched = Sums(scores.to(device), counts.to(device), tokens.to(device))
@@ -278,6 +329,7 @@ def commit_rows(
     totals: Float[Tensor, "L sums"],
     *,
     good: Bool[Tensor, ""] | None = None,
+    replayed: Tensor | None = None,
 ) -> None:
     """End the step of layers of one size under one method, in as many kernels as for one of them.
 
@@ -285,6 +337,8 @@ def commit_rows(
         layers: on one device.
         totals: their packed sums, a row each; kept by the layers.
         good: whether to advance the states, where the host does not know it yet; None for yes.
+        replayed: one number, above 0 if a batch of the step was routed by choices from elsewhere;
+            None for no.
     """
     first = layers[0]
     method, experts = first.method, first.num_experts
@@ -293,6 +347,8 @@ def commit_rows(
         old = [torch.stack(tensors) for tensors in held]
         states = _refill(first._template, iter(old))
         new = torch.vmap(method.update)(states, unpack(totals, method, experts))
+        if replayed is not None:
+            new = _held(method, states, new, replayed)
         for tensors, before, (_, after) in zip(held, old, _leaves(new), strict=True):
             after = after if good is None else torch.where(good, after, before)
             # In place: compiled graphs and CUDA graphs hold on to these very tensors.
@@ -309,6 +365,18 @@ def _plain(tensor: Any, own: Tensor | None) -> bool:
     if own is None or own.is_meta or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         return False
     return not tensor.is_meta and tensor.shape == own.shape
+
+
+def _held(method: Method, states: State, new: State, replayed: Tensor) -> State:
+    """The new states, where what integrates stays if the choice was not the router's own."""
+    held = method.held(states, new)
+    seen = as_number(replayed.reshape(()))
+    if held is new or (isinstance(seen, float) and not seen):
+        return new
+    replayed = replayed.reshape(()).to(next(_leaves(new))[1].device) > 0
+    pairs = zip(_leaves(held), _leaves(new), strict=True)
+    kept = [h if h is n else torch.where(replayed, h, n) for (_, h), (_, n) in pairs]
+    return _refill(new, iter(kept))
 
 
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

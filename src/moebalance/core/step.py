@@ -111,7 +111,8 @@ class Ledger:
         sick = sum((0 * bank.sums).sum().to(parts[0].device) for bank in banks)
         notice = torch.as_tensor(sick).reshape(1) + float(self.loaded)
         self._sent = banks
-        self._reduction = start_sum([*parts, notice], group)
+        replayed = self._replayed().to(parts[0].device).reshape(1)
+        self._reduction = start_sum([*parts, notice, replayed], group)
 
     @torch.no_grad()
     def close(self, step: int) -> None:
@@ -125,7 +126,7 @@ class Ledger:
         self.reduce(step)
         if not self.layers:
             return
-        banks, flags = self._totals()
+        banks, flags, replayed = self._totals()
         finite = flags[2].all()
         names = [name for bank in banks for name in bank.names]
         self._verdict = _send(Verdict(step, names, flags, None))
@@ -134,7 +135,9 @@ class Ledger:
             self._read_verdict()
             good = None  # or the line above had raised
         for bank in banks:
-            commit_rows(bank.layers, bank.sums, good=good)
+            commit_rows(bank.layers, bank.sums, good=good, replayed=replayed)
+        for cell in self._cells():
+            cell.zero_()
 
     def discard(self) -> None:
         """Forget what was counted since the last step."""
@@ -158,24 +161,38 @@ class Ledger:
         """Where in a row that lies which ranks add up."""
         return shared_part(self.method, bank.layers[0].num_experts, everything=self.everything)
 
-    def _totals(self) -> tuple[list[Bank], Tensor]:
-        """The sums over all ranks (what is not shared is this rank's own), and flags (5, L)."""
+    def _cells(self) -> list[Tensor]:
+        """Where backward notes that a choice came from elsewhere: one for each device."""
+        return list({id(x.replayed): x.replayed for x in self.layers.values()}.values())
+
+    def _replayed(self) -> Tensor:
+        """Above 0 if a batch of this rank was routed by choices from elsewhere, ()."""
+        first, *others = self._cells()
+        return first if not others else sum((o.to(first.device) for o in others), first)
+
+    def _totals(self) -> tuple[list[Bank], Tensor, Tensor]:
+        """The sums over all ranks (what is not shared is this rank's own), and flags (5, L).
+
+        Last, above 0 if any batch of the step was routed by choices from elsewhere.
+        """
         banks = now = self._banks()
         own = [torch.isfinite(bank.sums).all(dim=1) for bank in now]
         # Made where it is read: a copy from the host would wait for the device.
         notice = torch.zeros(1, device=banks[0].sums.device)
+        replayed = self._replayed()
         if self._reduction is not None:
             banks, self._sent = self._sent, []
         timely = [a.batches == b.batches for a, b in zip(banks, now, strict=True)]
         if self._reduction is not None:
-            (*parts, notice), self._reduction = self._reduction.wait(), None
+            (*parts, notice, replayed), self._reduction = self._reduction.wait(), None
             self._fill(banks, iter(parts), notice)
         columns = []
         for bank, *mine in zip(banks, own, timely, strict=True):
             settled = ~(notice.to(bank.sums.device) > 0).expand_as(mine[0])
             finite, seen = torch.isfinite(bank.sums).all(dim=1), bank.tokens > 0
             columns.append(torch.stack([*mine, finite, seen, settled]))
-        return banks, torch.cat([column.to(columns[0].device) for column in columns], dim=1)
+        flags = torch.cat([column.to(columns[0].device) for column in columns], dim=1)
+        return banks, flags, replayed
 
     def _fill(self, banks: Sequence[Bank], message: Iterator[Tensor], notice: Tensor) -> None:
         """Put what came back from all ranks in the place of this rank's own."""
@@ -233,7 +250,7 @@ class Ledger:
             f"No token was counted in {', '.join(self.layers)} during step {verdict.step}. Tokens "
             "are counted in the backward pass of a model in training mode: call step() once after "
             "each optimizer step, attach before compiling, and give each step at least one real "
-            "token."
+            "token. A layer whose output the loss does not use has no backward pass either."
         )
 
 

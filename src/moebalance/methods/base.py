@@ -120,6 +120,15 @@ class Method:
         """
         return state
 
+    def held(self, before: State, after: State) -> State:
+        """The state after a step that was routed by choices from elsewhere, as in a replay.
+
+        The router's price had no effect on such a step. What integrates the load, such as a
+        selection price, would run away: take it from `before`. Averages go on: take them from
+        `after`. LAW: each tensor is one of `before` or of `after`.
+        """
+        return after
+
     def selection_price(self, state: State) -> Float[Tensor, "E"] | None:
         """Price (E,) subtracted from the affinities before top-k; None for no effect."""
         return None
@@ -217,6 +226,12 @@ def inner_methods(method: Method) -> tuple[Method, ...]:
     """
     fields = (value if isinstance(value, tuple) else (value,) for value in vars(method).values())
     return tuple(one for value in fields for one in value if isinstance(one, Method))
+
+
+def sees_sequences(method: Method) -> bool:
+    """Whether the method, or a part of it, looks at single sequences."""
+    own = method.traits.coupling == "sequence"
+    return own or any(sees_sequences(part) for part in inner_methods(method))
 
 
 def described(parameters: Any) -> str:

@@ -104,6 +104,10 @@ class Scheduled(Scaled):
             inner = self.method.priced(inner, torch.lerp(state.inner.price, inner.price, part))
         return Progress(inner, tokens)
 
+    def held(self, before: Progress, after: Progress) -> Progress:
+        """The schedule goes on, and the inner method holds what it has to."""
+        return after._replace(inner=self.method.held(before.inner, after.inner))
+
     def selection_price(self, state: Progress) -> Float[Tensor, "E"] | None:
         """The method's own."""
         return self.method.selection_price(state.inner)

@@ -106,6 +106,10 @@ class Selecting(Method):
         """The scores from which the price is subtracted."""
         return gate.affinities(logits) if self.scale == "affinity" else gate.log_affinity(logits)
 
+    def held(self, before: State, after: State) -> State:
+        """The price stays: it had no effect on the choice, so that nothing would stop it."""
+        return before
+
     def adopt(self, state: State, price: Float[Tensor, "E"]) -> State:
         """Go on from the model's own price."""
         return self.priced(state, price)

@@ -49,13 +49,14 @@ class SequenceLoss(Method):
         """α f^s per token of sequence s, weighted so that every sequence counts the same."""
         routing = batch.routing
         tokens, experts, sequences = routing.scores.shape[0], routing.num_experts, routing.sequences
+        sequences = max(sequences, 1)  # of a batch without a sequence, (0, S, E)
         length = tokens // sequences
         weights = routing.token_weights
         if weights is None:
             weights = routing.scores.new_ones(tokens)
-        real = weights.view(sequences, length)
-        assignments = real.unsqueeze(-1).expand(-1, -1, routing.top_k).reshape(sequences, -1)
-        chosen = routing.experts.reshape(sequences, -1)
+        real, places = weights.view(sequences, length), length * routing.top_k
+        assignments = real.unsqueeze(-1).expand(-1, -1, routing.top_k).reshape(sequences, places)
+        chosen = routing.experts.reshape(sequences, places)
         counts = real.new_zeros(sequences, experts).scatter_add(1, chosen, assignments)
         lengths = real.sum(dim=1, keepdim=True)
         # clamp: for a sequence of padding 0 / 0 would be NaN; it has load 0 and no weight.

@@ -135,6 +135,10 @@ class Targeted(Scaled):
             where_seen(sums.tokens, multiplier, state.multiplier),
         )
 
+    def held(self, before: Steered, after: Steered) -> Steered:
+        """The multiplier stays: the load that it saw was not the router's."""
+        return before._replace(inner=self.method.held(before.inner, after.inner))
+
     def multiplier(self, state: Steered) -> Float[Tensor, ""]:
         """min(r, 1) λ, (), relative to the method's strength; 0 at the lower end of λ."""
         return state.multiplier

@@ -94,6 +94,11 @@ class Together(Method):
         parts = zip(self._parts(state), self._own(sums), strict=True)
         return tuple(part.update(own, own_sums) for (part, own), own_sums in parts)
 
+    def held(self, before: States, after: States) -> States:
+        """Each holds what it has to."""
+        parts = zip(self.methods, before, after, strict=True)
+        return tuple(part.held(old, new) for part, old, new in parts)
+
     def selection_price(self, state: States) -> Float[Tensor, "E"] | None:
         """The price of the method that has one."""
         return _total(part.selection_price(own) for part, own in self._parts(state))

@@ -49,7 +49,9 @@ def attach(
         raise ValueError(
             f"{type(inner).__name__} has no MoE router that could be found: no submodule whose "
             "class is named …Router or …Gate with `top_k` and a weight of one row an expert. Give "
-            "a Mixture-of-Experts model, or write the layer with moebalance.BalancedRouter. Before "
+            "a Mixture-of-Experts model; or, if its routers are plain modules such as nn.Linear, "
+            'name them: attach(model, method, routers="*.gate", top_k=2, mask="attention_mask"); '
+            "or write the layer with moebalance.BalancedRouter. Before "
             f"Transformers 5.6 many families have no router of their own; {version} is installed."
         )
     balanced = {site.name: _layer(site, method, fused=fused) for site in sites}

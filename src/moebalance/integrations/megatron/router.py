@@ -73,6 +73,7 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         """Raises if nothing ends the steps of this router; set by `attach`."""
         self.on_reset: Callable[[BalancedTopKRouter], None] | None = None
         """Called when Megatron ends a step by `reset_global_aux_loss_tracker`."""
+        self._replayed = False
 
     def routing(
         self, logits: Float[Tensor, "S B E"], padding_mask: Bool[Tensor, "S B"] | None = None
@@ -160,11 +161,25 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
             logits, experts = _by_sequence(logits, layout), _by_sequence(experts, layout)
             real = None if real is None else _by_sequence(real, layout)
         carried = self.balance.tie(
-            weights, logits, experts, mask=real, sequences=layout[1], weight=factor
+            weights,
+            logits,
+            experts,
+            mask=real,
+            sequences=layout[1],
+            weight=factor,
+            replayed=self._replays(),
         )
         if carried.requires_grad:
             carried.register_hook(self._take_scale)  # type: ignore[no-untyped-call]
         return carried
+
+    def _replays(self) -> bool:
+        """Whether the choice in force came from elsewhere, such as a rollout."""
+        action = getattr(self.router_replay, "router_replay_action", None)
+        name = getattr(action, "name", None)
+        if name != "REPLAY_BACKWARD":  # that is a recomputation of the last forward
+            self._replayed = name == "REPLAY_FORWARD"
+        return self._replayed
 
     def _factor(
         self, logits: Float[Tensor, "T E"], real: Bool[Tensor, "T"] | None

@@ -1,7 +1,7 @@
 """How the cost of balancing grows with layers, experts, tokens and ranks, with a plan for many.
 
     a step costs a rank   L · t_batch(T, E)  +  t_end(L, E)  +  t_message(bytes(L, E), P),
-    bytes(L, E) = 4 (L (2E + 1) + 1)
+    bytes(L, E) = 4 (L (2E + 1) + 2)
 
 The three terms are measured apart, at sizes whose doubling shows how they grow. The message over P
 ranks is then extrapolated from what is measured on two: a tree of ⌈log₂ P⌉ hops down and up,
@@ -60,7 +60,7 @@ def measure_scale(method: Method, *, repeats: int = 5) -> dict[str, Any]:
 
 def message_bytes(layers: int, experts: int) -> int:
     """Bytes of a step's one message, metrics over all ranks included."""
-    return 4 * (layers * (2 * experts + 1) + 1)
+    return 4 * (layers * (2 * experts + 1) + 2)
 
 
 def tree_s(size: int, ranks: int, hop_s: float = HOP_S, bytes_per_s: float = BYTES_PER_S) -> float:
@@ -78,7 +78,7 @@ def _batch(method: Method, tokens: int, experts: int, repeats: int) -> dict[str,
     upstream = torch.randn(tokens, 8)
 
     def balanced() -> None:
-        torch.autograd.grad(router(logits)[0], logits, upstream)
+        torch.autograd.grad(router(logits, sequences=1)[0], logits, upstream)
 
     def bare() -> None:
         # In no order, as ours: what is added shall be balancing and nothing else.

@@ -42,9 +42,9 @@ class Load(NamedTuple):
         scores: (E,) summed scores; None if not known.
     """
 
-    counts: Float[Tensor, E]
+    counts: Float[Tensor, "E"]
     tokens: float
-    scores: Float[Tensor, E] | None = None
+    scores: Float[Tensor, "E"] | None = None
 
     def plus(self, other: Load) -> Load:
         """Both together."""
@@ -57,7 +57,7 @@ Loads = Mapping[str, Load]
 """One load for each layer, by name."""
 
 
-def counted(experts: Tensor, num_experts: int) -> Float[Tensor, E]:
+def counted(experts: Tensor, num_experts: int) -> Float[Tensor, "E"]:
     """How often each expert was chosen; a negative index stands for none.
 
     Raises:

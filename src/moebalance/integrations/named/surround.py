@@ -1,0 +1,120 @@
+"""Which tokens are real, and how many sequences they are, as the call of the model tells.
+
+A router sees rows of hidden states. The model around it is called with tokens (B, S) and perhaps
+with a mask of the same shape. Both are noted when the model is entered. Activation checkpointing
+runs layers again in backward: then they are noted again, for the forward that the backward is of.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from moebalance.routing import real_tokens
+
+logger = logging.getLogger("moebalance")
+
+
+class Call(NamedTuple):
+    """One call of the model.
+
+    Attributes:
+        mask: (B, S) or (T,), True for real tokens; None if all are.
+        shapes: (B, S) of each tensor that it was given.
+    """
+
+    mask: Bool[Tensor, "*tokens"] | None = None
+    shapes: tuple[tuple[int, int], ...] = ()
+
+
+class Surround:
+    """The call of the model that is in progress, in forward or in backward.
+
+    Args:
+        model: the model.
+        mask: name of the argument that holds the mask; None for none.
+
+    Raises:
+        ValueError: the model's forward has no such argument.
+    """
+
+    def __init__(self, model: nn.Module, mask: str | None) -> None:
+        self.mask, self.now = mask, Call()
+        parameters = inspect.signature(model.forward).parameters
+        self._names = tuple(parameters)
+        kinds = {parameter.kind for parameter in parameters.values()}
+        if mask and mask not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise ValueError(
+                f"mask={mask!r}: {type(model).__name__}.forward has no such argument; it has "
+                f"{', '.join(self._names) or 'none'}."
+            )
+        masks = [name for name in self._names if "mask" in name]
+        if masks and not mask:
+            logger.warning(
+                "moebalance: %s.forward takes %s, and all tokens are counted, padding too. If it "
+                "is True (or 1) for real tokens, give attach(…, mask=%r).",
+                type(model).__name__,
+                masks[0],
+                masks[0],
+            )
+
+    def hook(self, model: nn.Module) -> Iterable[Callable[[], None]]:
+        """Watch the model; return how to stop it."""
+        before: Any = self._enter
+        yield model.register_forward_pre_hook(before, with_kwargs=True).remove
+        yield model.register_forward_hook(self._leave).remove
+
+    def rows(self, tokens: int) -> int | None:
+        """B, if the model was given something of B · S = `tokens` tokens."""
+        return next((batch for batch, length in self.now.shapes if batch * length == tokens), None)
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        given = [one for one in named.values() if isinstance(one, Tensor) and one.dim() >= 2]
+        shapes = tuple((one.shape[0], one.shape[1]) for one in given)
+        self.now = Call(self._read(named), shapes)
+
+    def _read(self, named: dict[str, Any]) -> Tensor | None:
+        mask = named.get(self.mask) if self.mask else None
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                f"{self.mask}={type(mask).__name__}: the mask must be a tensor, True for real "
+                "tokens. Name another argument as mask=…, or mask=None to count all tokens."
+            )
+        return real_tokens(mask, str(self.mask))
+
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call, self.now = self.now, Call()
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return
+        for value in _tensors(output):
+            if value.requires_grad:
+                value.register_hook(partial(self._resume, call))  # type: ignore[no-untyped-call]
+
+    def _resume(self, call: Call, gradient: Tensor) -> None:
+        """The backward of this call begins; it ends before the next call of the model."""
+        self.now = call
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._forget)
+
+    def _forget(self) -> None:
+        self.now = Call()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in a model's output, also in the fields of an object."""
+    found = []
+    for leaf in tree_leaves(output):
+        inside = [leaf] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
+        found += [value for value in inside if isinstance(value, Tensor)]
+    return found
