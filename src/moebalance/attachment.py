@@ -92,7 +92,7 @@ def attach(
     own: dict[str, LayerBalance] = {
         name: module for name, module in model.named_modules() if isinstance(module, ours)
     }
-    said = {"top_k": top_k, "gate": gate, "normalize": normalize, "limit": limit}
+    said: dict[str, Any] = {"top_k": top_k, "gate": gate, "normalize": normalize, "limit": limit}
     said |= {"num_experts": num_experts, "mask": mask}
     if routers is not None:
         return _named(model, method, routers, said, own, layers, group, fused=fused)

@@ -154,7 +154,9 @@ def _rows(module: nn.Module) -> int | None:
     if isinstance(told, int):
         return told
     weight = getattr(module, "weight", None)
-    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # DeepSpeed's ZeRO-3 hides it
+    shape: Any = getattr(
+        weight, "ds_shape", getattr(weight, "shape", ())
+    )  # DeepSpeed's ZeRO-3 hides it
     return int(shape[0]) if len(shape) == 2 else None
 
 
