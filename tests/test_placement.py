@@ -72,9 +72,13 @@ def test_a_model_made_on_meta_goes_on_from_its_state(load: Callable, saved):
     assert train(model).metrics()["tokens"] == 64
 
 
-def test_a_rounded_state_that_is_assigned_is_float32_again(saved):
-    model = Model()
-    model.load_state_dict({k: v.bfloat16() for k, v in saved.items()}, assign=True)
+def test_a_rounded_state_is_refused_where_there_is_one_and_float32_again_where_there_is_none(saved):
+    rounded = {k: v.bfloat16() for k, v in saved.items()}
+    with pytest.raises(RuntimeError, match=r"bfloat16 .* must be a plain torch\.float32 tensor"):
+        Model().load_state_dict(rounded, assign=True)
+    with torch.device("meta"):
+        model = Model()
+    model.load_state_dict(rounded, assign=True)
     assert {buffer.dtype for buffer in model.router.buffers()} == {torch.float32}
 
 

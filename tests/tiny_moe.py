@@ -24,14 +24,15 @@ PHI = PhiBalancing(strength=0.1, rate=0.5, unit="paper")
 class TopKThenSoftmax(LayerBalance):
     """A hand-written router: weights are the softmax of the chosen logits."""
 
-    def forward(self, logits, mask=None):
+    def forward(self, logits, mask=None, sequences=None):
         flat = logits.reshape(-1, self.num_experts)
         flat_mask = None if mask is None else mask.reshape(-1)
         ranked = self.preference(flat, flat_mask, training=self.training)
         experts = (flat.detach() if ranked is None else ranked).topk(TOP_K).indices
         weights = flat.gather(-1, experts).softmax(-1)
         if self.training and torch.is_grad_enabled():
-            sequences = logits.shape[0] if logits.dim() == 3 else 1
+            if sequences is None:
+                sequences = logits.shape[0] if logits.dim() == 3 else 1
             weights = self.tie(weights, flat, experts, mask=flat_mask, sequences=sequences)
         shape = (*logits.shape[:-1], TOP_K)
         return weights.view(shape), experts.view(shape)
