@@ -1,4 +1,4 @@
-"""How a router turns logits into affinities and scores, and which experts a token may choose.
+"""How a router turns logits into affinities and scores, and which experts a token chooses.
 
 T tokens, E experts, K chosen experts per token.
 
@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -176,6 +176,7 @@ class SqrtSoftplus(Gate):
 
 
 _TINY = torch.finfo(torch.float32).tiny
+_SMALL = 1e-20  # an affinity below this has an even smaller derivative
 _UNDERFLOW = -15.0  # below this softplus(z) = e^z to float32's precision
 
 
@@ -236,3 +237,35 @@ class GroupLimit:
         kept = worth.topk(self.top_groups, dim=-1, sorted=False).indices
         closed = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, kept, False)
         return groups.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def best(
+    affinities: Float[Tensor, "T E"],
+    preference: Float[Tensor, "T E"] | None,
+    price: Float[Tensor, "E"] | None,
+    top_k: int,
+    limit: GroupLimit | None = None,
+) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+    """The K best experts by preference, else by affinity less price: affinities and indices.
+
+    In no order: sorting takes time, and a mixture of experts has no use for it.
+    """
+    if preference is None and price is None and limit is None:
+        chosen, experts = affinities.topk(top_k, dim=-1, sorted=False)
+        return chosen, experts
+    ranked = preference
+    if ranked is None:
+        ranked = affinities if price is None else affinities - price
+    if limit is not None:
+        ranked = limit.within(ranked)
+    experts = ranked.topk(top_k, dim=-1, sorted=False).indices
+    return affinities.gather(-1, experts), experts
+
+
+def normalized(
+    chosen: Float[Tensor, "T K"],
+) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T 1"]]:
+    """Each row divided by its sum, and the sum."""
+    # clamp: a price may choose experts whose affinities all underflowed.
+    total = chosen.sum(dim=-1, keepdim=True).clamp(min=_SMALL)
+    return chosen / total, total

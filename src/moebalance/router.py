@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.core.autograd import best, choose, normalized
+from moebalance.core.autograd import choose
 from moebalance.core.layer import LayerBalance
-from moebalance.gates import Gate, GroupLimit, Softmax
+from moebalance.gates import Gate, GroupLimit, Softmax, best, normalized
 from moebalance.methods.base import Method
 from moebalance.routing import real_tokens
 

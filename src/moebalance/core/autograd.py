@@ -31,13 +31,11 @@ from torch import Tensor
 
 from moebalance import kernels
 from moebalance.core.packing import unpack
-from moebalance.gates import Gate, GroupLimit
+from moebalance.gates import Gate, GroupLimit, best, normalized
 from moebalance.methods.base import Method, State, Traits, per_token
 from moebalance.routing import Batch, Routing, Sums, as_number, count, real_rows, route
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
-
-_SMALL = 1e-20  # an affinity below this has an even smaller derivative
 
 
 class Tally(NamedTuple):
@@ -143,38 +141,6 @@ def follow(
     """
     followed: Tensor = _Follow.apply(loss, scale, factor)  # type: ignore[no-untyped-call]
     return followed
-
-
-def best(
-    affinities: Float[Tensor, "T E"],
-    preference: Float[Tensor, "T E"] | None,
-    price: Float[Tensor, "E"] | None,
-    top_k: int,
-    limit: GroupLimit | None = None,
-) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
-    """The K best experts by preference, else by affinity less price: affinities and indices.
-
-    In no order: sorting takes time, and a mixture of experts has no use for it.
-    """
-    if preference is None and price is None and limit is None:
-        chosen, experts = affinities.topk(top_k, dim=-1, sorted=False)
-        return chosen, experts
-    ranked = preference
-    if ranked is None:
-        ranked = affinities if price is None else affinities - price
-    if limit is not None:
-        ranked = limit.within(ranked)
-    experts = ranked.topk(top_k, dim=-1, sorted=False).indices
-    return affinities.gather(-1, experts), experts
-
-
-def normalized(
-    chosen: Float[Tensor, "T K"],
-) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T 1"]]:
-    """Each row divided by its sum, and the sum."""
-    # clamp: a price may choose experts whose affinities all underflowed.
-    total = chosen.sum(dim=-1, keepdim=True).clamp(min=_SMALL)
-    return chosen / total, total
 
 
 def exactly(backward: Backward) -> Backward:
