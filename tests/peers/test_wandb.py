@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def records(file: Path) -> Iterator[Record]:
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
         piece = data[at + 7 : at + 7 + length]
+        if len(piece) < length:  # not written to its end yet
+            return
         whole, at = (piece if kind in (1, 2) else whole + piece), at + 7 + length
         if kind in (1, 4):
             record = Record()
@@ -52,13 +55,23 @@ def history(file: Path) -> list[dict[str, Any]]:
     ]
 
 
+def written(file: Path, last: str) -> list[dict[str, Any]]:
+    """The logged rows, once W&B's own process has written the last: it does not wait for us."""
+    end = time.monotonic() + 60
+    while True:
+        found = history(file)
+        if any(key.startswith(last) for row in found for key in row) or time.monotonic() > end:
+            return found
+        time.sleep(0.2)
+
+
 def test_an_offline_run_has_the_scalars_pictures_and_tables_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = read_run(write_run(tmp_path / "run", "phi", steps=20, experts=4, load=LOAD))
     track(run.path, ["wandb"])
     (file,) = (tmp_path / "run" / "trackers" / "wandb").glob("offline-run-*/run-*.wandb")
-    rows = history(file)
+    rows = written(file, "eval/load")
     maxvio = [row["moe/maxvio"] for row in rows if "moe/maxvio" in row]
     assert maxvio == pytest.approx([row["maxvio"] for row in run.steps])
     (last,) = (row for row in rows if any(key.startswith("eval/load") for key in row))
