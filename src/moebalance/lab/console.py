@@ -47,14 +47,15 @@ def show(runs: list[Run], page: Path) -> None:
     rows = summary_rows(runs)
     # A narrow terminal gets the first columns in full rather than all of them cut short.
     columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
-    for batching in {row["batching"]: None for row in rows}:
+    sections = summarise(runs)
+    for section in sections:
         cells = [
             [_cell(row, key, digits) for _, key, digits in columns]
             for row in rows
-            if row["batching"] == batching
+            if row["batching"] == section.batching
         ]
-        _print_table(f"{batching} micro-batches", *_fitting([c[0] for c in columns], cells))
-    for section in summarise(runs):
+        _print_table(section.title, *_fitting([c[0] for c in columns], cells))
+    for section in sections:
         console.print(f"[bold]{escape(section.title)}[/]: {escape(section.verdict)}")
         if section.before_after is not None:
             _show_before_after(section.before_after)

@@ -10,6 +10,7 @@ from torch import Tensor
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
 from moebalance.integrations.huggingface.state_file import STATE_FILE, read
+from moebalance.lab.console import counted
 from moebalance.lab.doctor.weights import Finding, Severity, and_more
 
 
@@ -55,7 +56,7 @@ def read_state(folder: Path) -> State | None:
 
 def check_state(state: State, sites: Sequence[Site], weights: Weights) -> list[Finding]:
     """Compare a balancing state with the model and with the weights next to it."""
-    about = f"Balanced by {state.method} for {state.steps} steps"
+    about = f"Balanced by {state.method} for {counted(state.steps, 'step')}"
     if not state.finite:
         return [Finding(Severity.ERROR, f"{about}; the state has NaN or infinite values.")]
     if {_bare(name) for name in state.routers} != {_bare(site.name) for site in sites}:
