@@ -257,8 +257,8 @@ def trackers(
     """Send the runs under a folder to trackers, named with commas, while the block runs."""
     if names is None:
         return nullcontext()
-    from moebalance.lab.shown import Show
     from moebalance.lab.trackers import following
+    from moebalance.metrics.shown import Show
 
     return following(
         folder, names.split(","), show=Show() if show is None else Show.of(show.split(","))
