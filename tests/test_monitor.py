@@ -118,6 +118,8 @@ def test_a_log_holds_a_dozen_scalars_a_step_and_snapshots_of_every_layer(tmp_pat
     assert all(len(row) <= 14 and row["loss"] > 0 for row in run.steps)
     assert [row["step"] for row in run.snapshots] == [2, 4]
     (evaluation,) = run.evals
+    counted = torch.tensor(evaluation["load"])
+    assert evaluation["dead_experts"] == (counted * 8 < 0.01).sum()
     for row in (*run.snapshots, evaluation):
         for kind in ("load", "soft"):
             assert [len(layer) for layer in row[kind]] == [8, 8]

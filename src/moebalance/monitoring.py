@@ -19,6 +19,7 @@ from moebalance.attachment import attach
 from moebalance.core.handle import Balancing, Loads
 from moebalance.methods import NoBalancing
 from moebalance.methods.describe import describe
+from moebalance.metrics.image import DEAD
 from moebalance.router import BalancedRouter
 from moebalance.runlog import RunLog
 from moebalance.words.methods import words_of
@@ -118,7 +119,9 @@ class Monitor:
         found, loads = self.balancing.evaluation()
         self._tell_of_uncounted(loads)
         if found:
-            self._write("eval", {**found, **_shares(loads), **scalars})
+            counted = [hard for hard, _ in loads.values() if hard.sum() > 0]
+            dead = sum(int((hard * len(hard) < DEAD).sum()) for hard in counted)
+            self._write("eval", {**found, "dead_experts": dead, **_shares(loads), **scalars})
         return found
 
     def _tell_of_uncounted(self, loads: dict[str, Loads]) -> None:
