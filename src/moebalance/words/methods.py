@@ -215,6 +215,11 @@ def _scheduled(method: Method, value: Any) -> Method:
 
 def _build_goal(value: Any) -> Goal:
     """`0.3` is a MaxVio; else a table such as `{name = "Gini", at_most = 0.1, load = "soft"}`."""
+    if isinstance(value, bool | str):
+        raise TypeError(
+            f"target={value!r}: must be a number, the MaxVio that you want, or a table such as "
+            '{name = "Gini", at_most = 0.1}.'
+        )
     if not isinstance(value, Mapping):
         return MaxVio(value)
     table = table_with_proportions(value)
