@@ -23,7 +23,11 @@ def pytest_collection_finish() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say plainly that the report was not looked at in a browser, and why."""
     skipped = terminalreporter.stats.get("skipped", [])
-    reports = [report for report in skipped if "test_report_browser" in report.nodeid]
+    reports = [
+        report
+        for report in skipped
+        if "test_report_browser" in report.nodeid or "test_report_looks" in report.nodeid
+    ]
     if reports:
         reason = str(reports[0].longrepr[2]).removeprefix("Skipped: ")
         count = f"{len(reports)} browser tests of the report were SKIPPED"
