@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -313,8 +314,9 @@ def _mean(values: Tensor, real: Tensor) -> Tensor:
     return torch.where(real, values, 0).sum() / real.sum().clamp(min=1)
 
 
+@functools.cache
 def _alone() -> dist.ProcessGroup:
-    """A group of this rank only."""
+    """A group of this rank only; one for all layouts, since each holds threads and sockets."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     return groups[dist.get_rank()]
 

@@ -114,6 +114,21 @@ def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit_from_its_last_checkpoin
             assert same(whole, piece)
 
 
+def crash_once(folder: Path) -> str:
+    """As compiled code that corrupts memory now and then."""
+    if not (folder / "crashed").exists():
+        (folder / "crashed").touch()
+        os.abort()
+    return "done"
+
+
+def test_a_rank_that_crashes_in_compiled_code_is_run_once_more(tmp_path):
+    assert run(crash_once, 1, tmp_path) == ["done"]
+    (tmp_path / "crashed").unlink()
+    (answer,) = outcomes(crash_once, 1, tmp_path)
+    assert answer.crashed
+
+
 # --- torch's distributed checkpoints ----------------------------------------------------------
 
 # A single process may read and write them too, which torch remarks upon.
