@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moebalance import BalancedRouter
+from moebalance.core.autograd import tie
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, Sigmoid, Softmax
 from moebalance.lab.bench.traffic import Traffic, kept_for_backward, traffic
@@ -124,19 +125,28 @@ def test_a_sigmoid_router_adds_three_reads_of_the_scores(name):
     assert len(balanced.small) <= SMALL[name] + 2, balanced.small
 
 
-ATTACHED = {"softmax": (Softmax(), 7, 32.6), "sigmoid": (Sigmoid(), 14, 48.9)}
+ATTACHED = {
+    ("softmax", "formed"): (Softmax(), 3, 12.3),
+    ("sigmoid", "formed"): (Sigmoid(), 10, 20.6),
+    ("softmax", "anew"): (Softmax(), 7, 32.6),
+    ("sigmoid", "anew"): (Sigmoid(), 14, 48.9),
+}
+"""Kernels and bytes a score: where the router's own affinities are found, and where not."""
 
 
-@pytest.mark.parametrize(("gate", "kernels", "size"), ATTACHED.values(), ids=ATTACHED)
+@pytest.mark.parametrize(("where", "limits"), ATTACHED.items(), ids=map("-".join, ATTACHED))
 @pytest.mark.parametrize("name", [n for n, b in PRICED.items() if b.traits.charges])
-def test_what_is_attached_to_another_router_takes_its_scores_once_more(name, gate, kernels, size):
-    """Scores anew, their sums, the charge back to the logits, and one gradient more to add."""
+def test_what_is_attached_to_another_router_forms_scores_only_where_it_must(name, where, limits):
+    """Formed: their sums, and the charge onto their gradient. Anew: also scores, and a gradient."""
+    gate, kernels, size = limits
     logits, layer = leaf(), LayerBalance(PRICED[name], EXPERTS, gate=gate)
 
     def attached(z):
         affinities = gate.affinities(z)
         weights, experts = affinities.topk(TOP_K, dim=-1)
-        return layer.tie(weights, z, experts)
+        if where[1] == "formed":
+            return layer.tie(weights, z, experts)
+        return tie(weights, layer._pass(), logits=z, experts=experts)
 
     balanced = watched(attached, logits)
     plain = watched(lambda z: bare(z, normalize=False, gate=gate), logits)

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -72,16 +72,38 @@ class Gate(ABC):
         if price.dim() == 2:
             worth = (affinities * price).sum(dim=-1).mul_(row_scale)
             return (price - worth.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))
-        # One price for all rows: a matrix of rank two, so no (T, E) is read a second time.
-        worth = torch.mv(affinities, price).mul_(row_scale)
-        columns = torch.stack([row_scale, worth.mul_(row_scale)])
-        return columns.t() @ torch.stack([price, price.new_full(price.shape, -1.0)])
+        columns, rows = _of_rank_two(price, affinities, row_scale)
+        return columns @ rows
+
+    def add_price_gradient(
+        self,
+        gradient: Float[Tensor, "T E"],
+        price: Float[Tensor, "E"],
+        affinities: Float[Tensor, "T E"],
+        row_scale: Float[Tensor, "T"] | None,
+        mask: Bool[Tensor, "T"] | None = None,
+    ) -> None:
+        """Add `price_gradient` to the real rows of `gradient` (T, E), in place and in one pass."""
+        assert row_scale is not None
+        columns, rows = _of_rank_two(price.to(affinities.dtype), affinities, row_scale)
+        if mask is not None:
+            columns = torch.where(mask.unsqueeze(-1), columns, 0.0)
+        gradient.addmm_(columns, rows)
 
     @abstractmethod
     def backward(
         self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
     ) -> Float[Tensor, "T E"]:
         """Gradient of the logits from the gradient of the affinities, in one pass."""
+
+
+def _of_rank_two(
+    price: Float[Tensor, "E"], affinities: Float[Tensor, "T E"], row_scale: Float[Tensor, "T"]
+) -> tuple[Float[Tensor, "T 2"], Float[Tensor, "2 E"]]:
+    """The gradient of one price for all rows, as a product: no (T, E) is read a second time."""
+    worth = torch.mv(affinities, price).mul_(row_scale)
+    columns = torch.stack([row_scale, worth.mul_(row_scale)]).t()
+    return columns, torch.stack([price, price.new_full(price.shape, -1.0)])
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,20 @@ class Softmax(Gate):
     ) -> Float[Tensor, "T E"]:
         """The price in every row; softmax ignores the term that is constant in a row."""
         return price.to(affinities.dtype).expand_as(affinities)
+
+    def add_price_gradient(
+        self,
+        gradient: Float[Tensor, "T E"],
+        price: Float[Tensor, "E"],
+        affinities: Float[Tensor, "T E"],
+        row_scale: Float[Tensor, "T"] | None,
+        mask: Bool[Tensor, "T"] | None = None,
+    ) -> None:
+        """Add the price to every real row."""
+        if mask is None:
+            gradient.add_(price)
+        else:
+            gradient.addr_(mask.to(gradient.dtype), price.to(gradient.dtype))
 
     def backward(
         self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]

@@ -237,7 +237,7 @@ class _ChooseFused(torch.autograd.Function):
             normaliser,
             how.gate,
             normalize=how.normalize,
-            charge=_settle(how, ctx.packed, len(experts), mask),
+            charge=settle(how, ctx.packed, len(experts), mask),
             mask=mask,
         )
         return None, None, None, gradient
@@ -273,7 +273,7 @@ class _Tie(torch.autograd.Function):
             gradient = _from_routing(how, logits, experts, mask)
         elif how.fused:
             packed = kernels.count(logits, experts, how.gate, mask=mask)
-            charge = _settle(how, packed, len(logits), mask)
+            charge = settle(how, packed, len(logits), mask)
             gradient = None if charge is None else kernels.pull(logits, how.gate, charge, mask=mask)
         else:
             real = real_rows(how.gate.affinities(logits), mask)
@@ -310,7 +310,7 @@ def _from_affinities(
     Returns the gradient of the affinities: arbitrary in padded rows, perhaps one row expanded.
     """
     row_scale = how.gate.row_scale(real)
-    charge = _settle(how, count(real, row_scale, experts, mask), len(experts), mask)
+    charge = settle(how, count(real, row_scale, experts, mask), len(experts), mask)
     return None if charge is None else how.gate.price_gradient(charge, real, row_scale)
 
 
@@ -329,7 +329,7 @@ def _from_routing(
     return how.method.penalty_gradient(how.state, batch, as_number(how.tally.scale))
 
 
-def _settle(
+def settle(
     how: Pass, packed: Float[Tensor, "sums"], rows: int, mask: Tensor | None
 ) -> Float[Tensor, "E"] | None:
     """Add a batch to its step; return the gradient of the loss with respect to any token's scores.

@@ -16,10 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moebalance.core.autograd import Pass, Tally, tie
+from moebalance.core.formed import find, join
 from moebalance.core.packing import pack, packed_size, unpack
 from moebalance.core.sound import tensors_problem, trial_problem
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax, at_least_float32
+from moebalance.kernels import supported
 from moebalance.methods.base import Method, State, observe, sees_sequences
 from moebalance.methods.lineage import Lineage, inherit
 from moebalance.routing import Sums, as_number, measure, route
@@ -145,6 +147,12 @@ class LayerBalance(nn.Module):
         if self.weighing is not None and logits.requires_grad:
             logits = self.weighing.branch(logits)
         how = self._pass(sequences=sequences, replayed=replayed)
+        fits = self.fused and supported(logits, self.gate, experts.shape[-1])
+        if self.traits.from_sums and self.weighing is None and not fits:
+            formed = find(carrier, logits, self.gate)
+            if formed is not None:
+                join(formed, how, experts, mask=mask, weight=weight)
+                return carrier
         return tie(carrier, how, logits=logits, experts=experts, mask=mask, weight=weight)
 
     def count(self, sums: Sums) -> None:
