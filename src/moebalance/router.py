@@ -262,7 +262,9 @@ class BalancedRouter(_Router):
             return choose(logits, how, preference=preference, mask=lay.mask)
         affinities = self.gate.affinities(logits)
         if given is None:
-            weights, experts = best(affinities, preference, self.price, self.top_k, self.limit)
+            weights, experts = best(
+                logits, affinities, preference, self.price, self.top_k, self.limit
+            )
         else:
             weights, experts = affinities.gather(-1, given), given
         if self.normalize:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
+from moebalance.gates import ranked
 from moebalance.integrations.named.evidence import Witness
 from moebalance.integrations.named.finding import Named, Rule
 from moebalance.integrations.named.surround import Surround
@@ -163,14 +164,16 @@ class LogitHook:
         self, flat: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
     ) -> Int[Tensor, "T K"]:
         """The choice that the layer will make."""
-        layer, ranked = self.layer, None
+        layer, order = self.layer, None
         if layer.traits.selects:
-            ranked = layer.preference(flat, mask, training=training)
-        if ranked is None:  # every gate keeps the order of the logits
-            ranked = flat if self.how.limit is None else layer.gate.affinities(flat)
+            order = layer.preference(flat, mask, training=training)
+        if order is None and self.how.limit is None:
+            order = flat  # every gate keeps the order of the logits
+        elif order is None:
+            order = ranked(layer.gate.affinities(flat), None, flat)
         if self.how.limit is not None:
-            ranked = self.how.limit.within(ranked)
-        return ranked.topk(self.how.top_k, dim=-1, sorted=False).indices
+            order = self.how.limit.within(order)
+        return order.topk(self.how.top_k, dim=-1, sorted=False).indices
 
     def _mask(self, flat: Float[Tensor, "T E"], *, strict: bool) -> Bool[Tensor, "T"] | None:
         mask = self.surround.now.mask
