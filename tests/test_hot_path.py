@@ -66,7 +66,7 @@ def pair(name: str, *, normalize: bool, gate: Gate | None = None) -> tuple[Traff
 @every_rule
 @every_priced
 def test_at_most_three_kernels_over_tokens_more_than_a_bare_router(name, normalize):
-    """The two sums, and the affinities of the choice: it is ranked by logits, as they do not tie."""
+    """Two sums, and the affinities of the choice, which is ranked by logits."""
     balanced, plain = pair(name, normalize=normalize)
     assert len(balanced.large) <= len(plain.large) + 3, (balanced.large, plain.large)
 

@@ -82,7 +82,10 @@ def ranking(
     price: Float[Tensor, "E"] | None,
     limit: GroupLimit | None,
 ) -> Int[Tensor, "T E"]:
-    """All experts (T, E), best first: of equals the larger logit, then the lowest index; NaN above all."""
+    """All experts (T, E), best first, NaN above all.
+
+    Of equals the larger logit is first, then the lowest index.
+    """
     if limit is not None and not limit.narrows:
         limit = None
     if price is None and limit is None:

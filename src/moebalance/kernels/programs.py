@@ -9,8 +9,8 @@ chunks is free, and one over the width stays in a warp. With group-limited choic
 group. Positions without an expert are dead: never chosen and never stored.
 
 Top-k is K rounds of arg-max on integer keys that sort as the floats do, NaN above all numbers. A
-round needs two integer reductions: the largest key, then the lowest expert with it. Under a price or
-in groups there is one between them, for the largest logit among equal keys. Each is one warp
+round needs two integer reductions: the largest key, then the lowest expert with it. Under a price
+or in groups one lies between them, for the largest logit among equal keys. Each is one warp
 instruction since Ampere; a reduction of floats or of pairs takes five or ten shuffles. 16-bit
 logits leave room for the expert inside the key, so they need one reduction.
 
