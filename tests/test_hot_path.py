@@ -66,9 +66,10 @@ def pair(name: str, *, normalize: bool, gate: Gate | None = None) -> tuple[Traff
 
 @every_rule
 @every_priced
-def test_at_most_two_kernels_over_tokens_more_than_a_bare_router(name, normalize):
+def test_at_most_three_kernels_over_tokens_more_than_a_bare_router(name, normalize):
+    """Two sums, and the affinities of the choice, which is ranked by logits."""
     balanced, plain = pair(name, normalize=normalize)
-    assert len(balanced.large) <= len(plain.large) + 2, (balanced.large, plain.large)
+    assert len(balanced.large) <= len(plain.large) + 3, (balanced.large, plain.large)
 
 
 SMALL = {"phi": 13, "phi-no-peek": 11, "switch": 9, "global-batch": 9, "ema-switch": 10, "none": 4}
@@ -93,10 +94,10 @@ def test_other_steps_and_later_ones_take_no_more_kernels():
 
 @every_rule
 @every_priced
-def test_one_read_of_the_scores_and_one_of_the_choice_more_than_a_bare_router(name, normalize):
+def test_one_read_of_the_scores_and_two_of_the_choice_more_than_a_bare_router(name, normalize):
     balanced, plain = pair(name, normalize=normalize)
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
-    assert more <= 4.3, (more, balanced.large, plain.large)
+    assert more <= 4.8, (more, balanced.large, plain.large)
 
 
 @every_rule
@@ -120,8 +121,8 @@ def test_a_sigmoid_router_adds_three_reads_of_the_scores(name):
     """Sums of rows, of columns, and what a row is worth at the price."""
     balanced, plain = pair(name, normalize=True, gate=Sigmoid())
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
-    assert more <= 12.4, (more, balanced.large, plain.large)
-    assert len(balanced.large) <= len(plain.large) + 9, (balanced.large, plain.large)
+    assert more <= 12.9, (more, balanced.large, plain.large)
+    assert len(balanced.large) <= len(plain.large) + 10, (balanced.large, plain.large)
     assert len(balanced.small) <= SMALL[name] + 2, balanced.small
 
 

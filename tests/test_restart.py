@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 import moebalance as mb
+from layout_cases import shard
 from layout_models import WIDTH, Stack, losses
-from layouts import shard
 from moebalance.core import handle as body
 from moebalance.integrations.huggingface import state_file
 from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together

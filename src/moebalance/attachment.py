@@ -44,6 +44,7 @@ def attach(
     limit: GroupLimit | None = None,
     num_experts: int | None = None,
     mask: str | None = None,
+    cu_seqlens: str | None = None,
 ) -> Balancing:
     """Balance every MoE router of a model, without changing the model.
 
@@ -75,6 +76,9 @@ def attach(
         num_experts: with `routers`: E, where a module's `out_features` or weight does not tell.
         mask: with `routers`: name of the argument of the model's forward that is True (or 1) for
             real tokens. None to count all tokens.
+        cu_seqlens: with `routers`: name of the argument of the model's forward that holds where
+            packed sequences begin and end, for example [0, 5, 12] for lengths 5 and 7. Tokens
+            behind the last entry are padding. None if text is not packed.
 
     Returns:
         The handle: `step()` after each optimizer step, `metrics()`, `state_dict()`, `detach()`.
@@ -93,7 +97,7 @@ def attach(
         name: module for name, module in model.named_modules() if isinstance(module, ours)
     }
     said: dict[str, Any] = {"top_k": top_k, "gate": gate, "normalize": normalize, "limit": limit}
-    said |= {"num_experts": num_experts, "mask": mask}
+    said |= {"num_experts": num_experts, "mask": mask, "cu_seqlens": cu_seqlens}
     if routers is not None:
         return _named(model, method, routers, said, own, layers, group, fused=fused)
     told = [name for name, value in said.items() if value is not None]

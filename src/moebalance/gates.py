@@ -212,6 +212,7 @@ class SqrtSoftplus(Gate):
 
 
 _TINY = torch.finfo(torch.float32).tiny
+_TIE = 1e-10  # what a logit weighs where scores are ranked: only equals ever feel it
 _SMALL = 1e-20  # an affinity below this has an even smaller derivative
 _UNDERFLOW = -15.0  # below this softplus(z) = e^z to float32's precision
 
@@ -276,6 +277,7 @@ class GroupLimit:
 
 
 def best(
+    logits: Float[Tensor, "T E"],
     affinities: Float[Tensor, "T E"],
     preference: Float[Tensor, "T E"] | None,
     price: Float[Tensor, "E"] | None,
@@ -286,16 +288,34 @@ def best(
 
     In no order: sorting takes time, and a mixture of experts has no use for it.
     """
-    if preference is None and price is None and limit is None:
-        chosen, experts = affinities.topk(top_k, dim=-1, sorted=False)
-        return chosen, experts
-    ranked = preference
-    if ranked is None:
-        ranked = affinities if price is None else affinities - price
+    order = preference
+    if order is None and price is None and limit is None:
+        order = logits.detach()  # affinities grow with the logits, and do not saturate
+    elif order is None:
+        order = ranked(affinities, price, logits)
     if limit is not None:
-        ranked = limit.within(ranked)
-    experts = ranked.topk(top_k, dim=-1, sorted=False).indices
+        order = limit.within(order)
+    experts = order.topk(top_k, dim=-1, sorted=False).indices
     return affinities.gather(-1, experts), experts
+
+
+def ranked(
+    scores: Float[Tensor, "T E"], price: Float[Tensor, "E"] | None, logits: Float[Tensor, "T E"]
+) -> Float[Tensor, "T E"]:
+    """Scores less price, for top-k to rank. Of equals the larger logit is ahead.
+
+    Scores are equal where logits are not: σ(20) and σ(25) are both 1 in float32, and where a logit
+    is 110 ahead the softmax of all others is 0. Top-k alone would choose by the index then.
+
+    >>> ranked(torch.ones(1, 3), None, torch.tensor([[20.0, 25.0, 22.0]])).argmax().item()
+    1
+    """
+    scores, logits = scores.detach(), logits.detach()
+    if scores.device.type == "mps":  # which has no float64
+        return scores if price is None else scores - price
+    # Float64 has room below the last digit of a score in float32 (6e-8) for what a logit adds.
+    wide = scores.double() if price is None else torch.sub(scores, price.double())
+    return wide.add_(logits, alpha=_TIE)
 
 
 def normalized(

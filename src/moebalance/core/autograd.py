@@ -172,7 +172,9 @@ class _Choose(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         affinities = how.gate.affinities(logits)  # (T,E)
         price = how.method.selection_price(how.state)  # (E,) or None
-        weights, experts = best(affinities, preference, price, how.top_k, how.limit)  # (T,K)
+        weights, experts = best(
+            logits, affinities, preference, price, how.top_k, how.limit
+        )  # (T,K)
         total = None
         if how.normalize:
             weights, total = normalized(weights)

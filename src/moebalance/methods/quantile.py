@@ -62,7 +62,7 @@ class QuantileBalancing(Selecting):
     def extra(self, state: State, routing: Routing) -> tuple[Tensor, ...]:
         """Histogram over tokens of s − α − b, one row for each expert."""
         experts, top_k = routing.num_experts, routing.top_k
-        excess = self.ranked(routing.gate, routing.logits) - state.price  # (T,E)
+        excess = self.priceable(routing.gate, routing.logits) - state.price  # (T,E)
         bar = excess.topk(min(top_k + 1, experts), dim=-1).values[:, -1:]  # α_t (T,1)
         position = self._compress(excess - bar) * self.bins
         bins = position.long().clamp(0, self.bins - 1)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.gates import Gate
+from moebalance.gates import Gate, ranked
 from moebalance.methods.base import Method, State, Traits
 from moebalance.methods.lineage import Lineage
 from moebalance.metrics.load import price_spread
@@ -99,10 +99,9 @@ class Selecting(Method):
         training: bool,
     ) -> Float[Tensor, "T E"]:
         """The affinities, or their logarithms, less the price."""
-        price: Tensor = state.price
-        return self.ranked(gate, logits) - price
+        return ranked(self.priceable(gate, logits), state.price, logits)
 
-    def ranked(self, gate: Gate, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    def priceable(self, gate: Gate, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """The scores from which the price is subtracted."""
         return gate.affinities(logits) if self.scale == "affinity" else gate.log_affinity(logits)
 

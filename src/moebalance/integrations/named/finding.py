@@ -26,6 +26,7 @@ class Rule(NamedTuple):
         limit: the groups of experts that a token may choose from; None for all experts.
         num_experts: E; None to read it off each module.
         mask: the argument of the model's forward that says which tokens are real.
+        cu_seqlens: the argument that says where packed sequences begin and end.
     """
 
     top_k: int
@@ -34,6 +35,7 @@ class Rule(NamedTuple):
     limit: GroupLimit | None = None
     num_experts: int | None = None
     mask: str | None = None
+    cu_seqlens: str | None = None
 
 
 class Named(NamedTuple):

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
+from moebalance.core.sequences import Lay, packed
+from moebalance.gates import ranked
 from moebalance.integrations.named.evidence import Witness
 from moebalance.integrations.named.finding import Named, Rule
 from moebalance.integrations.named.surround import Surround
@@ -45,14 +47,14 @@ def attach(
     check_weights(method, how)
     _refuse_second(routers)
     _refuse_compiled(model)
-    surround = Surround(model, how.mask)
+    surround = Surround(model, how.mask, how.cu_seqlens)
     layers = {}
     for one in routers:
         layer = LayerBalance(method, one.num_experts, gate=how.gate, fused=fused, name=one.name)
         device = next((weight.device for weight in one.module.parameters()), None)
         layers[one.name] = layer if device is None else layer.to(device)
     balancing = Balancing(method, layers, group=group)
-    if how.mask or sees_sequences(method):
+    if how.mask or how.cu_seqlens or sees_sequences(method):
         for remove in surround.hook(model):
             balancing.on_detach(remove)
     trained = [w for one in routers for w in one.module.parameters() if w.requires_grad]
@@ -119,14 +121,15 @@ class LogitHook:
         self._follow(router, logits)
         flat = logits.reshape(-1, self.layer.num_experts)  # (T,E)
         training = router.training and torch.is_grad_enabled()
-        mask = self._mask(flat, strict=training)
+        lay = self._lay(logits, flat, strict=training)
+        mask = lay.mask
         experts = self._choose(flat, mask, training=router.training)
         new = flat
         if self.layer.traits.selects:
             new = flat.masked_fill(_others(flat, experts), float("-inf"))
         if training:
-            rows = self._rows(logits)
-            new = self.layer.tie(new, flat, experts, mask=mask, sequences=rows)
+            own, chosen, real = lay.arranged(flat, experts)
+            new = self.layer.tie(new, own, chosen, mask=real, sequences=lay.sequences)
             if not self.layer.traits.selects:
                 self.witness.listen(new, experts, mask)
         elif not router.training:
@@ -163,14 +166,24 @@ class LogitHook:
         self, flat: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
     ) -> Int[Tensor, "T K"]:
         """The choice that the layer will make."""
-        layer, ranked = self.layer, None
+        layer, order = self.layer, None
         if layer.traits.selects:
-            ranked = layer.preference(flat, mask, training=training)
-        if ranked is None:  # every gate keeps the order of the logits
-            ranked = flat if self.how.limit is None else layer.gate.affinities(flat)
+            order = layer.preference(flat, mask, training=training)
+        if order is None and self.how.limit is None:
+            order = flat  # every gate keeps the order of the logits
+        elif order is None:
+            order = ranked(layer.gate.affinities(flat), None, flat)
         if self.how.limit is not None:
-            ranked = self.how.limit.within(ranked)
-        return ranked.topk(self.how.top_k, dim=-1, sorted=False).indices
+            order = self.how.limit.within(order)
+        return order.topk(self.how.top_k, dim=-1, sorted=False).indices
+
+    def _lay(self, logits: Tensor, flat: Float[Tensor, "T E"], *, strict: bool) -> Lay:
+        """Which tokens are real, and where sequences begin and end."""
+        mask, bounds = self._mask(flat, strict=strict), self.surround.now.bounds
+        if bounds is not None:
+            rows = self.layer.by_sequence and strict
+            return packed(bounds, len(flat), mask, rows=rows, name=self.layer.name)
+        return Lay(mask, self._rows(logits) if strict else 1)
 
     def _mask(self, flat: Float[Tensor, "T E"], *, strict: bool) -> Bool[Tensor, "T"] | None:
         mask = self.surround.now.mask
@@ -199,7 +212,8 @@ class LogitHook:
                 f"{self.layer.method!r} needs to know where sequences end, but {self.layer.name} "
                 f"returned {tokens} tokens in one row, and the model was not given a tensor (B, S) "
                 "of as many. Let the router return (B, S, E), call the model with tokens (B, S), "
-                "or take a method whose coupling is not 'sequence'."
+                "name the argument with the boundaries of packed text as cu_seqlens=…, or take a "
+                "method whose coupling is not 'sequence'."
             )
         return rows
 
