@@ -97,7 +97,8 @@ def check_values(state: Mapping[str, Any]) -> None:
                 f"Not a balancing state: it has no {key!r} (keys: {sorted(state, key=str)[:9]}). "
                 "Give what Balancing.state_dict() returned."
             )
-    problem = steps_problem(state["steps"])
+    words = [key for key in ("method", "method_repr") if not isinstance(state[key], str)]
+    problem = f"its {words[0]} is no text." if words else steps_problem(state["steps"])
     if not problem and not isinstance(state["layers"], Mapping):
         problem = f"its layers are {type(state['layers']).__name__}, not a table by name."
     if problem:

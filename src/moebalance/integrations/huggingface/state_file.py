@@ -88,4 +88,11 @@ def read(folder: str | Path) -> dict[str, Any]:
     for key, tensor in tensors.items():
         name, _, leaf = key.rpartition("/")
         layers.setdefault(name, {})[leaf] = tensor
-    return {**json.loads(metadata), "layers": layers}
+    try:
+        described = dict(json.loads(metadata))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: its description cannot be read ({error or type(error).__name__}). "
+            "Resume from an earlier checkpoint."
+        ) from error
+    return {**described, "layers": layers}
