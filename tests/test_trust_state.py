@@ -178,3 +178,11 @@ def test_a_long_run_of_lopsided_batches_leaves_a_state_that_loads(name):
     new = handle(method)
     new.load_state_dict(balancing.state_dict())
     assert new.steps == 60
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e14, -1e14])
+def test_a_models_own_selection_bias_that_no_choice_can_be_made_under_is_refused(value):
+    layer = handle(LossFree()).layers["a"]
+    with pytest.raises(ValueError, match=r"selection bias of a is refused: it (has|goes)"):
+        layer.adopt(torch.full((8,), value))
+    assert not layer.price.any()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import MOST_PRICE, Method, State, observe
+from moebalance.methods.base import MOST_PRICE, Method, State, beyond, observe
 from moebalance.routing import Batch, Routing, route
 
 MOST = 1e15
@@ -49,6 +49,19 @@ def tensors_problem(tensors: Any, own: Mapping[str, Tensor] | None = None) -> st
         if problem:
             return f"its {name} {problem}. {_TRAIN_AGAIN}"
     return ""
+
+
+def check_price(price: Tensor, name: str) -> None:
+    """Refuse a model's own selection price (E,) that no choice can be made under.
+
+    Raises:
+        ValueError: it is not finite, or larger than `MOST_PRICE`.
+    """
+    problem = "" if price.is_meta else _problem(price.float(), torch.float32)
+    if not problem and not price.is_meta:
+        problem = beyond("", price).strip()
+    if problem:
+        raise ValueError(f"The selection bias of {name} is refused: it {problem}. {_TRAIN_AGAIN}")
 
 
 def _problem(tensor: Any, needed: torch.dtype) -> str:
