@@ -122,11 +122,11 @@ def files_of(index: Path) -> set[str]:
         ValueError: it is damaged, or names a file outside of its folder.
     """
     found = read_table(index).get("weight_map")
-    names = set(found.values()) if isinstance(found, dict) else {None}
+    names: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} is damaged: {str(name)[:80]!r} is no file of this folder.")
-    return names
+    return set(names)
 
 
 def read_table(path: Path) -> dict[str, Any]:
