@@ -186,7 +186,7 @@ class RunLog:
         )
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8", newline="\n")
+            self._file = self.path.open("a", encoding="utf-8", errors="replace", newline="\n")
         self._file.write(line + "\n")
         self._file.flush()
         self._has_header = True
@@ -280,7 +280,9 @@ def archive(run: Run, folder: Path | str) -> Path:
     path = Path(folder) / LOG_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        encoding="utf-8",
+        errors="replace",  # half a character, which JSON can hold and no file
     )
     return path
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from contextvars import Context
 from pathlib import Path
 from typing import Any, Protocol
 
+from moebalance.cleaning import for_path
 from moebalance.lab.shown import (
     COLUMNS,
     Pace,
@@ -261,7 +261,7 @@ def _trackio(header: Row, name: str, folder: Path) -> Sink:
 
 
 def _about(header: Row, name: str) -> dict[str, Any]:
-    project = str(header.get("name") or "moebalance")
+    project = for_path(str(header.get("name") or "moebalance"))
     return {"project": project, "name": name, "config": dict(header)}
 
 
@@ -300,7 +300,7 @@ class _Reader:
         if row["kind"] == "header":
             self._header, self._pace = row, Pace(row.get("steps"))
             name = f"{row.get('batching') or 'run'}-{self._log.resolve().parent.name}"
-            name = re.sub(r"[^\w.+-]+", "-", name)
+            name = for_path(name)
             self._sinks = [TRACKERS[to](row, name, self._folder) for to in self._to]
         elif row["kind"] == "end":
             self._status = str(row.get("status"))

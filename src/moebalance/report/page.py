@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from moebalance.cleaning import for_page
 from moebalance.report.columns import METRICS, Metric
 from moebalance.report.configuration import run_rows, settings, what_was_run
 from moebalance.report.cost import CostCell
@@ -115,7 +116,7 @@ def _render(**values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("page.html.j2").render(**values)
+    return for_page(environment.get_template("page.html.j2").render(**values))
 
 
 def _section(section: Section) -> dict[str, Any]:
