@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.trainer_pt_utils import safe_globals
 
 from moebalance.integrations.huggingface import STATE_FILE
 from moebalance.integrations.huggingface.scan import files_of, read_table
@@ -129,8 +130,12 @@ def _damage(checkpoint: Path) -> str | None:
     needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", STATE_FILE]
     weights = _weights(checkpoint)
     try:
-        if not any(checkpoint.glob("rng_state*.pth")):  # one for each rank that there was
+        states = sorted(checkpoint.glob("rng_state*.pth"))  # one for each rank that there was
+        if not states:
             return "rng_state.pth is missing"
+        for problem in map(_unreadable, states):
+            if problem:
+                return problem
         if is_distributed(checkpoint):
             read_table(checkpoint / "trainer_state.json")
             return missing_part(checkpoint)
@@ -145,18 +150,26 @@ def _damage(checkpoint: Path) -> str | None:
         for path in (*weights, checkpoint / STATE_FILE):
             with safe_open(path, framework="pt") as file:
                 file.keys()
-        # Reading is the test: a truncated archive raises here.
-        torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            if problem := _unreadable(checkpoint / name):
+                return problem
     except (
         OSError,
         KeyError,
         ValueError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
         SafetensorError,
     ) as error:
         return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why a file of torch cannot be read; reading is the test, and a truncated one fails."""
+    try:
+        with safe_globals():  # type: ignore[no-untyped-call]
+            torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        return f"{path.name} cannot be read: {str(error).splitlines()[0] or type(error).__name__}"
     return None
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moebalance import Balancing, attach
+from moebalance.files import writing
 from moebalance.integrations.huggingface import STATE_FILE, check_export, find_sites, load, save
 from moebalance.integrations.huggingface.state_file import read
 from moebalance.lab.checkpoints import checkpoint_folder, read_configuration
@@ -90,17 +91,24 @@ def save_final(
         with TemporaryDirectory() as aside:
             model.save_pretrained(aside, is_main_process=False)
         return final
+    with writing(final):
+        _write_final(model, balancing, tokenizer, partial)
+    shutil.rmtree(final, ignore_errors=True)
+    return partial.rename(final)
+
+
+def _write_final(
+    model: PreTrainedModel, balancing: Balancing, tokenizer: Tokenizer, partial: Path
+) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     save(balancing, partial)
     try:
         check_export(model, balancing)
     except ValueError as error:  # said, not refused: with its state the folder is whole
-        logger.warning("%s: %s", final, error)
+        logger.warning("%s: %s", partial.with_name(FINAL), error)
     balancing.detach(keep_price=not balancing.price_outside)
     model.save_pretrained(partial)
     tokenizer.save_beside(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    return partial.rename(final)
 
 
 def _load(recipe: Recipe, folder: Path, weights: Path) -> PreTrainedModel:

@@ -18,7 +18,6 @@ imported only when it is asked for.
 from __future__ import annotations
 
 import importlib
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +40,7 @@ from moebalance.lab.shown import (
 from moebalance.metrics.image import png
 from moebalance.report.estimates import finite
 from moebalance.runlog import LOG_NAME, Row, Run, find_runs
+from moebalance.runlog.rows import parse
 
 EVERYTHING = Show()
 _TRAIN = frozenset({"loss", "lr", "grad_norm", "step_time_s"})
@@ -290,7 +290,10 @@ class _Reader:
                     return  # still being written
                 self._read_bytes += len(line)
                 if line.strip():
-                    self._send(json.loads(line))
+                    row, found = parse(line)
+                    if found:
+                        raise ValueError(f"{self._log} cannot be followed: {found}")
+                    self._send(row)
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from moebalance.cleaning import for_page
+from moebalance.files import write_text, writing
 from moebalance.report.methods import LINES, MARKERS
 from moebalance.report.methods import look as look_of
 
@@ -190,7 +191,8 @@ def save(figure: Figure, path: Path) -> None:
     with rc_context(_STYLE):
         if path.suffix != ".svg":
             undated = {"CreationDate": None} if path.suffix == ".pdf" else {}
-            figure.savefig(path, dpi=300, metadata={**undated})
+            with writing(path):
+                figure.savefig(path, dpi=300, metadata={**undated})
             return
     lines = (line.rstrip() for line in svg_text(figure).splitlines())
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moebalance.cleaning import for_markdown
+from moebalance.files import write_text
 from moebalance.report.before_after import BeforeAfter
 from moebalance.report.columns import METRICS
 from moebalance.report.configuration import what_was_run
@@ -26,10 +27,7 @@ def write_markdown(runs: Sequence[Run], path: Path | str, title: str) -> Path:
         for_markdown(what_was_run(runs)),
         *(_section(section) for section in summarise(runs)),
     ]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, "\n\n".join(parts) + "\n")
 
 
 def _section(section: Section) -> str:

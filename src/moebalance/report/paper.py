@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from moebalance.cleaning import for_page, for_path
+from moebalance.files import write_text
 from moebalance.report.summary import summarise
 from moebalance.runlog import Run
 
@@ -69,10 +70,7 @@ def write_figure(runs: Sequence[Run], path: Path | str) -> Path:
             "no run has an evaluation with both a loss and a MaxVio, so there is nothing to draw; "
             "let at least one run reach its evaluation"
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(for_page(text), encoding="utf-8")
-    return path
+    return write_text(path, for_page(text))
 
 
 def _figures() -> ModuleType:

@@ -18,6 +18,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from moebalance.files import writing
 
 _NAMES: Mapping[str, frozenset[str]] = {
     "torch.distributed.checkpoint.metadata": frozenset(
@@ -114,6 +117,19 @@ def _check_place(part: Any) -> None:
         raise ValueError(f"it places a tensor at {str(numbers)[:80]} of {name}")
 
 
+def save_parts(parts: dict[str, Any], folder: Path) -> None:
+    """Save a distributed checkpoint; all ranks together.
+
+    Raises:
+        OSError: it cannot be written; names the folder and the cause.
+    """
+    with writing(folder):
+        try:
+            save(parts, checkpoint_id=folder)
+        except CheckpointException as error:
+            raise RuntimeError(_causes(error)) from error
+
+
 def load_parts(parts: dict[str, Any], folder: Path) -> None:
     """Load a distributed checkpoint into `parts`, in place; all ranks together.
 
@@ -124,7 +140,9 @@ def load_parts(parts: dict[str, Any], folder: Path) -> None:
     try:
         load(parts, storage_reader=_Reader(folder), planner=_Planner())
     except CheckpointException as error:
-        causes = "; ".join(
-            sorted({str(cause).splitlines()[0] for cause, _ in error.failures.values()})
-        )
-        raise ValueError(f"{folder} cannot be loaded: {causes}") from error
+        raise ValueError(f"{folder} cannot be loaded: {_causes(error)}") from error
+
+
+def _causes(error: CheckpointException) -> str:
+    words = (str(cause).splitlines() for cause, _ in error.failures.values())
+    return "; ".join(sorted({lines[0] for lines in words if lines}))

@@ -25,12 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from moebalance.core.handle import Balancing
-from moebalance.integrations.huggingface.contents import load_parts, read_contents
+from moebalance.integrations.huggingface.contents import load_parts, read_contents, save_parts
 
 PARTS = "distributed"
 """Name of the folder in a checkpoint that holds what `torch.distributed.checkpoint` wrote."""
@@ -70,7 +69,7 @@ class ShardedTrainer(Trainer):
         folder = Path(output_dir)
         self._save_rng_state(output_dir)
         with _one_process_is_meant():
-            save(self._parts(), checkpoint_id=folder / PARTS)
+            save_parts(self._parts(), folder / PARTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: all parts are loaded together, once there is an optimizer."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moebalance.core.handle import Balancing
+from moebalance.files import writing
 
 STATE_FILE = "moebalance.safetensors"
 """Name of the balancing state next to a checkpoint's own files."""
@@ -35,8 +36,9 @@ def save(balancing: Balancing, folder: str | Path, *, global_step: int | None = 
     path = Path(folder) / STATE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"moebalance": json.dumps(state)})
-    os.replace(partial, path)
+    with writing(path):
+        save_file(tensors, partial, metadata={"moebalance": json.dumps(state)})
+        os.replace(partial, path)
     return path
 
 

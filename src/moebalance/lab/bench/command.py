@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from moebalance.files import write_text
 from moebalance.lab.bench.page import write_page
 from moebalance.lab.bench.router import Case, measure_routers
 from moebalance.lab.bench.scale import measure_scale
@@ -50,9 +51,8 @@ def run(
     for row in [*results["routers"], *results["steps"]]:
         console.print(_table(row))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=1, ensure_ascii=False)
-        out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        write_text(out.with_suffix(".json"), text + "\n")
         page = write_page(results, out.with_suffix(".md"), plot=out.with_suffix(".svg").name)
         say(f"Page: {page.resolve()}")
 

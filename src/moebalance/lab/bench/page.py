@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moebalance.cleaning import for_markdown, for_page
+from moebalance.files import write_text
 from moebalance.lab.bench.scale import BYTES_PER_S, HOP_S, tree_s
 
 
@@ -40,10 +41,8 @@ def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Pa
         parts += [_step(row) for row in results["steps"]]
     if results.get("scale"):
         parts.append(_scale(results["scale"]))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    (path.parent / plot).write_text(for_page(draw(results)), encoding="utf-8")
+    path = write_text(path, "\n\n".join(parts) + "\n")
+    write_text(path.parent / plot, for_page(draw(results)))
     return path
 
 
