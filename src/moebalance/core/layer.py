@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moebalance.core.autograd import Pass, Tally, tie
 from moebalance.core.formed import find, join
 from moebalance.core.packing import pack, packed_size, unpack
-from moebalance.core.sound import tensors_problem, trial_problem
+from moebalance.core.sound import check_price, tensors_problem, trial_problem
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax, at_least_float32
 from moebalance.kernels import supported
@@ -195,7 +195,8 @@ class LayerBalance(nn.Module):
 
     @torch.no_grad()
     def adopt(self, price: Float[Tensor, "E"]) -> None:
-        """Start from a selection price that the model was trained with."""
+        """Start from a selection price that the model was trained with; refuse a sick one."""
+        check_price(price, self.name)
         self._write(self.method.adopt(self.state, price.float()))
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moebalance.core.layer import LayerBalance
-from moebalance.core.sound import steps_problem, tensors_problem
+from moebalance.core.sound import COUNTS, steps_problem, tensors_problem
 from moebalance.methods.base import Method, inner_methods
 from moebalance.methods.lineage import Lineage
 
@@ -16,9 +16,6 @@ logger = logging.getLogger("moebalance")
 
 FORMAT = 3
 """Version of the layout of `Balancing.state_dict`; 3 numbers the parts of `Together`."""
-
-_COUNTS = "last_step"
-"""The one tensor of a layer that has nothing to do with its experts."""
 
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """How torch's compiler, activation checkpointing and FSDP1 call what they wrap."""
@@ -65,7 +62,7 @@ def check_fit(
         saved = {key: tuple(tensor.shape) for key, tensor in state["layers"][name].items()}
         if parents is not None:
             lineages[name] = lineage = _lineage(parents, name, layer, saved)
-            own |= {key: _then(own[key], lineage) for key in own if key != _COUNTS}
+            own |= {key: _then(own[key], lineage) for key in own if key != COUNTS}
         if own != saved:
             raise ValueError(
                 f"This balancing state does not fit {name}: saved {saved}, needed {own}. "
@@ -100,7 +97,8 @@ def check_values(state: Mapping[str, Any]) -> None:
                 f"Not a balancing state: it has no {key!r} (keys: {sorted(state, key=str)[:9]}). "
                 "Give what Balancing.state_dict() returned."
             )
-    problem = steps_problem(state["steps"])
+    words = [key for key in ("method", "method_repr") if not isinstance(state[key], str)]
+    problem = f"its {words[0]} is no text." if words else steps_problem(state["steps"])
     if not problem and not isinstance(state["layers"], Mapping):
         problem = f"its layers are {type(state['layers']).__name__}, not a table by name."
     if problem:
@@ -156,7 +154,7 @@ def _lineage(
             f"parents names those of {len(parents)} experts, but {name} has {layer.num_experts}: "
             "give one entry for each."
         )
-    lengths = {shape[0] for key, shape in saved.items() if shape and key != _COUNTS}
+    lengths = {shape[0] for key, shape in saved.items() if shape and key != COUNTS}
     named = [p for each in parents for p in (each if isinstance(each, Sequence) else (each,))]
     # Of a method without memory nothing says how many there were, and nothing depends on it.
     return Lineage.of(parents, max(lengths) if lengths else 1 + max(named, default=0))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moebalance.cleaning import for_markdown
 from moebalance.metrics.image import Pixels, load_image
 from moebalance.report.loads import layer_names, matrix, ratios
 from moebalance.report.pack import DEAD
@@ -139,8 +140,9 @@ def extremes(row: Row, header: Row, each: int = _EACH) -> list[list[str | float]
 
 def markdown(rows: Iterable[Iterable[str | float]]) -> str:
     """Rows of `COLUMNS` as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    texts = ([for_markdown(str(cell)) for cell in row] for row in rows)
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *texts]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _layers(row: Row, header: Row) -> list[tuple[str, Array]]:

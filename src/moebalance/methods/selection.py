@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moebalance.gates import Gate, ranked
-from moebalance.methods.base import Method, State, Traits
+from moebalance.methods.base import Method, State, Traits, beyond
 from moebalance.methods.lineage import Lineage
 from moebalance.metrics.load import price_spread
 from moebalance.proportions import Proportions, check_proportions, settle_proportions
@@ -40,6 +40,10 @@ class NatsPrice(NamedTuple):
     """The price (E,), float32, subtracted from the log-affinities before top-k."""
 
     price: Float[Tensor, "E"]
+
+    def problem(self) -> str:
+        """What no run leaves behind; empty if nothing."""
+        return beyond("its price in nats", self.price)
 
     def inherit(self, lineage: Lineage, gate: Gate) -> NatsPrice:
         """The parents' price; its unit does not depend on the number of experts."""

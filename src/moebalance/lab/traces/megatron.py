@@ -7,13 +7,13 @@ added up. The number of experts stands in `logit_shape`, if logits were captured
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moebalance.files import loads
 from moebalance.lab.traces.load import Load, Missing, as_run, counted
 from moebalance.runlog import Run
 
@@ -59,7 +59,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = loads(line)
                 chosen = torch.tensor(record["top_indices"], dtype=torch.long)
                 record["_experts"] = chosen.reshape(len(chosen), -1) if len(chosen) else chosen
                 mtp = int(record.get("mtp_idx", -1))
