@@ -79,7 +79,8 @@ $(PEERS_READY): $(READY) constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet setuptools==80.9.0 wheel==0.45.1
 	DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-deps --no-build-isolation \
 	--requirement constraints-peers.txt
-	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt tensorboard==2.21.0 wandb==0.31.0
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt tensorboard==2.21.0 wandb==0.31.0 \
+	trackio==0.43.0
 	@touch $(PEERS_READY)
 
 clean:

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from families import tiny, tokens
 from moebalance.lab.cli import app
 from moebalance.lab.traces import Missing, find_traces, is_trace
+from moebalance.report import summarise
+from moebalance.report.diagnosis import diagnose, render
 from moebalance.runlog import Run
 from synthetic_runs import write_run
 
@@ -99,6 +101,19 @@ def test_micro_batches_and_ranks_of_a_step_are_added_up(tmp_path):
     run = only(tmp_path, experts=EXPERTS)
     assert load(run) == expected(torch.cat([a, b, c]))
     assert run.evals[-1]["tokens"] == 120
+
+
+def test_traces_of_two_files_are_two_rows_of_one_report(tmp_path):
+    for name in ("before", "after"):
+        write_lines(tmp_path / f"{name}.jsonl", megatron_rows(choices(seed=len(name)), 0))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("before", "after")]
+    runs = [run for path in paths for run in find_traces(Path(path), Missing(EXPERTS)).runs]
+    (section,) = summarise(runs)
+    assert [m.label for m in section.methods] == [f"Trace · file={p}" for p in sorted(paths)]
+    assert [m.seeds for m in section.methods] == [1, 1]
+    assert section.title == "Runs"
+    told = render(diagnose(runs), width=999)
+    assert f"Trace · file={paths[0]}, 1 step, {tmp_path}" in told
 
 
 def test_layers_of_multi_token_prediction_are_none_of_the_decoder(tmp_path):

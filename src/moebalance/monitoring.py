@@ -70,6 +70,7 @@ class Monitor:
     As a context manager it ends the log and takes its hooks away on leaving.
 
     Attributes:
+        model: what is watched.
         balancing: the handle under it, for a `BalanceCallback` or for the loads of each layer.
     """
 
@@ -82,7 +83,7 @@ class Monitor:
         name: str | None,
         snapshot_every: int,
     ) -> None:
-        self.balancing, self.snapshot_every = balancing, snapshot_every
+        self.model, self.balancing, self.snapshot_every = model, balancing, snapshot_every
         self._log = log
         self._counted: set[str] = set()
         self._told: set[str] = set()

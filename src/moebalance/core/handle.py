@@ -176,8 +176,8 @@ class Balancing:
             return {}
         prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
         if prices:
-            spreads = [metrics.price_spread(price).item() for price in prices]
-            found["price_spread"] = sum(spreads) / len(spreads)
+            spreads = torch.stack([metrics.price_spread(p).to(prices[0].device) for p in prices])
+            found["price_spread"] = spreads.mean().item()
         found |= self._readings()
         weighed = ((n, w) for n, layer in self.layers.items() if (w := layer.weighing) is not None)
         found |= gradient_ratio(weighed)
@@ -192,7 +192,8 @@ class Balancing:
         layers = [self.method.readings(layer.state) for layer in self.layers.values()]
         found = {}
         for name in layers[0] if layers else ():
-            values = torch.stack([reading[name].cpu() for reading in layers]).tolist()
+            first = layers[0][name].device
+            values = torch.stack([reading[name].to(first) for reading in layers]).tolist()
             found[name] = sum(values) / len(values)
             found |= {f"{name}_least": min(values), f"{name}_most": max(values)}
         return found

@@ -177,10 +177,12 @@ def _heading(method: MethodSummary) -> str:
     runs = method.runs
     seeds = [str(run.seed) for run in runs if run.seed is not None]
     steps = sorted({run.last_step for run in runs})
-    span = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
+    count = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    span = f"{count} step{'' if steps == [1] else 's'}"
     seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
     where = str(runs[0].path.parent) if len(runs) == 1 else ""
-    return ", ".join(filter(None, (method.label, runs[0].batching, seed, span, where)))
+    batching = runs[0].header.get("batching")
+    return ", ".join(str(word) for word in (method.label, batching, seed, span, where) if word)
 
 
 def _wrapped(head: str, text: str, width: int) -> list[str]:
