@@ -1,0 +1,180 @@
+"""Whether all ranks are in the same step: two numbers of a rank, sent in the step's one message.
+
+A rank that calls `step()` twice, or skips it, sends as many messages as the others, so a count of
+messages says nothing. Two numbers must be the same on all ranks: the step that a rank believes to
+be in, and how many training steps the tokens of its sums come from. Zero of them are in a sum
+without a backward pass, and two where an optimizer step fell between two batches.
+
+A sum over ranks shows whether a number x is everywhere the same: N Σx² = (Σx)² then, and only then.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from moebalance.core.distributed import Group, gather, ranks_exist
+from moebalance.core.layer import LayerBalance
+
+_REMEDY = (
+    "Call backward, optimizer.step() and balancing.step() equally often on every rank, and "
+    "discard() on all of them or none. No state has changed and the sums were dropped: load the "
+    "last checkpoint on every rank before you go on."
+)
+_UNSEEN = (
+    "No optimizer step of torch was seen on some rank, so each batch counts as a step there. If "
+    "ranks count different numbers of batches on purpose, call step() after optimizer.step(). "
+)
+_MOST_RANKS = 8
+"""How many ranks of one kind an error names."""
+
+_clocks: weakref.WeakSet[Clock] = weakref.WeakSet()
+
+
+class Account(NamedTuple):
+    """Where a rank is in its step, when it sent its sums.
+
+    Attributes:
+        step: which it is in, from 1.
+        batches: most batches that a layer counted in it, ().
+        spans: how many training steps they come from, ().
+        updates: whether an optimizer step was ever seen.
+        loaded: whether a state was loaded since ranks last compared themselves.
+        stray: whether `reduce` was called for a second time without `step`.
+    """
+
+    step: int
+    batches: Tensor
+    spans: Tensor
+    updates: bool
+    loaded: bool
+    stray: bool
+
+    def __str__(self) -> str:
+        if self.stray:
+            return f"called reduce() in step {self.step}, and again without step() between them"
+        number = int(self.batches)
+        counted = f"{number or 'no'} batch{'es' * (number > 1)}"
+        mixed = ", before and after optimizer.step()" if self.updates and self.spans > 1 else ""
+        return f"is in step {self.step} and counted {counted}{mixed}"
+
+
+class Clock:
+    """How many training steps the running sums of some layers come from.
+
+    Args:
+        layers: those that end their steps together, by name.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerBalance]) -> None:
+        self.layers = layers
+        self.updates = False
+        """Whether an optimizer step was ever seen."""
+        self._before: list[Tensor] | None = None
+        _watch_optimizers()
+        _clocks.add(self)
+
+    @torch.no_grad()
+    def saw_update(self) -> None:
+        """An optimizer stepped: keep what each layer had counted; the first count that is not 0."""
+        self.updates = True
+        if not ranks_exist():
+            return
+        now = [batches(layer).clone() for layer in self.layers.values()]
+        if self._before is not None:
+            pairs = zip(self._before, now, strict=True)
+            now = [torch.where(old > 0, old.to(new.device), new) for old, new in pairs]
+        self._before = now
+
+    def begin(self) -> None:
+        """A new step begins, with empty sums."""
+        self._before = None
+
+    @torch.no_grad()
+    def read(self, *, early: bool) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """How many batches were counted, and from how many training steps; the most of all layers.
+
+        Where no optimizer step was ever seen, each batch counts as a step.
+
+        Args:
+            early: whether the first optimizer step is still to come.
+        """
+        layers = list(self.layers.values())
+        device = layers[0].running.device
+        counted = torch.stack([batches(layer).to(device) for layer in layers])
+        most = counted.max()
+        if not (self.updates or early):
+            return most, most
+        spans = (counted > 0).float()
+        if self._before is not None:
+            before = torch.stack([each.to(device) for each in self._before])
+            spans += (before > 0) & (before < counted)
+        return most, spans.max()
+
+
+def batches(layer: LayerBalance) -> Float[Tensor, ""]:
+    """How many batches a layer has counted in the running step, a view."""
+    return layer.running[2 * layer.num_experts + 1]
+
+
+def told(account: Account, ranks: int) -> Float[Tensor, "4"]:
+    """What one of so many ranks adds to the message: both numbers, small, and their squares."""
+    most = math.isqrt(2**24 // ranks)  # float32 then adds up the squares without rounding
+    step = torch.full_like(account.spans, account.step % most)
+    numbers = torch.stack([step, account.spans.clamp(max=most - 1)])
+    return torch.cat([numbers, numbers.square()])
+
+
+def together(total: Float[Tensor, "4"], ranks: int) -> Bool[Tensor, ""]:
+    """Whether so many ranks told the same, from the sum of what they told."""
+    sums, squares = total.double().chunk(2)
+    return (ranks * squares == sums.square()).all()
+
+
+def gathered(mine: Account, group: Group) -> list[Account]:
+    """The accounts of all ranks."""
+    plain = mine._replace(batches=mine.batches.cpu(), spans=mine.spans.cpu())
+    return gather(plain, group, f"where they are in step {mine.step}")
+
+
+def apart(accounts: Sequence[Account]) -> str:
+    """Who is where, in words, for an error; empty if all ranks are in the same step."""
+    places = {(a.step, a.spans.item()) for a in accounts}
+    if len(places) == 1 and not any(a.stray for a in accounts):
+        return ""
+    ranks: dict[str, list[int]] = {}
+    for rank, account in enumerate(accounts):
+        ranks.setdefault(str(account), []).append(rank)
+    who = "; ".join(f"{_named(numbers)} {where}" for where, numbers in ranks.items())
+    unseen = "" if all(a.updates for a in accounts) else _UNSEEN
+    return f"The ranks of the balancing group are not in the same step: {who}. {unseen}{_REMEDY}"
+
+
+def _named(ranks: Sequence[int]) -> str:
+    named = ", ".join(map(str, ranks[:_MOST_RANKS]))
+    more = f" and {len(ranks) - _MOST_RANKS} more" if len(ranks) > _MOST_RANKS else ""
+    return f"rank{'s' * (len(ranks) > 1)} {named}{more}"
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_saw_update)
+
+
+def _saw_update(_optimizer: Optimizer, *_: Any) -> None:
+    # A captured graph replays without this; compiled code must not depend on it.
+    if torch.compiler.is_compiling():
+        return
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if cuda and torch.cuda.is_current_stream_capturing():
+        return
+    for clock in list(_clocks):
+        clock.saw_update()
