@@ -2,8 +2,8 @@
 
 A rank that calls `step()` twice, or skips it, sends as many messages as the others, so a count of
 messages says nothing. Two numbers must be the same on all ranks: the step that a rank believes to
-be in, and how many training steps the tokens of its sums come from. Zero of them are in a sum
-without a backward pass, and two where an optimizer step fell between two batches.
+be in, with how often it called `discard`; and how many training steps its tokens come from. They
+are 0 without a backward pass, and 2 where an optimizer step fell between two batches.
 
 A sum over ranks shows whether a number x is everywhere the same: N Σx² = (Σx)² then, and only then.
 """
@@ -46,6 +46,7 @@ class Account(NamedTuple):
         step: which it is in, from 1.
         batches: most batches that a layer counted in it, ().
         spans: how many training steps they come from, ().
+        dropped: how often counted batches were discarded in it, ().
         updates: whether an optimizer step was ever seen.
         loaded: whether a state was loaded since ranks last compared themselves.
         stray: whether `reduce` was called for a second time without `step`.
@@ -54,17 +55,19 @@ class Account(NamedTuple):
     step: int
     batches: Tensor
     spans: Tensor
+    dropped: Tensor
     updates: bool
     loaded: bool
     stray: bool
 
     def __str__(self) -> str:
         if self.stray:
-            return f"called reduce() in step {self.step}, and again without step() between them"
+            return f"step {self.step}, reduce() called again without step()"
         number = int(self.batches)
         counted = f"{number or 'no'} batch{'es' * (number > 1)}"
-        mixed = ", before and after optimizer.step()" if self.updates and self.spans > 1 else ""
-        return f"is in step {self.step} and counted {counted}{mixed}"
+        mixed = " before and after optimizer.step()" if self.updates and self.spans > 1 else ""
+        dropped = " after discard() of others" if self.dropped > 0 else ""
+        return f"step {self.step}, {counted}{mixed}{dropped}"
 
 
 class Clock:
@@ -78,7 +81,8 @@ class Clock:
         self.layers = layers
         self.updates = False
         """Whether an optimizer step was ever seen."""
-        self._before: list[Tensor] | None = None
+        self._before: Tensor | None = None
+        self._dropped: Tensor | None = None
         _watch_optimizers()
         _clocks.add(self)
 
@@ -86,50 +90,61 @@ class Clock:
     def saw_update(self) -> None:
         """An optimizer stepped: keep what each layer had counted; the first count that is not 0."""
         self.updates = True
-        if not ranks_exist():
+        if not (ranks_exist() and self.layers):
             return
-        now = [batches(layer).clone() for layer in self.layers.values()]
-        if self._before is not None:
-            pairs = zip(self._before, now, strict=True)
-            now = [torch.where(old > 0, old.to(new.device), new) for old, new in pairs]
-        self._before = now
+        now = self._counted()
+        before = self._before
+        self._before = (
+            now if before is None else torch.where(before > 0, before.to(now.device), now)
+        )
+
+    @torch.no_grad()
+    def drop(self) -> None:
+        """What was counted is about to be discarded."""
+        if ranks_exist() and self.layers:
+            anything = (self._counted() > 0).any().float()
+            self._dropped = anything if self._dropped is None else self._dropped + anything
+        self._before = None
 
     def begin(self) -> None:
         """A new step begins, with empty sums."""
-        self._before = None
+        self._before = self._dropped = None
 
     @torch.no_grad()
-    def read(self, *, early: bool) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """How many batches were counted, and from how many training steps; the most of all layers.
+    def read(self, *, early: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Batches, the training steps that they come from, and discards; each a number, ().
 
         Where no optimizer step was ever seen, each batch counts as a step.
 
         Args:
             early: whether the first optimizer step is still to come.
         """
-        layers = list(self.layers.values())
-        device = layers[0].running.device
-        counted = torch.stack([batches(layer).to(device) for layer in layers])
+        counted = self._counted()
         most = counted.max()
+        dropped = torch.zeros_like(most) if self._dropped is None else self._dropped
         if not (self.updates or early):
-            return most, most
+            return most, most, dropped
         spans = (counted > 0).float()
         if self._before is not None:
-            before = torch.stack([each.to(device) for each in self._before])
+            before = self._before.to(counted.device)
             spans += (before > 0) & (before < counted)
-        return most, spans.max()
+        return most, spans.max(), dropped
 
-
-def batches(layer: LayerBalance) -> Float[Tensor, ""]:
-    """How many batches a layer has counted in the running step, a view."""
-    return layer.running[2 * layer.num_experts + 1]
+    def _counted(self) -> Float[Tensor, "L"]:
+        """How many batches each layer has counted in the running step."""
+        layers = list(self.layers.values())
+        device = layers[0].running.device
+        # After scores, counts and tokens, see `packing`.
+        counts = [layer.running[2 * layer.num_experts + 1] for layer in layers]
+        return torch.stack([count.to(device) for count in counts])
 
 
 def told(account: Account, ranks: int) -> Float[Tensor, "4"]:
-    """What one of so many ranks adds to the message: both numbers, small, and their squares."""
+    """What one of so many ranks adds to the message: two small numbers, and their squares."""
     most = math.isqrt(2**24 // ranks)  # float32 then adds up the squares without rounding
-    step = torch.full_like(account.spans, account.step % most)
-    numbers = torch.stack([step, account.spans.clamp(max=most - 1)])
+    dropped = account.dropped.clamp(max=3)
+    place = dropped + 4 * (account.step % (most // 4))
+    numbers = torch.stack([place, account.spans.clamp(max=most - 1)])
     return torch.cat([numbers, numbers.square()])
 
 
@@ -141,19 +156,19 @@ def together(total: Float[Tensor, "4"], ranks: int) -> Bool[Tensor, ""]:
 
 def gathered(mine: Account, group: Group) -> list[Account]:
     """The accounts of all ranks."""
-    plain = mine._replace(batches=mine.batches.cpu(), spans=mine.spans.cpu())
-    return gather(plain, group, f"where they are in step {mine.step}")
+    here = {key: getattr(mine, key).cpu() for key in ("batches", "spans", "dropped")}
+    return gather(mine._replace(**here), group, f"where they are in step {mine.step}")
 
 
 def apart(accounts: Sequence[Account]) -> str:
     """Who is where, in words, for an error; empty if all ranks are in the same step."""
-    places = {(a.step, a.spans.item()) for a in accounts}
+    places = {(a.step, a.spans.item(), a.dropped.item()) for a in accounts}
     if len(places) == 1 and not any(a.stray for a in accounts):
         return ""
     ranks: dict[str, list[int]] = {}
     for rank, account in enumerate(accounts):
         ranks.setdefault(str(account), []).append(rank)
-    who = "; ".join(f"{_named(numbers)} {where}" for where, numbers in ranks.items())
+    who = "; ".join(f"{_named(numbers)}: {where}" for where, numbers in ranks.items())
     unseen = "" if all(a.updates for a in accounts) else _UNSEEN
     return f"The ranks of the balancing group are not in the same step: {who}. {unseen}{_REMEDY}"
 

@@ -91,7 +91,7 @@ class Ledger:
     ) -> None:
         self.method, self.layers = method, layers
         self.group, self.everything = group, everything
-        self.agreed = self.loaded = self._closed = False
+        self._agreed = self._loaded = self._closed = False
         self._clock = Clock(layers)
         self._account: Account | None = None
         self._reduction: Reduction | None = None
@@ -112,7 +112,8 @@ class Ledger:
         elif self._grown():
             # The others have ended the step: meet them in their next one, so that all of them err.
             self._read_verdict()
-            self._reduction.wait()
+            self._judge(step, forgive_late=True)
+            self._read_verdict()
             self._start(step, stray=True)
             self._judge(step)
             self._read_verdict()
@@ -143,12 +144,26 @@ class Ledger:
         self._closed = True
 
     def discard(self) -> None:
-        """Forget what was counted since the last step."""
+        """Forget what was counted since the last step; the other ranks must do so too."""
+        self._clock.drop()
+        self._forget()
+
+    def load(self) -> None:
+        """A state was loaded: begin with empty sums."""
+        self._forget()
+        self._clock.begin()
+        self._loaded = True
+
+    def _forget(self) -> None:
         if self._reduction is not None:
             self._reduction.wait()
             self._reduction = None
         for layer in self.layers.values():
             layer.discard()
+
+    def _give_up(self) -> None:
+        """Forget a step that ends in an error, on all ranks."""
+        self._forget()
         self._clock.begin()
 
     def _start(self, step: int, *, early: bool = False, stray: bool = False) -> None:
@@ -156,7 +171,7 @@ class Ledger:
         group = sharing(self.group)
         if group is None:
             return
-        if not self.agreed:
+        if not self._agreed:
             self._agree(group, step - 1)
         if not self.layers:
             return
@@ -166,10 +181,10 @@ class Ledger:
         # What stays here may be sick where the message is sound: 0 · NaN tells the others. A load
         # on this rank, which need not be one on theirs, adds 1, and so does a rank astray.
         sick = sum((0 * bank.sums).sum().to(device) for bank in banks)
-        notice = torch.as_tensor(sick).reshape(1) + float(self.loaded or stray)
+        notice = torch.as_tensor(sick).reshape(1) + float(self._loaded or stray)
         replayed = self._replayed().to(device).reshape(1)
         counted = self._clock.read(early=early and not self._closed)
-        self._account = Account(step, *counted, self._clock.updates, self.loaded, stray)
+        self._account = Account(step, *counted, self._clock.updates, self._loaded, stray)
         place = agreement.told(self._account, group_size(group)).to(device)
         self._sent = banks
         what = f"their sums of {_some(list(self.layers))} in step {step}"
@@ -180,12 +195,16 @@ class Ledger:
         pairs = zip(self._banks(), self._sent, strict=True)
         return any(bool((now.batches > sent.batches).any()) for now, sent in pairs)
 
-    def _judge(self, step: int) -> tuple[list[Bank], Tensor | None, Tensor]:
+    def _judge(
+        self, step: int, *, forgive_late: bool = False
+    ) -> tuple[list[Bank], Tensor | None, Tensor]:
         """The sums over all ranks, whether they are good, and whether any choice was replayed.
 
         What is to be said of them is on its way to the host.
         """
         banks, flags, replayed = self._totals()
+        if forgive_late:
+            flags[1].fill_(True)
         names = [name for bank in banks for name in bank.names]
         good = flags[2] if self._account is None else flags[2] & flags[5]
         self._verdict = _send(Verdict(step, names, flags, self._account))
@@ -257,7 +276,7 @@ class Ledger:
         sizes = [(name, layer.num_experts) for name, layer in self.layers.items()]
         mine = {"method": repr(self.method), "layers": sizes, "steps": steps}
         distributed.agree({**mine, "metrics": self.everything}, group)
-        self.agreed, self.loaded = True, False
+        self._agreed, self._loaded = True, False
 
     def _compare(self, verdict: Verdict, group: Group) -> None:
         """Find out why ranks do not look alike: a load, which is fine, or ranks astray."""
@@ -267,7 +286,7 @@ class Ledger:
             self._agree(group, verdict.step - 1)
         apart = agreement.apart(accounts)
         if apart:
-            self.discard()
+            self._give_up()
             raise RuntimeError(apart)
 
     def _read_verdict(self) -> None:
@@ -284,7 +303,7 @@ class Ledger:
         if not all(settled + here) and group is not None:
             self._compare(verdict, group)
         if not all(timely):
-            self.discard()
+            self._give_up()
             raise RuntimeError(
                 f"Tokens were counted between reduce() and step() in step {verdict.step}, too "
                 "late for the message to the other ranks; the step's sums were dropped. Call "
@@ -293,7 +312,7 @@ class Ledger:
         if not all(finite):
             mine = [name for name, good in zip(verdict.names, own, strict=True) if not good]
             where = distributed.by_rank(mine, group)
-            self.discard()
+            self._give_up()
             raise FloatingPointError(
                 f"NaN or infinite router logits in {where} during step {verdict.step}. "
                 "The balancing state was left as it was; this step's sums were dropped. Lower the "
@@ -305,7 +324,7 @@ class Ledger:
                 logger.warning(_BLIND, name, verdict.step)
             self._known_blind |= blind
             return
-        self.discard()
+        self._give_up()
         raise RuntimeError(
             f"No token was counted in {', '.join(self.layers)} during step {verdict.step}. Tokens "
             "are counted in the backward pass of a model in training mode: call step() once after "
