@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import re
 import time
 from collections.abc import Callable
@@ -49,10 +50,12 @@ class Faults(NamedTuple):
     refused: Refusals
     moments: Moments
     poisoned: Poisoned
+    skipped: tuple[str, float]
+    stuck: tuple[str, float]
 
 
 def faults() -> Faults:
-    return Faults(refusals(MISMATCHES), moments(), poison())
+    return Faults(refusals(MISMATCHES), moments(), poison(), skip(), wait_in_vain())
 
 
 @pytest.fixture(scope="module")
@@ -293,3 +296,51 @@ def test_nan_on_one_rank_stops_all_of_them_and_harms_none(method, all_metrics, e
         assert before
         assert same(before, after)
         assert steps == 3
+
+
+# --- a rank astray; all its ways are in test_ranks_astray.py ------------------------------------
+
+
+def skip() -> tuple[str, float]:
+    """Rank 1 forgets `step()` once in a real loop; what it is told, and after how long."""
+    model = Stack(PHI)
+    balancing = mb.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        start = time.monotonic()
+        losses(model(batch(step, 2))).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1 and dist.get_rank() == 1:
+            continue
+        try:
+            balancing.step()
+        except RuntimeError as error:
+            return str(error), time.monotonic() - start
+    return "", 0.0
+
+
+def wait_in_vain(timeout_s: float = 1) -> tuple[str, float]:
+    """Rank 1 does not come to the second step; what rank 0 is told, and after how long."""
+    balancing = hand(group=dist.new_group(timeout=datetime.timedelta(seconds=timeout_s)))
+    count(balancing)
+    balancing.step()
+    start = time.monotonic()
+    if dist.get_rank() == 1:
+        time.sleep(2 * timeout_s)
+        return "", 0.0
+    count(balancing)
+    return refusal(balancing, RuntimeError), time.monotonic() - start
+
+
+def test_a_rank_that_forgets_step_stops_all_of_them_in_seconds(two):
+    for rank in two:
+        said, seconds = rank.skipped
+        assert "rank 0: step 2, 1 batch; rank 1: step 2, 2 batches before and after" in said
+        assert seconds < COLLECTIVE_S / 4
+
+
+def test_a_rank_that_waits_for_a_stuck_one_is_told_the_step_and_the_layers(two):
+    said, seconds = two[0].stuck
+    assert re.search("Waited [12] s for the other ranks to send their sums of a, b in step 2", said)
+    assert seconds < COLLECTIVE_S / 4

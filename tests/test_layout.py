@@ -353,8 +353,8 @@ def test_a_step_sends_one_message_whatever_the_number_of_layers(method, two):
     for rank in two:
         for layers in (1, 3):
             extra = 16 * EXPERTS if method == "quantile" else 0
-            full = 4 * (layers * (2 * EXPERTS + 1 + extra) + 2)
-            lean = 4 * (layers * (OWN_NUMBERS[method] + 1) + 2)
+            full = 4 * (layers * (2 * EXPERTS + 1 + extra) + 6)
+            lean = 4 * (layers * (OWN_NUMBERS[method] + 1) + 6)
             assert rank.messages[method, layers, True][0] == [("allreduce_", full)] * 5
             assert rank.messages[method, layers, False][0] == [("allreduce_", lean)] * 5
 

@@ -195,7 +195,7 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         if self.calculate_per_token_loss:
             return tokens / calls
         # Padding is spread unevenly: one number is summed, as Megatron sums E of them.
-        (total,) = start_sum([tokens.reshape(1)], self.tp_cp_group).wait()
+        (total,) = start_sum([tokens.reshape(1)], self.tp_cp_group, "their tokens").wait()
         return tokens / total.squeeze(0).clamp(min=1) / calls
 
     def _calls(self) -> int:
