@@ -117,8 +117,8 @@ class Softmax(Gate):
     sums_to_one = True
 
     def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """log softmax(z)."""
-        return at_least_float32(logits).log_softmax(dim=-1)
+        """z itself, which is log softmax(z) up to a constant per token."""
+        return at_least_float32(logits)
 
     def scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """softmax(z), in one pass."""
@@ -288,34 +288,48 @@ def best(
 
     In no order: sorting takes time, and a mixture of experts has no use for it.
     """
+    logits = logits.detach()
     order = preference
-    if order is None and price is None and limit is None:
-        order = logits.detach()  # affinities grow with the logits, and do not saturate
+    if order is None and price is None:
+        order = logits if limit is None else affinities.detach()
     elif order is None:
-        order = ranked(affinities, price, logits)
-    if limit is not None:
-        order = limit.within(order)
-    experts = order.topk(top_k, dim=-1, sorted=False).indices
+        order = affinities.detach() - price
+    experts = top_experts(order, logits, top_k, limit)
     return affinities.gather(-1, experts), experts
 
 
-def ranked(
-    scores: Float[Tensor, "T E"], price: Float[Tensor, "E"] | None, logits: Float[Tensor, "T E"]
-) -> Float[Tensor, "T E"]:
-    """Scores less price, for top-k to rank. Of equals the larger logit is ahead.
+def top_experts(
+    order: Float[Tensor, "T E"],
+    logits: Float[Tensor, "T E"],
+    top_k: int,
+    limit: GroupLimit | None = None,
+) -> Int[Tensor, "T K"]:
+    """The K best experts by `order`, in no order. Of equals the larger logit is ahead.
 
     Scores are equal where logits are not: σ(20) and σ(25) are both 1 in float32, and where a logit
-    is 110 ahead the softmax of all others is 0. Top-k alone would choose by the index then.
+    is 110 ahead the softmax of all others is 0. Top-k alone would choose by the index then. Without
+    groups, a GPU or a compiler is not asked whether there are equals: top-k chooses by the index.
 
-    >>> ranked(torch.ones(1, 3), None, torch.tensor([[20.0, 25.0, 22.0]])).argmax().item()
+    >>> top_experts(torch.ones(1, 3), torch.tensor([[20.0, 25.0, 22.0]]), 1).item()
     1
     """
-    scores, logits = scores.detach(), logits.detach()
-    if scores.device.type == "mps":  # which has no float64
-        return scores if price is None else scores - price
-    # Float64 has room below the last digit of a score in float32 (6e-8) for what a logit adds.
-    wide = scores.double() if price is None else torch.sub(scores, price.double())
-    return wide.add_(logits, alpha=_TIE)
+    if limit is not None and limit.narrows:
+        order = limit.within(untied(order, logits))
+        return order.topk(top_k, dim=-1, sorted=False).indices
+    values, experts = order.topk(top_k, dim=-1, sorted=False)
+    if order is logits or order.device.type != "cpu" or torch.compiler.is_compiling():
+        return experts
+    last = values.amin(dim=-1, keepdim=True)
+    if int((order >= last).sum()) > experts.numel():  # some of the best are as good as others
+        return untied(order, logits).topk(top_k, dim=-1, sorted=False).indices
+    return experts
+
+
+def untied(order: Float[Tensor, "T E"], logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """The order, with what a logit adds below the last digit of a score in float32 (6e-8)."""
+    if order.device.type == "mps":  # which has no float64
+        return order
+    return order.double().add_(logits, alpha=_TIE)
 
 
 def normalized(

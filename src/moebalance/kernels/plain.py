@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.gates import Gate, GroupLimit, Sigmoid, at_least_float32, ranked
+from moebalance.gates import Gate, GroupLimit, Sigmoid, at_least_float32, untied
 from moebalance.routing import real_rows
 
 
@@ -91,7 +91,8 @@ def ranking(
     if price is None and limit is None:
         # Affinities grow with the logits, and logits do not underflow.
         return logits.argsort(dim=-1, descending=True, stable=True)
-    ranks = ranked(gate.affinities(logits), price, logits)
+    scores = gate.affinities(logits)
+    ranks = untied(scores if price is None else scores - price, logits)
     order = ranks.argsort(dim=-1, descending=True, stable=True)
     if limit is None:
         return order

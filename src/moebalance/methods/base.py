@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.gates import Gate, ranked
+from moebalance.gates import Gate
 from moebalance.proportions import Proportions, check_proportions
 from moebalance.routing import Batch, Routing, Sums, measure, real_rows, route
 
@@ -155,7 +155,7 @@ class Method:
     ) -> Float[Tensor, "T E"] | None:
         """Scores (T, E) for top-k to rank instead of the affinities; None for no effect."""
         price = self.selection_price(state)
-        return None if price is None else ranked(gate.affinities(logits), price, logits)
+        return None if price is None else gate.affinities(logits) - price
 
     def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "*rows E"] | None:
         """Price (E,) or (T, E) charged on the scores in the loss, strength included."""

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.gates import Gate, ranked
+from moebalance.gates import Gate
 from moebalance.methods.base import Method, State, Traits, beyond
 from moebalance.methods.lineage import Lineage
 from moebalance.metrics.load import price_spread
@@ -103,7 +103,8 @@ class Selecting(Method):
         training: bool,
     ) -> Float[Tensor, "T E"]:
         """The affinities, or their logarithms, less the price."""
-        return ranked(self.priceable(gate, logits), state.price, logits)
+        price: Tensor = state.price
+        return self.priceable(gate, logits) - price
 
     def priceable(self, gate: Gate, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """The scores from which the price is subtracted."""

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.gates import Gate, ranked
+from moebalance.gates import Gate
 from moebalance.methods.base import Method, State, Traits, check_positive
 from moebalance.proportions import Proportions, fractions, settle_proportions
 
@@ -68,7 +68,7 @@ class Sinkhorn(Method):
         if not training:
             return None
         kernel = gate.log_affinity(logits.detach()) / self.temperature
-        return ranked(kernel, -self._column_potential(kernel, mask), logits)
+        return kernel + self._column_potential(kernel, mask)
 
     def _column_potential(
         self, kernel: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moebalance.core.layer import LayerBalance
+from moebalance.gates import top_experts
 from moebalance.integrations.huggingface.forward import Forward
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.tokens import Layout, pack
@@ -55,7 +56,7 @@ class RouterHook:
         if self.reselect and not self.forward.reference:
             preference = self.layer.preference(logits, layout.mask, training=router.training)
             if preference is not None:
-                experts = preference.topk(experts.shape[-1], dim=-1).indices
+                experts = top_experts(preference, logits.detach(), experts.shape[-1])
                 carrier = self.site.weigh(logits, experts).to(carrier.dtype)
         if training:
             carrier = self._inject(carrier, logits, experts, layout)

@@ -21,7 +21,7 @@ from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.core.sequences import Lay, packed
-from moebalance.gates import ranked
+from moebalance.gates import top_experts
 from moebalance.integrations.named.evidence import Witness
 from moebalance.integrations.named.finding import Named, Rule
 from moebalance.integrations.named.surround import Surround
@@ -172,10 +172,8 @@ class LogitHook:
         if order is None and self.how.limit is None:
             order = flat  # every gate keeps the order of the logits
         elif order is None:
-            order = ranked(layer.gate.affinities(flat), None, flat)
-        if self.how.limit is not None:
-            order = self.how.limit.within(order)
-        return order.topk(self.how.top_k, dim=-1, sorted=False).indices
+            order = layer.gate.affinities(flat)
+        return top_experts(order, flat, self.how.top_k, self.how.limit)
 
     def _lay(self, logits: Tensor, flat: Float[Tensor, "T E"], *, strict: bool) -> Lay:
         """Which tokens are real, and where sequences begin and end."""

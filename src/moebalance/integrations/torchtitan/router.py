@@ -17,7 +17,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter  # type: ignore[i
 from torchtitan.protocols.module import Module  # type: ignore[import-not-found]
 
 from moebalance.core.layer import LayerBalance
-from moebalance.gates import Gate, Sigmoid, Softmax, ranked
+from moebalance.gates import Gate, Sigmoid, Softmax, top_experts
 from moebalance.methods.base import Method
 
 STATE = "balance"
@@ -117,7 +117,7 @@ class BalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
         order = self._order(logits, affinities.detach(), bias)
         if self.num_expert_groups is not None:
             order = self._get_node_limited_routing_scores(order)
-        experts = order.topk(self.top_k, dim=-1, sorted=False).indices
+        experts = top_experts(order, logits.detach(), self.top_k)
         weights = affinities.gather(-1, experts)
         if self.route_norm:
             # 1e-20: all chosen sigmoids of a token may underflow to 0.
@@ -142,12 +142,14 @@ class BalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
         """What top-k ranks: by the method, else by the layer's bias as the stock router does."""
         price = self.balance.price
         if price is not None:
-            return ranked(affinities, price, logits)
+            return affinities - price
         flat = logits.flatten(0, -2)
         preference = self.balance.preference(flat, None, training=self.training)
         if preference is not None:
             return preference.view_as(affinities)
-        return ranked(affinities, None if bias is None else -bias, logits)
+        if bias is not None:
+            return affinities + bias
+        return affinities if self.num_expert_groups is not None else logits.detach()
 
 
 def local(tensor: Any) -> Any:
