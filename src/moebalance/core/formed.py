@@ -59,7 +59,6 @@ def join(
     experts: Int[Tensor, "T K"],
     *,
     mask: Bool[Tensor, "T"] | None = None,
-    weight: Float[Tensor, ""] | None = None,
 ) -> None:
     """Count and charge this batch when the gradient of its affinities reaches `node`.
 
@@ -68,14 +67,13 @@ def join(
         how: the layer, with a method whose price comes `from_sums`.
         experts: (T, K), the choice.
         mask: (T,) True for real tokens, or None.
-        weight: this batch's weight in the mean over its step; None for 1.
     """
     # The hook must not hold the node, which holds the hook: the graph would never be freed.
-    node.register_prehook(_charging(how._replace(fused=False), experts, mask, weight))
+    node.register_prehook(_charging(how._replace(fused=False), experts, mask))
 
 
 def _charging(
-    how: Pass, experts: Tensor, mask: Tensor | None, weight: Tensor | None
+    how: Pass, experts: Tensor, mask: Tensor | None
 ) -> Callable[[tuple[Tensor | None, ...]], tuple[Tensor, ...] | None]:
     @torch.no_grad()
     def charge(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
@@ -85,13 +83,8 @@ def _charging(
         with torch.autocast(device, enabled=False) if exact else nullcontext():
             real = real_rows(affinities, mask)
             row_scale = how.gate.row_scale(real)
-            step = how
-            if how.replayed:
-                how.tally.replayed.fill_(1)
-            if weight is not None:
-                step = how._replace(tally=how.tally._replace(scale=how.tally.scale * weight))
             packed = count(real, row_scale, experts, mask)
-            price = settle(step, packed, len(experts), mask)
+            price = settle(how.begun(), packed, len(experts), mask)
             if price is None:
                 return None
             (gradient,) = gradients

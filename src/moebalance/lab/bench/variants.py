@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebalance.core.autograd import choose
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, Sigmoid, Softmax, top_experts
 from moebalance.integrations import rule as recognised
@@ -89,9 +90,13 @@ class Attached:
 
     def __call__(self, logits: Tensor) -> Outputs:
         """Weights, of another choice if the method has one, charged on the way back."""
-        _, weights, experts = self.bare.route(logits)
         preference = self.layer.preference(logits, None, training=True)
-        if preference is not None:
+        if preference is None:
+            _, weights, experts = self.bare.route(logits)
+        elif self.layer.traits.from_sums:  # the router's own choice is not made
+            how = self.layer.pass_for(top_k=self.bare.top_k, normalize=self.bare.normalized)
+            return choose(logits, how, preference=preference)[0], None
+        else:
             experts = top_experts(preference, logits.detach(), self.bare.top_k)
             weights = self.rule.weigh(logits, experts)
         return self.layer.tie(weights, logits, experts), None
