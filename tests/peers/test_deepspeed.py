@@ -78,6 +78,7 @@ def under_zero(stage: int, when: str) -> Trained:
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": 0.0,  # 1 by default
         },
     )
     weight = router_of(model).weight
