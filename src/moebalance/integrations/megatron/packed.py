@@ -56,4 +56,6 @@ def bounds(router: Any) -> Int[Tensor, "bounds"] | None:
     ends: Tensor = (
         told.cu_seqlens_q if told.cu_seqlens_q_padded is None else told.cu_seqlens_q_padded
     )
-    return ends // router.tp_cp_group.size()  # context parallelism gives each rank its part of each
+    # Context parallelism gives each rank its part of each sequence.
+    here: Tensor = ends // router.tp_cp_group.size()
+    return here
