@@ -38,6 +38,8 @@ megatron: $(MEGATRON:%=megatron-%)
 megatron-%: build/megatron/%
 	MEGATRON=$< $(RUN_PEERS) tests/peers/test_megatron*.py
 
+# Not an intermediate file, which make would delete at the end.
+.PRECIOUS: build/megatron/%
 build/megatron/%: $(PEERS_READY)
 	$(PEERS)/bin/python tests/peers/fetch_megatron.py build/megatron $*
 

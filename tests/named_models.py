@@ -72,3 +72,14 @@ def padded() -> tuple[Tensor, Tensor]:
     mask = torch.ones(4, 16, dtype=torch.bool)
     mask[1, 9:] = mask[3, 2:] = False
     return torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(7)), mask
+
+
+def train(model: nn.Module, balancing: mb.Balancing, *, batches: int, steps: int = 30) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        x = torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(step))
+        for part in x.chunk(batches):
+            (balancing.follow(model(part).square().mean()) / batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        balancing.step()

@@ -43,7 +43,7 @@ class Situation(NamedTuple):
 
 def situations() -> list[Situation]:
     """All that the tests mark, in the order of files and lines."""
-    return [row for path in sorted((ROOT / "tests").glob("test_*.py")) for row in _marked(path)]
+    return [row for path in sorted((ROOT / "tests").rglob("test_*.py")) for row in _marked(path)]
 
 
 def page() -> str:
@@ -63,7 +63,12 @@ def _marked(path: Path) -> Iterator[Situation]:
             if ast.unparse(getattr(mark, "func", mark)) == "pytest.mark.situation":
                 area, what, outcome = (ast.literal_eval(each) for each in mark.args)
                 assert isinstance(node, ast.FunctionDef)
-                yield Situation(area, what, outcome, f"{path.name}::{node.name}")
+                yield Situation(
+                    area,
+                    what,
+                    outcome,
+                    f"{path.relative_to(ROOT / 'tests').as_posix()}::{node.name}",
+                )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import moebalance as mb
 from moebalance.gates import Gate
-from named_models import EXPERTS, TOP_K, WIDTH, Layer, Model, attach, combine, padded
+from named_models import EXPERTS, TOP_K, WIDTH, Layer, Model, attach, combine, padded, train
 
 
 class Ours(Layer):
@@ -36,17 +36,6 @@ def pair(method: mb.Method, gate: Gate | None = None, *, normalize: bool = True,
     first = mb.attach(ours)
     second = mb.attach(plain, method, routers="*.gate", top_k=TOP_K, gate=gate, normalize=normalize)
     return (ours, first), (plain, second)
-
-
-def train(model: nn.Module, balancing: mb.Balancing, *, batches: int, steps: int = 30) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(steps):
-        x = torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(step))
-        for part in x.chunk(batches):
-            (balancing.follow(model(part).square().mean()) / batches).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        balancing.step()
 
 
 def apart(first: nn.Module, second: nn.Module) -> float:

@@ -67,7 +67,9 @@ def attach(
         fused: whether to take the fused kernels where they run: on an NVIDIA GPU with Triton.
         routers: modules that return logits, such as an `nn.Linear`: a glob pattern over module
             names such as `"*.gate"`, a list of names or modules, or a function of the name. The
-            logits are the output, or its first tensor. None to look for routers that are known.
+            logits are the output, or its first tensor. Where no module returns logits: a method
+            that does, `"*.get_logits"`, or the parameter that the layer makes them with, `"*.wg"`;
+            both need `num_experts`. None to look for routers that are known.
         top_k: with `routers`: K, experts per token.
         gate: with `routers`: how the layer's scores come from logits; None for `Softmax()`.
         normalize: with `routers`: whether the layer divides a token's K weights by their sum. Only

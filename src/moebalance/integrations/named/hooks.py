@@ -11,6 +11,8 @@ logits that are left are unchanged, and so are the K weights that follow from th
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +26,13 @@ from moebalance.core.sequences import Lay, packed
 from moebalance.gates import top_experts
 from moebalance.integrations.named.evidence import Witness
 from moebalance.integrations.named.finding import Named, Rule
+from moebalance.integrations.named.places import listen
 from moebalance.integrations.named.surround import Surround
 from moebalance.integrations.reminders import StepReminder
 from moebalance.methods.base import Method, sees_sequences
+
+_BALANCED: weakref.WeakKeyDictionary[nn.Module, set[str | None]] = weakref.WeakKeyDictionary()
+"""What is balanced of each module: itself (None), methods, parameters."""
 
 _INSTEAD = (
     "Take BalancedRouter for the layer, which returns weights and experts; or take a method that "
@@ -51,19 +57,21 @@ def attach(
     layers = {}
     for one in routers:
         layer = LayerBalance(method, one.num_experts, gate=how.gate, fused=fused, name=one.name)
-        device = next((weight.device for weight in one.module.parameters()), None)
+        device = next((weight.device for weight in one.weights), None)
         layers[one.name] = layer if device is None else layer.to(device)
     balancing = Balancing(method, layers, group=group)
     if how.mask or how.cu_seqlens or sees_sequences(method):
         for remove in surround.hook(model):
             balancing.on_detach(remove)
-    trained = [w for one in routers for w in one.module.parameters() if w.requires_grad]
+    trained = [w for one in routers for w in one.weights if w.requires_grad]
     reminder = StepReminder(trained[0] if trained else None)
     balancing.on_step(reminder.saw_step)
     for place, one in enumerate(routers):
         counts = reminder if place == 0 else None
         hook = LogitHook(balancing, layers[one.name], how, surround, counts)
-        balancing.on_detach(one.module.register_forward_hook(hook.after).remove)
+        _BALANCED.setdefault(one.module, set()).add(one.member)
+        balancing.on_detach(partial(_BALANCED[one.module].discard, one.member))
+        balancing.on_detach(listen(one.module, one.member, one.num_experts, hook.after))
         if method.traits.selects:
             balancing.price_outside.add(one.name)
     return balancing
@@ -231,12 +239,11 @@ def _replaced(output: Any, logits: Tensor) -> Any:
 
 def _refuse_second(routers: list[Named]) -> None:
     for one in routers:
-        for hook in one.module._forward_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), LogitHook):
-                raise ValueError(
-                    f"{one.name} is balanced already: detach() the first Balancing before "
-                    "attaching again."
-                )
+        if one.member in _BALANCED.get(one.module, ()):
+            raise ValueError(
+                f"{one.name} is balanced already: detach() the first Balancing before "
+                "attaching again."
+            )
 
 
 def _refuse_compiled(model: nn.Module) -> None:
