@@ -43,7 +43,7 @@ def problem(row: Any) -> str:
     """What is wrong with a row; empty if nothing."""
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
         return 'not a JSON object with a "kind"'
-    step = row.get("step")
+    step: Any = row.get("step")
     if row["kind"] in _WITH_STEP and (type(step) is not int or not 0 <= step < 2**63):
         return f'a {row["kind"]} row needs an integer "step" from 0 on, got {shown(step)}'
     if row["kind"] == "header":
@@ -60,7 +60,7 @@ def _below_zero(row: Row, inside: tuple[str, ...] = ()) -> str:
     for where in ("", *inside):
         table = row.get(where) if where else row
         for key in _COUNTS if isinstance(table, Mapping) else ():
-            value = table.get(key)  # type: ignore[union-attr]
+            value: Any = table.get(key)  # type: ignore[union-attr]
             if type(value) in (int, float) and value < 0:
                 return f'"{key}" is {shown(value)}, and must be at least 0'
     return ""
