@@ -166,12 +166,9 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_full_disk_is_told_with_the_path_and_the_cause(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_with_the_path_and_the_cause(tmp_path: Path, kind: str) -> None:
     name, write = WRITERS[kind]
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
-    with pytest.raises(OSError, match=r"File too large|No space left") as told, full_beyond(2000):
+    with pytest.raises(OSError, match="File too large") as told, full_beyond(2000):
         write(tmp_path / name)
     assert told.value.filename == str(tmp_path / name)
     assert "inline_container" not in str(told.value)
@@ -200,10 +197,9 @@ def test_what_is_no_failure_to_write_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_run_on_a_full_disk_names_the_checkpoint_and_goes_on_once_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
-    with pytest.raises(OSError, match=r"File too large|No space left") as told, full_beyond(20_000):
+    with pytest.raises(OSError, match="File too large") as told, full_beyond(20_000):
         train(tmp_path, "run")
     assert "checkpoint-2" in str(told.value.filename)
     assert read_run(tmp_path / "run").status == "failed"

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 MOST_DEEP = 100
@@ -103,7 +104,10 @@ def _cause(error: Exception, path: Path) -> tuple[int, str]:
     if found := re.search(r"(?:os error|Errno) (\d+)", said):
         return int(found[1]), os.strerror(int(found[1]))
     there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    try:  # the same again, where the system says why
+        with TemporaryFile(dir=there) as probe:
+            probe.write(bytes(2**20))
+    except OSError as cause:
+        return cause.errno or errno.EIO, os.strerror(cause.errno or errno.EIO)
     free = shutil.disk_usage(there).free
-    if free < 2**20:
-        return errno.ENOSPC, os.strerror(errno.ENOSPC)
     return errno.EIO, f"Cannot be written, with {free / 1e6:.0f} MB free on its disk ({said[:200]})"
