@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 MOST_DEEP = 100
@@ -67,28 +68,46 @@ def write_text(path: Path | str, text: str) -> Path:
     Raises:
         OSError: names the path and the cause.
     """
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path | str, content: bytes) -> Path:
+    """Write a file whole or not at all; its folder is made if missing.
+
+    Raises:
+        OSError: names the path and the cause.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # such as /dev/stdout
-        path.write_text(text, encoding="utf-8")
+        with writing(path):
+            path.write_bytes(content)
         return path
     partial = path.with_name(f".{path.name[:200]}.{os.getpid()}")
     try:
         with writing(path):
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content)
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0] or type(error).__name__
+
+
 def _cause(error: Exception, path: Path) -> tuple[int, str]:
     """The number and the words of what kept a file from being written."""
-    said = str(error).splitlines()[0]
+    said = first_line(error)
     if found := re.search(r"(?:os error|Errno) (\d+)", said):
         return int(found[1]), os.strerror(int(found[1]))
     there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    try:  # the same again, where the system says why
+        with TemporaryFile(dir=there) as probe:
+            probe.write(bytes(2**20))
+    except OSError as cause:
+        return cause.errno or errno.EIO, os.strerror(cause.errno or errno.EIO)
     free = shutil.disk_usage(there).free
-    if free < 2**20:
-        return errno.ENOSPC, os.strerror(errno.ENOSPC)
     return errno.EIO, f"Cannot be written, with {free / 1e6:.0f} MB free on its disk ({said[:200]})"

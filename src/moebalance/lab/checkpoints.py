@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.trainer_pt_utils import safe_globals
 
+from moebalance.files import first_line
 from moebalance.integrations.huggingface import STATE_FILE
 from moebalance.integrations.huggingface.scan import files_of, read_table
 from moebalance.integrations.huggingface.sharded import is_distributed, missing_part
@@ -159,7 +160,7 @@ def _damage(checkpoint: Path) -> str | None:
         ValueError,
         SafetensorError,
     ) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
@@ -169,7 +170,7 @@ def _unreadable(path: Path) -> str | None:
         with safe_globals():  # type: ignore[no-untyped-call]
             torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        return f"{path.name} cannot be read: {str(error).splitlines()[0] or type(error).__name__}"
+        return f"{path.name} cannot be read: {first_line(error)}"
     return None
 
 

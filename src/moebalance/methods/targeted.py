@@ -158,4 +158,4 @@ class Targeted(Scaled):
 
     def multiplier(self, state: Steered) -> Float[Tensor, ""]:
         """min(r, 1) λ, (), relative to the method's strength; 0 at the lower end of λ."""
-        return state.multiplier.clamp(max=self.ceiling)  # a saved one may be of another ceiling
+        return state.multiplier

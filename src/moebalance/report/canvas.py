@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from moebalance.cleaning import for_page
-from moebalance.files import write_text, writing
+from moebalance.files import write_bytes, write_text
 from moebalance.report.methods import LINES, MARKERS
 from moebalance.report.methods import look as look_of
 
@@ -191,8 +191,9 @@ def save(figure: Figure, path: Path) -> None:
     with rc_context(_STYLE):
         if path.suffix != ".svg":
             undated = {"CreationDate": None} if path.suffix == ".pdf" else {}
-            with writing(path):
-                figure.savefig(path, dpi=300, metadata={**undated})
+            drawn = BytesIO()
+            figure.savefig(drawn, format=path.suffix[1:], dpi=300, metadata={**undated})
+            write_bytes(path, drawn.getvalue())
             return
     lines = (line.rstrip() for line in svg_text(figure).splitlines())
     write_text(path, "\n".join(lines) + "\n")

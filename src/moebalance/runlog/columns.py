@@ -36,15 +36,18 @@ class Rows(Sequence[Row]):
     def append(self, row: Row) -> None:
         """Add a row at the end."""
         for key, value in row.items():
-            if key not in self._columns:
+            held = self._columns.get(key)
+            if type(value) is float and type(held) is array and held.typecode == "d":
+                held.append(value)  # nearly always
+                continue
+            if held is None:
                 kind = _TYPES.get(type(value))
-                first = array(kind) if kind and not self._count else [_ABSENT] * self._count
-                self._columns[key] = first
-            self._columns[key] = _with(self._columns[key], _packed(value))
+                held = array(kind) if kind and not self._count else [_ABSENT] * self._count
+            self._columns[key] = _with(held, _packed(value))
         keys = tuple(row)
         self._keys.append(self._known.setdefault(keys, keys))
         self._count += 1
-        for key, held in self._columns.items():
+        for key, held in self._columns.items() if len(keys) < len(self._columns) else ():
             if len(held) < self._count:
                 self._columns[key] = _with(held, _ABSENT)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,11 @@ KINDS = ("header", "step", "snapshot", "eval", "end")
 
 Row = Mapping[str, Any]
 
+_COUNTS = ("steps", "tokens", "train_tokens", "val_tokens", "num_experts", "top_k", "parameters")
 _WITH_STEP = ("step", "snapshot", "eval")
 # Numbers of so many digits, or with an exponent of two, are rare; only then each is looked at.
-_HUGE = re.compile(rb"\d{60}|[eE]\+?\d\d")
+_ALIKE = bytes.maketrans(b"123456789E", b"000000000e")
+_HUGE = (b"0" * 60, b"0e00", b"0e+00")
 
 
 def parse(line: bytes) -> tuple[dict[str, Any], str]:
@@ -27,7 +28,8 @@ def parse(line: bytes) -> tuple[dict[str, Any], str]:
     # Python's reader would take NaN and Infinity, which are not JSON, and integers of any length,
     # of which nothing can be computed; read them as missing.
     options: dict[str, Any] = {"parse_constant": lambda _: None}
-    if _HUGE.search(line):
+    alike = line.translate(_ALIKE)
+    if any(huge in alike for huge in _HUGE):
         options |= {"parse_int": partial(_sane, int), "parse_float": partial(_sane, float)}
     try:
         row = loads(line, **options)
@@ -41,7 +43,7 @@ def problem(row: Any) -> str:
     """What is wrong with a row; empty if nothing."""
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
         return 'not a JSON object with a "kind"'
-    step = row.get("step")
+    step: Any = row.get("step")
     if row["kind"] in _WITH_STEP and (type(step) is not int or not 0 <= step < 2**63):
         return f'a {row["kind"]} row needs an integer "step" from 0 on, got {shown(step)}'
     if row["kind"] == "header":
@@ -49,6 +51,18 @@ def problem(row: Any) -> str:
             return f'a header needs an integer "format", got {shown(row.get("format"))}'
         if not isinstance(row.get("method"), str):
             return f'a header needs a "method", got {shown(row.get("method"))}'
+        return _below_zero(row, ("model", "data"))
+    return _below_zero(row)
+
+
+def _below_zero(row: Row, inside: tuple[str, ...] = ()) -> str:
+    """Which number of things is below 0, in the row or in its tables; empty if none."""
+    for where in ("", *inside):
+        table = row.get(where) if where else row
+        for key in _COUNTS if isinstance(table, Mapping) else ():
+            value: Any = table.get(key)  # type: ignore[union-attr]
+            if type(value) in (int, float) and value < 0:
+                return f'"{key}" is {shown(value)}, and must be at least 0'
     return ""
 
 

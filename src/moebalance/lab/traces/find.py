@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 
 from safetensors import SafetensorError
 
-from moebalance.files import loads
+from moebalance.files import first_line, loads
 from moebalance.lab.traces.load import Missing
 from moebalance.lab.traces.logits import KEY as LOGITS
 from moebalance.lab.traces.logits import holds_logits, read_logits
@@ -85,9 +85,7 @@ def _held(path: Path) -> Mapping[str, Any]:
             f'torch.save({{"{LOGITS}": out.{LOGITS}}}, "{path.name}")'
         ) from None
     except (ValueError, RuntimeError, EOFError, KeyError, SafetensorError, BadZipFile) as error:
-        raise ValueError(
-            f"{path} is damaged: {str(error).splitlines()[0] or type(error).__name__}"
-        ) from error
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
     if isinstance(held, Mapping):
         return held
     return {LOGITS: held} if isinstance(held, (list, tuple)) else {KEY: held}
@@ -97,8 +95,9 @@ def _opened(path: Path) -> Any:
     if path.suffix in _ARRAYS:
         import numpy as np
 
-        found = np.load(path, allow_pickle=False)
-        return {KEY: found} if path.suffix == ".npy" else {name: found[name] for name in found}
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return {KEY: found} if path.suffix == ".npy" else {name: found[name] for name in found}
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
