@@ -5,9 +5,11 @@ another way, and every round times all of them in an order drawn anew. Next to t
 itself again, as a null control. Time is that of the processor, which other programs disturb less.
 
     PYTHONPATH=src python benchmarks/monitoring.py    # benchmarks/results/, docs/cost_monitoring.md
+    PYTHONPATH=src python benchmarks/monitoring.py counting_ms    # that part again, the rest kept
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -61,6 +63,27 @@ def measure(case: StepCase, rounds: int) -> dict[str, Any]:
     }
 
 
+def counting_ms(case: StepCase, rounds: int = 300) -> dict[str, float]:
+    """What counting adds to the routers of a step, forward and backward, measured without the rest.
+
+    It is too little for the noise of whole steps.
+    """
+    model = build(case)
+    logits = torch.randn(case.tokens, case.hidden)
+    with mb.monitor(twin(model)) as monitor:
+        calls = {
+            name: _routed(watched.model.layers[0].mlp.gate, logits)  # type: ignore[union-attr]
+            for name, watched in ((BARE, model), (NULL, twin(model)), (WATCHED, monitor.model))
+        }
+        timed = interleaved(calls, rounds=rounds, clock=processor_s)
+        assert monitor.step()["tokens"] > 0
+    bare = timed[BARE].time_ms
+    return {
+        "noise": round(case.layers * bare * abs(timed[NULL].ratio - 1), 3),
+        "added": round(case.layers * bare * (timed[WATCHED].ratio - 1), 3),
+    }
+
+
 def tracker_ms(layers: int, experts: int, steps: int = 500) -> float:
     """Time a step to send a run to TensorBoard with all that is shown, in its own thread."""
     dice = torch.Generator().manual_seed(0)
@@ -87,6 +110,14 @@ def _bare(model: nn.Module, ids: Tensor) -> Step:
     def step() -> None:
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
+
+    return step
+
+
+def _routed(router: nn.Module, tokens: Tensor) -> Step:
+    def step() -> None:
+        # The task's gradient reaches a router through the weights of the chosen.
+        router(tokens.requires_grad_())[1].square().sum().backward()
 
     return step
 
@@ -163,6 +194,19 @@ def page(found: dict[str, Any]) -> str:
             f"steps a snapshot; {case['case']} | {case['end_of_step_ms']:.2f} "
             f"| {100 * part:.2f} % |"
         )
+    for case in found["cases"]:
+        counting, step_ms = found["counting_ms"][case["case"]], case["none"][BARE]["time_ms"]
+        added, noise = counting["added"], counting["noise"]
+        part, unsure = 100 * added / step_ms, 100 * noise / step_ms
+        lines.append(
+            f"| counting: what a hook adds to the routers, forward and backward; {case['case']} "
+            f"| {added:.2f} (null {noise:.2f}) | {part:.2f} % (null {unsure:.2f} %) |"
+        )
+        both = added + case["end_of_step_ms"]
+        lines.append(
+            f"| **monitoring**, these two; {case['case']} | {both:.2f} "
+            f"| **{100 * both / step_ms:.2f} %** |"
+        )
     for name, value in found["tracker_ms"].items():
         lines.append(
             f"| TensorBoard with pictures, tables and percentiles, {name}; in a thread of its own "
@@ -170,26 +214,31 @@ def page(found: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "The rest is counting: a softmax over the logits and a sum in the backward pass of each "
-        "router. It grows with tokens × experts, and a step grows with the width of the model "
-        "too, so a wider model pays a smaller part.",
+        "Counting is a softmax over the logits and a sum in the backward pass of each router. It "
+        "grows with tokens × experts, and a step grows with the width of the model too, so a wider "
+        "model pays a smaller part. Nothing of it waits for a tracker.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure, and write numbers and page."""
+PARTS: dict[str, Callable[[], Any]] = {
+    "machine": lambda: describe_machine("cpu"),
+    "cases": lambda: [measure(case, rounds) for case, rounds in CASES.items()],
+    "counting_ms": lambda: {str(case): counting_ms(case) for case in CASES},
+    "tracker_ms": lambda: {
+        f"{layers} layers of {experts} experts": round(tracker_ms(layers, experts), 4)
+        for layers, experts in ((4, 64), (48, 128))
+    },
+}
+
+
+def main(*parts: str) -> None:
+    """Measure all parts, or those named, and write numbers and page."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    found = {
-        "machine": describe_machine("cpu"),
-        "cases": [measure(case, rounds) for case, rounds in CASES.items()],
-        "tracker_ms": {
-            f"{layers} layers of {experts} experts": round(tracker_ms(layers, experts), 4)
-            for layers, experts in ((4, 64), (48, 128))
-        },
-    }
     out = ROOT / "benchmarks" / "results" / "monitoring.json"
+    found = json.loads(out.read_text(encoding="utf-8")) if parts else {}
+    found |= {part: PARTS[part]() for part in parts or PARTS}
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = page(found)
     (ROOT / "docs" / "cost_monitoring.md").write_text(text, encoding="utf-8")
@@ -197,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

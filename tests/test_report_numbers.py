@@ -7,6 +7,7 @@ import json
 import math
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -15,7 +16,7 @@ from moebalance.report import summarise, summary_rows, write_markdown
 from moebalance.report.methods import LOOKS
 from moebalance.report.summary import METRICS
 from moebalance.report.verdict import paired
-from moebalance.runlog import archive, find_runs, read_run
+from moebalance.runlog import Run, archive, find_runs, read_run
 from synthetic_runs import LIKE_PHI, METHODS, NONE, PHI, made, sentence, write_run
 
 # The rows
@@ -225,6 +226,16 @@ def test_verdict_without_phi_speaks_of_what_is_there():
 
 
 ONE, TWO = ({"loss": [1.6, 1.62][:n], "maxvio": [0.8, 0.84][:n]} for n in (1, 2))
+BARE = Run(Path("bare/log.jsonl"), {"kind": "header", "format": 1, "method": "phi", "seed": 0})
+
+
+def test_runs_that_were_never_evaluated_are_said_to_be_so():
+    assert sentence([BARE]) == "No run was evaluated, so there is nothing to compare yet."
+    (run,) = made(phi={"loss": [1.6]})
+    cut = dataclasses.replace(run, header={**run.header, "steps": 9})
+    assert sentence([cut]).startswith("No run reached its last evaluation")
+
+
 NOISE = "; with one seed the noise between seeds is unknown."
 
 

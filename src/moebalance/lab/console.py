@@ -68,12 +68,10 @@ def show(runs: list[Run], page: Path) -> None:
     columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
     sections = summarise(runs)
     for section in sections:
-        cells = [
-            [_cell(row, key, digits) for _, key, digits in columns]
-            for row in rows
-            if row["batching"] == section.batching
-        ]
-        _print_table(section.title, *_fitting([c[0] for c in columns], cells))
+        here = [row for row in rows if row["batching"] == section.batching]
+        told = [c for c in columns if any(row.get(c[1]) is not None for row in here)]
+        cells = [[_cell(row, key, digits) for _, key, digits in told] for row in here]
+        _print_table(section.title, *_fitting([c[0] for c in told], cells))
     for section in sections:
         words = console.render_str(f"{section.title}: {section.verdict}")
         words.stylize("bold", 0, len(section.title))

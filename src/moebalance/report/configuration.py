@@ -106,7 +106,7 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
                 "method_repr": run.method_repr,
                 "batching": str(run.header.get("batching") or "—"),
                 "seed": "—" if run.seed is None else str(run.seed),
-                "steps": f"{run.last_step} / {planned if planned is not None else '?'}",
+                "steps": f"{run.last_step}{'' if planned is None else f' / {planned}'}",
                 "wall": f"{wall_s:.0f} s" if isinstance(wall_s, int | float) else "—",
                 "status": status
                 + (f": {error}" if error else "")

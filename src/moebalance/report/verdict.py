@@ -63,7 +63,9 @@ def verdict(methods: Sequence[MethodSummary]) -> str:
     """
     known = [m for m in methods if not m.partial and m.estimates]
     if not known:
-        return "No run reached its last evaluation, so there is nothing to compare yet."
+        some = any(run.evals for m in methods for run in m.runs)
+        lack = "reached its last evaluation" if some else "was evaluated"
+        return f"No run {lack}, so there is nothing to compare yet."
     baseline = next((m for m in known if m.method == "none"), None)
     hero, name = _speaker(known)
     others = [m for m in known if m is not hero]

@@ -19,7 +19,7 @@ from moebalance.runlog import Run
 _CAUSES = (
     *("unfinished", "not-finite", "diverged", "never-acted", "overshoot", "oscillation"),
     *("soft-hard-gap", "price-too-slow", "slow-recovery", "target-out-of-reach", "one-layer"),
-    *("uneven", "dead", "drift", "pinned", "costs-loss", "spikes", "too-short"),
+    *("uneven", "dead", "drift", "pinned", "costs-loss", "spikes", "too-short", "few-rows"),
 )
 """Of findings that are as bad, the cause first: what comes later may be gone once it is mended."""
 _MOST = 4
@@ -103,6 +103,10 @@ def _advice(findings: Sequence[Finding], method: MethodSummary) -> str:
     first = asking[0]
     if first.wish and Wish.LESS in wishes and wishes & {Wish.MORE, Wish.OTHER}:
         return _between(method)
+    # What a short run shows may pass: it is too early to change the pressure.
+    early = [finding for finding in asking if finding.rule == "too-short"]
+    if early and first.wish and method.balances is not False:
+        return early[0].do
     # A larger strength does not reach what another lever is needed for.
     other = [finding for finding in asking if finding.wish is Wish.OTHER]
     return other[0].do if other and first.wish is Wish.MORE else first.do
