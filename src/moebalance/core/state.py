@@ -43,10 +43,10 @@ def check_fit(
             cannot be trained with (`sound.py`).
     """
     check_values(state)
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise ValueError(
-            f"This balancing state has format {state['format']}; this version reads {FORMAT}. "
-            "Use the version of moebalance that wrote it, or start without a state."
+            f"This balancing state has format {str(state['format'])[:60]}; this version reads "
+            f"{FORMAT}. Use the version of moebalance that wrote it, or start without a state."
         )
     if state["method"] != method_name(method):
         raise ValueError(
@@ -99,6 +99,12 @@ def check_values(state: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"Not a balancing state: it has no {key!r} (keys: {sorted(state, key=str)[:9]}). "
                 "Give what Balancing.state_dict() returned."
+            )
+    for key in ("method", "method_repr"):
+        if not isinstance(state[key], str):
+            raise ValueError(
+                f"This balancing state is refused: its {key} is {type(state[key]).__name__}, not "
+                "text. Give what Balancing.state_dict() returned."
             )
     problem = steps_problem(state["steps"])
     if not problem and not isinstance(state["layers"], Mapping):
