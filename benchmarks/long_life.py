@@ -1,6 +1,6 @@
 """Every method for 100,000 steps: whether its state stays finite, and how far float32 drifts.
 
-    PYTHONPATH=src:tests python benchmarks/long_life.py          # half an hour on two cores
+    PYTHONPATH=src:tests python benchmarks/long_life.py          # twenty minutes of a processor
     PYTHONPATH=src:tests python benchmarks/long_life.py --page   # writes docs/long_life.md
 
 *Open*: the same loads come whatever the state says, eight kinds at once, a row each. Float32 and
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from cases import METHODS, plain_top_k, tensors, to_double
 from moebalance.gates import Softmax
@@ -34,6 +37,7 @@ PAGE = ROOT / "docs" / "long_life.md"
 
 STEPS = 100_000
 EXPERTS, TOP_K, PERIOD = 8, 2, 200
+WORKERS = 3
 OPEN = (
     "even",
     "skewed",
@@ -115,28 +119,49 @@ def live_open(method: Method, steps: int, dtype: torch.dtype) -> Iterator[tuple[
     period = [open_sums(method, step, dtype) for step in range(PERIOD)]
     state = method.init(EXPERTS)
     state = state if dtype == torch.float32 else to_double(state)
-    state = torch.utils._pytree.tree_map(lambda x: x.expand(len(OPEN), *x.shape), state)
-    update = torch.vmap(method.update)
-    for step in range(1, steps + 1):
-        state = update(state, period[(step - 1) % PERIOD])
-        if step % 1000 == 0 or step == steps:
-            yield step, state
+    state = tree_map(lambda x: x.expand(len(OPEN), *x.shape).clone(), state)
+    yield from _live(torch.vmap(method.update), state, period, steps)
 
 
 def live_closed(method: Method, kind: str, steps: int) -> Iterator[tuple[int, Any]]:
     """The same of a router that obeys the price."""
-    gate, state = Softmax(), method.init(EXPERTS)
+    gate = Softmax()
     fixed = torch.randn(16, EXPERTS, generator=torch.Generator().manual_seed(1))
-    for step in range(1, steps + 1):
-        logits = fixed
-        if kind != CLOSED[0]:
-            logits = fixed.clone()
-            logits[:, (step // 500) % EXPERTS] += 8.0
+
+    def step(state: Any, logits: Tensor) -> Any:
         ranked = method.preference(state, gate, logits, mask=None, training=True)
         experts = (logits if ranked is None else ranked).topk(TOP_K).indices
-        state = method.update(state, observe(method, state, route(logits, experts, gate)))
-        if step % 1000 == 0 or step == steps:
-            yield step, state
+        return method.update(state, observe(method, state, route(logits, experts, gate)))
+
+    favoured = [fixed]
+    if kind != CLOSED[0]:
+        favoured = [fixed + 8.0 * torch.eye(EXPERTS)[i // 500] for i in range(500 * EXPERTS)]
+    yield from _live(step, method.init(EXPERTS), favoured, steps)
+
+
+def _live(
+    step: Callable[[Any, Any], Any], state: Any, given: Sequence[Any], steps: int
+) -> Iterator[tuple[int, Any]]:
+    """Step after step, with what is given in turn; as a graph, which spares Python's time."""
+    if not tree_leaves(state):
+        yield steps, state
+        return
+    leaves, form = tree_flatten(state)
+    inputs = [tree_leaves(each) for each in given]
+    _, shape = tree_flatten(given[0])
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        old, new = list(tensors[: len(leaves)]), list(tensors[len(leaves) :])
+        return tree_leaves(step(tree_unflatten(old, form), tree_unflatten(new, shape)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather export, which costs Python each step
+        graph = make_fx(lambda *tensors: flat(*tensors))(*leaves, *inputs[0])
+        run = torch.jit.freeze(torch.jit.trace(graph, (*leaves, *inputs[0])).eval())
+        for number in range(1, steps + 1):
+            leaves = run(*leaves, *inputs[(number - 1) % len(inputs)])
+            if number % 1000 == 0 or number == steps:
+                yield number, tree_unflatten(list(leaves), form)
 
 
 def life(method: Method, steps: int, *, closed: bool) -> Life:
@@ -146,8 +171,7 @@ def life(method: Method, steps: int, *, closed: bool) -> Life:
     state: Any = ()
     for step, state in live_open(method, steps, torch.float32):
         finite &= all(bool(x.isfinite().all()) for x in tensors(state))
-        price = torch.vmap(method.selection_price)(state) if has_price(method) else None
-        if price is not None and step in (*MARKS, steps):
+        for price in held_prices(state) if step in MARKS else ():
             for kind, most in zip(OPEN, price.abs().amax(-1).tolist(), strict=True):
                 prices.setdefault(kind, []).append(most)
     *_, (_, exact) = live_open(method, steps, torch.float64)
@@ -155,20 +179,22 @@ def life(method: Method, steps: int, *, closed: bool) -> Life:
         pairs = [(a[row], b[row]) for a, b in zip(tensors(state), tensors(exact), strict=True)]
         largest[kind] = max((a.abs().max().item() for a, _ in pairs), default=0.0)
         drift[kind] = max((_off(a, b) for a, b in pairs), default=0.0)
-    for kind in CLOSED if closed and has_price(method) else ():
+    for kind in CLOSED if closed and held_prices(state) else ():
         for step, state in live_closed(method, kind, steps):
             finite &= all(bool(x.isfinite().all()) for x in tensors(state))
-            if step in (*MARKS, steps):
-                prices.setdefault(kind, []).append(
-                    method.selection_price(state).abs().max().item()  # type: ignore[union-attr]
-                )
+            for price in held_prices(state) if step in MARKS else ():
+                prices.setdefault(kind, []).append(price.abs().max().item())
         largest[kind] = max(x.abs().max().item() for x in tensors(state))
     return Life(finite, largest, prices, drift)
 
 
-def has_price(method: Method) -> bool:
-    """Whether it integrates a price on the choice."""
-    return method.traits.has_selection_price
+def held_prices(state: Any) -> list[Tensor]:
+    """The prices on the choice that a state integrates."""
+    if isinstance(state, Tensor):
+        return []
+    if "price" in getattr(state, "_fields", ()):
+        return [state.price]
+    return [price for part in state for price in held_prices(part)]
 
 
 def distinct() -> dict[str, tuple[Method, list[str]]]:
@@ -179,7 +205,7 @@ def distinct() -> dict[str, tuple[Method, list[str]]]:
         if not tensors(state):
             continue
         key = b"".join(x.contiguous().numpy().tobytes() for x in tensors(state))
-        key += str(has_price(method)).encode()
+        key += str(method.traits.selects).encode()
         found.setdefault(key, (name, method, []))[2].append(name)
     return {name: (method, names) for name, method, names in found.values()}
 
@@ -230,7 +256,7 @@ def main() -> None:
     different = distinct()
     with_state = sum(len(names) for _, names in different.values())
     lives: dict[str, Any] = {}
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
         for name, found in zip(different, pool.map(whole_life, different), strict=True):
             lives[name] = {"names": different[name][1], **found._asdict()}
             results = {"steps": STEPS, "stateless": len(METHODS) - with_state, "lives": lives}
@@ -241,10 +267,10 @@ def main() -> None:
 def whole_life(name: str) -> Life:
     """All steps of a method, in a process of its own."""
     torch.set_num_threads(1)
-    with torch.inference_mode():
+    with torch.no_grad():
         return life(METHODS[name], STEPS, closed=True)
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
+    with torch.no_grad():
         main()
