@@ -77,6 +77,11 @@ def odd_tensors(draw: st.DrawFn) -> Tensor:
     return torch.full(shape, draw(st.integers(-9, 9)) if whole else value, dtype=kind)
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "Tables of odd tensors, numbers and words in the place of a state",
+    "refused: whole; or it trains on, finite",
+)
 @fuzz("saved states: tables with odd tensors, numbers and words", 150)
 @given(st.data())
 def test_a_spoilt_state_is_refused_whole_or_trains(data: st.DataObject) -> None:
@@ -114,6 +119,11 @@ def hurt(data: st.DataObject, content: bytes) -> bytes:
     return content[:place] + new + content[place + (len(new) if what == "change" else 0) :]
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A state file with bytes cut off, changed or put in",
+    "refused: the state stays; or it trains on, finite",
+)
 @fuzz("state files: bytes cut off, changed or put in", 150)
 @given(st.data())
 def test_a_hurt_state_file_is_refused_or_trains(
@@ -141,6 +151,11 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"), "phi", steps=20, experts=4) / LOG_NAME
 
 
+@pytest.mark.survives(
+    "Files and pages",
+    "A run log with bytes cut off, changed or put in",
+    "refused: by name; or it is read",
+)
 @fuzz("run logs: bytes cut off, changed or put in", 150)
 @given(st.data())
 def test_a_hurt_log_is_read_or_refused_by_name(log: Path, data: st.DataObject) -> None:
@@ -178,6 +193,11 @@ WHOLE: dict[str, Any] = {
 }
 
 
+@pytest.mark.survives(
+    "Files and pages",
+    "A recipe with odd keys and values",
+    "refused: by name and key",
+)
 @fuzz("recipes: tables with odd keys and values", 250)
 @given(st.data())
 def test_an_odd_recipe_is_read_or_refused_by_name(data: st.DataObject) -> None:
@@ -222,6 +242,11 @@ PHRASES = st.one_of(
 )
 
 
+@pytest.mark.survives(
+    "Files and pages",
+    "A method in odd words",
+    "refused: with what is possible",
+)
 @fuzz("method words: from letters, words and calls", 600)
 @given(PHRASES)
 def test_words_are_a_method_that_its_repr_builds_again_or_are_refused(words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,11 @@ def plans(draw: st.DrawFn) -> Plan:
     return plan
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "Any rank crashes, repeats, skips, reorders, inserts or loads, in loops made at random",
+    "error: on every rank, or the right sums on all",
+)
 @fuzz("rank protocol: loops that crash, repeat, skip, reorder, drop or load", 300)
 @given(plans())
 def test_every_run_ends_in_the_right_sums_or_in_an_error_on_every_rank(plan: Plan) -> None:
