@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moebalance.core import step as ledger
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface import state_file
@@ -172,6 +174,22 @@ def test_every_rank_errs_when_one_of_them(fault, optimizer):
         # Every step that ended had the 10 tokens of each rank, and the failed one moved no price.
         assert set(rank.tokens) == {30}
         assert torch.equal(rank.layers["a"].price, rank.price)
+
+
+@pytest.mark.parametrize(("act", "sound"), [(twice, 3), (skipped, 2), (dropped, 2)])
+def test_on_another_device_every_rank_errs_a_step_later_and_no_price_has_moved(
+    act, sound, monkeypatch
+):
+    """A CUDA device decides itself whether sums may move the state; the host reads that later."""
+    event = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(ledger, "_send", lambda verdict: verdict._replace(arrived=event))
+    ranks = [Rank(number) for number in range(3)]
+    with town(3) as group:
+        answers = group.run(lambda n: ranks[n].train(act if n == 1 else None))
+    for rank, answer in zip(ranks, answers, strict=True):
+        assert "not in the same step: ranks 0, 2: step " in str(answer)
+        moved = rank.layers["a"].price.abs()
+        torch.testing.assert_close(moved, torch.full((4,), 0.001 * sound))
 
 
 @pytest.mark.survives(
