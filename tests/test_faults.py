@@ -144,6 +144,11 @@ def refusals(cases: dict[str, Mismatch]) -> Refusals:
     return found
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "Ranks differ in method, hyper-parameters, layers, their order or number, steps or metrics",
+    "refused: on every rank before the first message, with the ranks and the difference",
+)
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_ranks_that_balance_different_things_are_refused_on_every_one_of_them(case, two):
     for rank in two:
@@ -222,22 +227,42 @@ def tokens(balancing: Balancing) -> float:
     return balancing.metrics()["tokens"]
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "A rank is not in the group that it was given",
+    "refused: on that rank",
+)
 def test_a_rank_outside_of_the_group_it_was_given_does_not_balance_alone(two):
     assert two[0].moments.outsider == ""
     assert "Rank 1 is not in the balancing group" in two[1].moments.outsider
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "All ranks count tokens between `reduce()` and `step()`",
+    "error: the step's sums are dropped, and the next step is sound",
+)
 def test_tokens_that_come_too_late_for_the_message_are_not_lost_in_silence(two):
     for rank in two:
         assert "between reduce() and step() in step 1" in rank.moments.late
         assert rank.moments.after_late == 12
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "All ranks load a state, or call `discard()`, with the message under way",
+    "goes on: with the next step's tokens alone",
+)
 def test_a_message_under_way_is_forgotten_with_its_step(two):
     for rank in two:
         assert rank.moments.after_load == [6, 6]
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "One rank loads a state of the step that all are in",
+    "goes on: after one comparison",
+)
 def test_a_load_on_one_rank_of_the_step_that_all_are_in_is_compared_once_and_goes_on(two):
     for rank in two:
         counted, first, second = rank.moments.after_load_alone
@@ -286,6 +311,11 @@ def batch(step: int, sequences: int) -> Tensor:
     return torch.randn(sequences, 4, WIDTH, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "One rank has NaN logits",
+    "error: on every rank, with layer, rank and step",
+)
 @pytest.mark.parametrize("early", [False, True], ids=["", "reduced early"])
 @pytest.mark.parametrize("all_metrics", [True, False], ids=["all metrics", "own metrics"])
 @pytest.mark.parametrize("method", METHODS)
@@ -333,6 +363,11 @@ def wait_in_vain(timeout_s: float = 1) -> tuple[str, float]:
     return refusal(balancing, RuntimeError), time.monotonic() - start
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "One rank forgets `step()` once, in a real training loop of two processes",
+    "error: on every rank in seconds, with each rank's step and batches",
+)
 def test_a_rank_that_forgets_step_stops_all_of_them_in_seconds(two):
     for rank in two:
         said, seconds = rank.skipped
@@ -340,6 +375,11 @@ def test_a_rank_that_forgets_step_stops_all_of_them_in_seconds(two):
         assert seconds < COLLECTIVE_S / 4
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "One rank is stuck",
+    "error: on the others at the timeout, with step and layers",
+)
 def test_a_rank_that_waits_for_a_stuck_one_is_told_the_step_and_the_layers(two):
     said, seconds = two[0].stuck
     assert re.search("Waited [12] s for the other ranks to send their sums of a, b in step 2", said)

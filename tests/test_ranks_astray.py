@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moebalance.core import step as ledger
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
+from moebalance.integrations.huggingface import state_file
 from moebalance.methods import LossFree
 from moebalance.routing import Sums
 from threads import town
@@ -150,6 +153,12 @@ FAULTS = {
 }
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "One rank calls `step()` twice, skips it, calls `reduce()` without it, drops a step by "
+    "`discard()`, counts late, or loads an earlier step",
+    "error: on every rank at the first message that would mix steps, with who is where",
+)
 @pytest.mark.parametrize("optimizer", [True, False], ids=["", "without an optimizer"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_rank_errs_when_one_of_them(fault, optimizer):
@@ -167,6 +176,27 @@ def test_every_rank_errs_when_one_of_them(fault, optimizer):
         assert torch.equal(rank.layers["a"].price, rank.price)
 
 
+@pytest.mark.parametrize(("act", "sound"), [(twice, 3), (skipped, 2), (dropped, 2)])
+def test_on_another_device_every_rank_errs_a_step_later_and_no_price_has_moved(
+    act, sound, monkeypatch
+):
+    """A CUDA device decides itself whether sums may move the state; the host reads that later."""
+    event = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(ledger, "_send", lambda verdict: verdict._replace(arrived=event))
+    ranks = [Rank(number) for number in range(3)]
+    with town(3) as group:
+        answers = group.run(lambda n: ranks[n].train(act if n == 1 else None))
+    for rank, answer in zip(ranks, answers, strict=True):
+        assert "not in the same step: ranks 0, 2: step " in str(answer)
+        moved = rank.layers["a"].price.abs()
+        torch.testing.assert_close(moved, torch.full((4,), 0.001 * sound))
+
+
+@pytest.mark.survives(
+    "Ranks",
+    "All ranks skip or drop the same step",
+    "goes on: with equal sums on all",
+)
 def test_ranks_that_all_do_the_same_are_in_the_same_step():
     for act in (skipped, dropped, dropped_under_way):
         with town(2) as group:
@@ -177,6 +207,11 @@ def test_ranks_that_all_do_the_same_are_in_the_same_step():
             assert set(rank.tokens) - {40} == {20}
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "Ranks run different numbers of micro-batches",
+    "goes on: exact",
+)
 def test_ranks_may_run_different_numbers_of_micro_batches_once_an_optimizer_steps():
     def work(number: int) -> Rank:
         rank = Rank(number)
@@ -194,6 +229,11 @@ def test_ranks_may_run_different_numbers_of_micro_batches_once_an_optimizer_step
             assert rank.tokens == [40.0] * 3
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "Ranks count different numbers of batches, and no optimizer steps",
+    "error: on every rank, with the remedy",
+)
 def test_without_an_optimizer_different_numbers_of_batches_are_refused_with_the_remedy():
     def work(number: int) -> None:
         rank = Rank(number, optimizer=False)
@@ -228,6 +268,11 @@ def test_a_step_can_go_on_after_the_ranks_have_erred_in_the_same_step():
         assert group.run(go_on) == [[20.0] * STEPS] * 2
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "A rank ends before the others, or never starts",
+    "error: on the others, with step and layers",
+)
 def test_a_rank_that_never_comes_is_told_by_step_and_layers():
     def work(number: int) -> Rank | None:
         return Rank(number).train() if number else None
@@ -249,6 +294,11 @@ def _leave(_: Rank) -> None:
     raise SystemError
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "A state of four ranks is resumed by 1, 2, 3 or 5",
+    "goes on: bit for bit the same",
+)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_a_state_is_resumed_by_any_number_of_ranks(ranks):
     """Twelve batches a step, shared out over them."""
@@ -276,3 +326,29 @@ def test_a_state_is_resumed_by_any_number_of_ranks(ranks):
             for key, tensor in whole["layers"][name].items():
                 # How many tokens a batch had is of this layout.
                 assert key == "last_step" or torch.equal(state["layers"][name][key], tensor)
+
+
+@pytest.mark.survives(
+    "Killed and resumed",
+    "Many ranks resume from one state file at once (16 threads here; 64 processes by hand: read in "
+    "4 s, three steps after 8 s on two busy cores, `benchmarks/resume.py`)",
+    "goes on: with the same state on all",
+)
+def test_many_ranks_resume_from_one_file_at_once(tmp_path):
+    saved = Rank(0).train().balancing
+    state_file.save(saved, tmp_path)
+
+    def resume(number: int) -> dict:
+        rank = Rank(number)
+        state_file.load(rank.balancing, tmp_path)
+        return rank.train().balancing.state_dict()
+
+    with town(16) as group:
+        states = group.run(resume)
+    for state in states:
+        assert state["steps"] == 2 * STEPS
+        assert all(
+            torch.equal(tensor, states[0]["layers"][name][key])
+            for name in LAYERS
+            for key, tensor in state["layers"][name].items()
+        )

@@ -74,7 +74,7 @@ class Clock:
     """How many training steps the running sums of some layers come from.
 
     Args:
-        layers: those that end their steps together, by name.
+        layers: by name; they end their steps together.
     """
 
     def __init__(self, layers: Mapping[str, LayerBalance]) -> None:

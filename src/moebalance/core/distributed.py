@@ -105,13 +105,18 @@ def waiting(what: str) -> Iterator[None]:
         ) from error
 
 
-def agree(description: dict[str, Any], group: Group) -> None:
+def agree(description: dict[str, Any], group: Group, what: str = "what they balance") -> None:
     """Refuse ranks that balance different things, on every one of them.
+
+    Args:
+        description: of this rank, by what it describes.
+        group: who compares.
+        what: is described, for errors.
 
     Raises:
         RuntimeError: the descriptions differ; says between which ranks and in what.
     """
-    theirs = gather(description, group, f"what they balance in step {description['steps'] + 1}")
+    theirs = gather(description, group, what)
     for rank, other in enumerate(theirs):
         for key, value in theirs[0].items():
             if other[key] != value:

@@ -40,10 +40,10 @@ def check_fit(
             cannot be trained with (`sound.py`).
     """
     check_values(state)
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise ValueError(
-            f"This balancing state has format {state['format']}; this version reads {FORMAT}. "
-            "Use the version of moebalance that wrote it, or start without a state."
+            f"This balancing state has format {str(state['format'])[:60]}; this version reads "
+            f"{FORMAT}. Use the version of moebalance that wrote it, or start without a state."
         )
     if state["method"] != method_name(method):
         raise ValueError(

@@ -275,7 +275,8 @@ class Ledger:
         """Refuse to go on if another rank balances something else, or is in another step."""
         sizes = [(name, layer.num_experts) for name, layer in self.layers.items()]
         mine = {"method": repr(self.method), "layers": sizes, "steps": steps}
-        distributed.agree({**mine, "metrics": self.everything}, group)
+        mine |= {"metrics": self.everything}
+        distributed.agree(mine, group, f"what they balance in step {steps + 1}")
         self._agreed, self._loaded = True, False
 
     def _compare(self, verdict: Verdict, group: Group) -> None:
