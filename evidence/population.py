@@ -61,7 +61,7 @@ def trained_scores(
 
     train = load_texts(recipe, cache_dir=run / "cache").data.train
     order = ordered_indices(train.domains, batch_size=1, num_batches=sequences, seed=_SEED)
-    model = AutoModelForCausalLM.from_pretrained(run / FINAL)
+    model = AutoModelForCausalLM.from_pretrained(run / FINAL, trust_remote_code=False)
     return sequence_scores(model, train.in_order(order))
 
 

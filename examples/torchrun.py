@@ -42,7 +42,7 @@ def train(steps: int, checkpoint: Path) -> None:
     balancing = mb.attach(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device)
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
         for part, name in ((model, "model"), (optimizer, "optimizer"), (balancing, "balancing")):
             part.load_state_dict(saved[name])
     parallel = DistributedDataParallel(model)

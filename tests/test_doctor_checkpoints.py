@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moebalance as mb
 from checkpoints import checkpoint, drop_biases, edit, saved, spread, texts, worst
 from families import tiny, tokens
 from moebalance.lab.doctor import Severity, diagnose
+
+
+class Own(mb.methods.SwitchLoss):
+    """A method of a user."""
+
 
 PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # theirs
 
@@ -155,7 +161,58 @@ def test_the_state_of_another_model_is_an_error(tmp_path: Path) -> None:
     mb.huggingface.save(mb.attach(tiny("olmoe"), mb.PhiBalancing()), folder)
     severity, text = worst(diagnose(folder))
     assert severity is Severity.ERROR
-    assert "the state is of other routers (model.layers.0.mlp.gate and 1 more)" in text
+    assert text.startswith("This balancing state belongs to another model: missing layers ")
+    assert "unknown layers ['model.layers.0.mlp.gate'" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        (mb.PhiBalancing(), "state_mean", -1.0),
+        (mb.LossFree(), "state_price", float("nan")),
+        (mb.LossFree(), "state_price", 1e9),
+        (mb.LossFree(), "state_price", torch.zeros(9)),
+        (mb.methods.Targeted(mb.PhiBalancing(), mb.methods.MaxVio(0.3)), "state_multiplier", 1e14),
+        (mb.LossFree(), "state_price", torch.zeros(8, dtype=torch.float64)),
+        (mb.LossFree(), "state_more", torch.zeros(8)),
+    ],
+    ids=["load", "nan", "huge", "nine experts", "multiplier", "float64", "unknown tensor"],
+)
+def test_the_doctor_refuses_a_state_with_the_words_of_loading_it(
+    tmp_path: Path, method: mb.Method, key: str, value: float | Tensor
+) -> None:
+    folder = saved(tmp_path, "olmoe")
+    balancing = mb.attach(tiny("olmoe"), method)
+    file = mb.huggingface.save(balancing, folder)
+    with safe_open(file, framework="pt") as opened:
+        described = opened.metadata()
+    tensors = load_file(file)
+    name = f"{next(iter(balancing.layers))}/{key}"
+    spoilt = value if isinstance(value, Tensor) else torch.full_like(tensors[name], value)
+    save_file({**tensors, name: spoilt}, file, metadata=described)
+    with pytest.raises(ValueError, match=r"refused|does not fit") as refused:
+        mb.huggingface.load(balancing, folder)
+    found = diagnose(folder)
+    assert found.failed
+    assert worst(found)[1] == str(refused.value)
+
+
+def test_the_state_of_a_part_of_the_routers_is_no_error(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "olmoe")
+    model = tiny("olmoe")
+    first = [site.name for site in mb.huggingface.find_sites(model)][:1]
+    mb.huggingface.save(mb.attach(model, mb.PhiBalancing(), layers=first), folder)
+    found = diagnose(folder)
+    assert not found.failed
+    assert any("the state is of 1 of these routers" in t for t in texts(found, Severity.OK))
+
+
+def test_the_state_of_a_method_that_is_not_ours_is_a_warning(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "olmoe")
+    mb.huggingface.save(mb.attach(tiny("olmoe"), Own(strength=0.1)), folder)
+    severity, text = worst(diagnose(folder))
+    assert severity is Severity.WARNING
+    assert "Balanced by Own(strength=0.1) for 0 steps; this is no method of moebalance" in text
 
 
 # --- Adapters -----------------------------------------------------------------------------------

@@ -111,7 +111,8 @@ def test_a_formula_or_markup_in_a_name_is_only_text(tmp_path):
         runs.append(read_run(tmp_path / str(i)))
     paths = write_figures(runs, tmp_path / "out", ("svg",))
     assert {path.parent for path in paths} == {tmp_path / "out"}
-    drawn = ET.fromstring((tmp_path / "out" / "-up-load.svg").read_bytes())
+    (file,) = (tmp_path / "out").glob("*up-*-load.svg")
+    drawn = ET.fromstring(file.read_bytes())
     texts = {"".join(node.itertext()) for node in drawn.iter() if node.tag.endswith("text")}
     assert {r"$\frac{", "<b>&amp;", "_hidden"} <= texts
 

@@ -11,7 +11,7 @@ from cases import METHODS, plain_top_k
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import check_values
-from moebalance.methods import LossFree, PhiBalancing, Together
+from moebalance.methods import LossFree, MaxVio, PhiBalancing, Targeted, Together
 from moebalance.routing import measure
 
 BOTH = Together(PhiBalancing(strength=0.1, rate=0.5), LossFree())
@@ -103,3 +103,89 @@ def test_what_a_method_saved_itself_is_taken_up(name):
     new = handle(method)
     new.load_state_dict(trained(method).state_dict())
     assert new.steps == 1
+
+
+LIMITED = {
+    "a mean load below 0": ("phi-hard", "state_mean", -1.0),
+    "a mean load that adds up to 8": ("phi-hard", "state_mean", 1.0),
+    "a weight above 1": ("phi-hard", "state_weight", 2.0),
+    "a negative weight": ("phi-hard", "state_weight", -0.5),
+    "a negative square": ("phi-adaptive-memory", "state_near_mean", -1.0),
+    "a multiplier of 1e14": ("phi-targeted", "state_multiplier", 1e14),
+    "a multiplier above λ": ("phi-targeted", "state_multiplier", 5.0),
+    "a negative multiplier": ("phi-targeted", "state_multiplier", -1.0),
+    "a λ of 1e14": ("phi-targeted", "state_log_dual", 32.0),
+    "a λ of 1e-14": ("phi-targeted", "state_log_dual", -32.0),
+    "an endless recent v": ("phi-targeted", "state_lately", 1e14),
+    "a goal's load below 0": ("phi-targeted", "state_load_mean", -1.0),
+    "fewer than 0 tokens": ("phi-warmed-up", "state_tokens", -5.0),
+    "a price in nats": ("loss-free-nats", "state_price", 1e14),
+    "a price in affinities": ("loss-free", "state_price", 1e14),
+    "a momentum": ("smebu", "state_momentum", 1e14),
+    "a part of a composition": ("phi-and-loss-free", "state_0_mean", -1.0),
+    "an inner price": ("loss-free-scheduled", "state_inner_price", -1e14),
+    "fewer than 0 tokens in the last step": ("phi-hard", "last_step", -3.0),
+}
+
+
+@pytest.mark.parametrize("case", LIMITED)
+def test_a_value_that_no_training_leaves_behind_is_refused(case):
+    name, key, value = LIMITED[case]
+    state = trained(METHODS[name]).state_dict()
+    state["layers"]["a"][key].fill_(value)
+    with pytest.raises(ValueError, match="refused: "):
+        handle(METHODS[name]).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="is refused"):
+        handle(METHODS[name]).layers["a"].load_state_dict(state["layers"]["a"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", [1e14, -1e14])
+def test_no_tensor_of_any_method_loads_with_a_value_beyond_all_training(name, value):
+    saved = trained(METHODS[name]).state_dict()
+    for key in set(saved["layers"]["a"]) - {"last_step"}:
+        state = copy.deepcopy(saved)
+        state["layers"]["a"][key].fill_(value)
+        if key.endswith("tokens") and value > 0:
+            continue  # so many tokens can be seen
+        if key.endswith(("near_mean", "far_mean")) and value > 0:
+            continue  # a square has no bound of its own
+        with pytest.raises(ValueError, match="refused: "):
+            handle(METHODS[name]).load_state_dict(state)
+
+
+def test_a_multiplier_above_a_ceiling_that_was_lowered_comes_down_with_the_next_step():
+    high = Targeted(PhiBalancing(strength=0.1), MaxVio(0.3), ceiling=30.0)
+    state = trained(high).state_dict()
+    state["layers"]["a"]["state_log_dual"].fill_(3.0)
+    state["layers"]["a"]["state_multiplier"].fill_(20.0)
+    low = handle(Targeted(PhiBalancing(strength=0.1), MaxVio(0.3), ceiling=2.0))
+    low.load_state_dict(state)
+    routing = plain_top_k(torch.randn(16, 8), 2)
+    low.layers["a"].count(measure(routing))
+    low.step()
+    assert low.layers["a"].state.multiplier.item() <= 2.0 + 1e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_long_run_of_lopsided_batches_leaves_a_state_that_loads(name):
+    method = METHODS[name]
+    balancing = handle(method)
+    layer = balancing.layers["a"]
+    logits = torch.zeros(16, 8)
+    logits[:, 0] = 30.0
+    for _ in range(60):
+        routing = plain_top_k(logits, 2)
+        layer.count(measure(routing, method.extra(layer.state, routing)))
+        balancing.step()
+    new = handle(method)
+    new.load_state_dict(balancing.state_dict())
+    assert new.steps == 60
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e14, -1e14])
+def test_a_models_own_selection_bias_that_no_choice_can_be_made_under_is_refused(value):
+    layer = handle(LossFree()).layers["a"]
+    with pytest.raises(ValueError, match=r"selection bias of a is refused: it (has|goes)"):
+        layer.adopt(torch.full((8,), value))
+    assert not layer.price.any()

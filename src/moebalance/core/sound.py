@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import Method, State, observe
-from moebalance.routing import Batch, route
+from moebalance.methods.base import MOST_PRICE, Method, State, beyond, observe
+from moebalance.routing import Batch, Routing, route
 
 MOST = 1e15
 """Above every sum of a training run, and its square is still a float32."""
 
-MOST_PRICE = 1e6
-"""Added to such a price, an affinity of 0.1 is rounded away in float32."""
+COUNTS = "last_step"
+"""The one tensor of a layer that has nothing to do with its experts: tokens and batches."""
 
 MOST_STEPS = 2**53
 """Whole numbers below it are exact in float64."""
@@ -44,9 +44,24 @@ def tensors_problem(tensors: Any, own: Mapping[str, Tensor] | None = None) -> st
     for name, tensor in tensors.items():
         needed = own[name].dtype if own is not None and name in own else torch.float32
         problem = _problem(tensor, needed)
+        if not problem and name == COUNTS and bool((tensor < 0).any()):
+            problem = "counts fewer than 0 tokens or batches"
         if problem:
             return f"its {name} {problem}. {_TRAIN_AGAIN}"
     return ""
+
+
+def check_price(price: Tensor, name: str) -> None:
+    """Refuse a model's own selection price (E,) that no choice can be made under.
+
+    Raises:
+        ValueError: it is not finite, or larger than `MOST_PRICE`.
+    """
+    problem = "" if price.is_meta else _problem(price.float(), torch.float32)
+    if not problem and not price.is_meta:
+        problem = beyond("", price).strip()
+    if problem:
+        raise ValueError(f"The selection bias of {name} is refused: it {problem}. {_TRAIN_AGAIN}")
 
 
 def _problem(tensor: Any, needed: torch.dtype) -> str:
@@ -63,10 +78,16 @@ def _problem(tensor: Any, needed: torch.dtype) -> str:
 
 
 def trial_problem(method: Method, state: State, gate: Gate, num_experts: int) -> str:
-    """What goes wrong if a method prices and ends an even batch from a state; empty if nothing.
+    """What goes wrong if a method goes on from a state; empty if nothing.
 
-    It finds what no look at the tensors alone can: for example a price that decides every choice.
+    The parts of the state judge themselves first (`problem()`, where they have it). Then the method
+    prices and ends an even and a lopsided batch, which finds what no look at the tensors alone can:
+    for example a price that decides every choice.
     """
+    for part in _parts(state):
+        found = part.problem() if hasattr(part, "problem") else ""
+        if found:
+            return f"{found}. {_TRAIN_AGAIN}"
     for what, value in _trial(method, state, gate, num_experts):
         if not bool(torch.isfinite(value).all()):
             return f"{what} would be NaN or infinite under it. {_TRAIN_AGAIN}"
@@ -81,19 +102,32 @@ def trial_problem(method: Method, state: State, gate: Gate, num_experts: int) ->
 def _trial(
     method: Method, state: State, gate: Gate, num_experts: int
 ) -> Iterator[tuple[str, Tensor]]:
+    own = torch.arange(num_experts).unsqueeze(-1)  # (T,1), token t to expert t
     with torch.device("cpu"), torch.no_grad():
-        experts = torch.arange(num_experts).unsqueeze(-1)  # (T,1), token t to expert t
-        routing = route(torch.zeros(num_experts, num_experts), experts, gate)
-        sums = observe(method, state, routing)
-        batch = Batch(routing, sums, sums)
-        named = {
-            "the selection price": method.selection_price(state),
-            "the price in the loss": method.loss_price(state, batch),
-            "the router's gradient": method.penalty_gradient(state, batch),
-        }
-        yield from ((what, value) for what, value in named.items() if value is not None)
-        for value in leaves(method.update(state, sums)):
-            yield "the next state", value
+        for experts in (own, torch.zeros_like(own)):
+            logits = torch.zeros(num_experts, num_experts).scatter(-1, experts, 4.0)
+            yield from _tried(method, state, route(logits, experts, gate))
+
+
+def _tried(method: Method, state: State, routing: Routing) -> Iterator[tuple[str, Tensor]]:
+    sums = observe(method, state, routing)
+    batch = Batch(routing, sums, sums)
+    named = {
+        "the selection price": method.selection_price(state),
+        "the price in the loss": method.loss_price(state, batch),
+        "the router's gradient": method.penalty_gradient(state, batch),
+    }
+    yield from ((what, value) for what, value in named.items() if value is not None)
+    for value in leaves(method.update(state, sums)):
+        yield "the next state", value
+
+
+def _parts(state: State) -> Iterator[Any]:
+    """A nested state and the states in it, from the outside in."""
+    if not isinstance(state, Tensor):
+        yield state
+        for part in state:
+            yield from _parts(part)
 
 
 def leaves(state: State) -> Iterator[Tensor]:

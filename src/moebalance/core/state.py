@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moebalance.core.layer import LayerBalance
-from moebalance.core.sound import steps_problem, tensors_problem
+from moebalance.core.sound import COUNTS, steps_problem, tensors_problem
 from moebalance.methods.base import Method, inner_methods
 from moebalance.methods.lineage import Lineage
 
@@ -16,9 +16,6 @@ logger = logging.getLogger("moebalance")
 
 FORMAT = 3
 """Version of the layout of `Balancing.state_dict`; 3 numbers the parts of `Together`."""
-
-_COUNTS = "last_step"
-"""The one tensor of a layer that has nothing to do with its experts."""
 
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """How torch's compiler, activation checkpointing and FSDP1 call what they wrap."""
@@ -43,10 +40,10 @@ def check_fit(
             cannot be trained with (`sound.py`).
     """
     check_values(state)
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise ValueError(
-            f"This balancing state has format {state['format']}; this version reads {FORMAT}. "
-            "Use the version of moebalance that wrote it, or start without a state."
+            f"This balancing state has format {str(state['format'])[:60]}; this version reads "
+            f"{FORMAT}. Use the version of moebalance that wrote it, or start without a state."
         )
     if state["method"] != method_name(method):
         raise ValueError(
@@ -65,7 +62,7 @@ def check_fit(
         saved = {key: tuple(tensor.shape) for key, tensor in state["layers"][name].items()}
         if parents is not None:
             lineages[name] = lineage = _lineage(parents, name, layer, saved)
-            own |= {key: _then(own[key], lineage) for key in own if key != _COUNTS}
+            own |= {key: _then(own[key], lineage) for key in own if key != COUNTS}
         if own != saved:
             raise ValueError(
                 f"This balancing state does not fit {name}: saved {saved}, needed {own}. "
@@ -100,7 +97,8 @@ def check_values(state: Mapping[str, Any]) -> None:
                 f"Not a balancing state: it has no {key!r} (keys: {sorted(state, key=str)[:9]}). "
                 "Give what Balancing.state_dict() returned."
             )
-    problem = steps_problem(state["steps"])
+    words = [key for key in ("method", "method_repr") if not isinstance(state[key], str)]
+    problem = f"its {words[0]} is no text." if words else steps_problem(state["steps"])
     if not problem and not isinstance(state["layers"], Mapping):
         problem = f"its layers are {type(state['layers']).__name__}, not a table by name."
     if problem:
@@ -109,6 +107,39 @@ def check_values(state: Mapping[str, Any]) -> None:
         problem = tensors_problem(tensors)
         if problem:
             raise ValueError(f"The balancing state of {name} is refused: {problem}")
+
+
+def plain_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A model's weights without balancing state, for the same model without our routers.
+
+    A selection price is state, too, so the model goes on with its own choice.
+
+    Args:
+        model: the model, wrapped or not, with `BalancedRouter`s or `CountAndCharge`s.
+        state_dict: its state dict, where you already have one, for example from
+            `get_model_state_dict` of a sharded model; None for `model.state_dict()`.
+
+    >>> import moebalance as mb
+    >>> router = mb.BalancedRouter(mb.LossFree(), num_experts=4, top_k=2)
+    >>> model = nn.ModuleDict({"gate": nn.Linear(3, 4, bias=False), "router": router})
+    >>> list(mb.plain_state_dict(model))
+    ['gate.weight']
+    """
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    ours = {
+        _bare_key(f"{name}.{buffer}")
+        for name, module in model.named_modules()
+        if isinstance(module, LayerBalance)
+        for buffer in module._buffers
+    }
+    return {key: value for key, value in state_dict.items() if _bare_key(key) not in ours}
+
+
+def _bare_key(key: str) -> str:
+    """A key without the names of wrappers, which stand in some state dicts and not in others."""
+    return ".".join(word for word in key.split(".") if word and word not in {*_WRAPPED, "module"})
 
 
 def _lineage(
@@ -123,7 +154,7 @@ def _lineage(
             f"parents names those of {len(parents)} experts, but {name} has {layer.num_experts}: "
             "give one entry for each."
         )
-    lengths = {shape[0] for key, shape in saved.items() if shape and key != _COUNTS}
+    lengths = {shape[0] for key, shape in saved.items() if shape and key != COUNTS}
     named = [p for each in parents for p in (each if isinstance(each, Sequence) else (each,))]
     # Of a method without memory nothing says how many there were, and nothing depends on it.
     return Lineage.of(parents, max(lengths) if lengths else 1 + max(named, default=0))

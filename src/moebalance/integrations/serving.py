@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebalance.files import write_text
 from moebalance.runlog import Run, read_run
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def save_sglang(source: Source, path: Path | str, *, num_layers: int | None = No
     if path.suffix != ".json":
         raise ValueError(f"{path}: SGLang reads loads from a name that ends in .json.")
     rows = _rows(expert_counts(source), num_layers)
-    path.write_text(json.dumps({"logical_count": rows}), encoding="utf-8")
+    write_text(path, json.dumps({"logical_count": rows}))
     return path
 
 

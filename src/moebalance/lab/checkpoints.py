@@ -1,18 +1,35 @@
 """Folders with weights: a run's own checkpoints, and the one that fine-tuning starts from."""
 
 import hashlib
-import json
 import logging
 import pickle
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.trainer_pt_utils import safe_globals
 
+from moebalance.files import first_line
 from moebalance.integrations.huggingface import STATE_FILE
+from moebalance.integrations.huggingface.scan import files_of, read_table
 from moebalance.integrations.huggingface.sharded import is_distributed, missing_part
 
 logger = logging.getLogger(__name__)
+
+CONSTRUCTION_ERRORS = (
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
+"""What a model's own code may raise on a configuration that does not suit it."""
 
 _BLOCKS, _BLOCK_BYTES = 64, 16384
 
@@ -53,6 +70,30 @@ def checkpoint_folder(checkpoint: str) -> Path:
     return folder
 
 
+def read_configuration(path: Path) -> PreTrainedConfig:
+    """Read a model's configuration; code that comes with it is never run.
+
+    Raises:
+        ValueError: Transformers does not know the kind of model, or cannot read it.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(path),
+            local_files_only=True,
+            trust_remote_code=False,  # else it may ask on stdin
+        )
+    except CONSTRUCTION_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"Transformers cannot read {path}: its config.json names code of its own "
+                "(auto_map), which moebalance never runs. Take a release of Transformers that "
+                "knows this kind of model; or load the model in a program of your own, if you "
+                "trust its code, and give it to moebalance.attach."
+            ) from error
+        raise ValueError(f"Transformers cannot read {path}: {error}") from error
+    return config
+
+
 def fingerprint(folder: Path) -> str:
     """Hex digest of a checkpoint: its configuration, and samples of its weights.
 
@@ -90,34 +131,46 @@ def _damage(checkpoint: Path) -> str | None:
     needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", STATE_FILE]
     weights = _weights(checkpoint)
     try:
-        if not any(checkpoint.glob("rng_state*.pth")):  # one for each rank that there was
+        states = sorted(checkpoint.glob("rng_state*.pth"))  # one for each rank that there was
+        if not states:
             return "rng_state.pth is missing"
+        for problem in map(_unreadable, states):
+            if problem:
+                return problem
         if is_distributed(checkpoint):
-            json.loads((checkpoint / "trainer_state.json").read_text())
+            read_table(checkpoint / "trainer_state.json")
             return missing_part(checkpoint)
         for index in checkpoint.glob("*.index.json"):
-            needed += set(json.loads(index.read_text())["weight_map"].values())
+            needed += files_of(index)
         for name in needed:
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
         if not weights:
             return "model.safetensors is missing"
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        read_table(checkpoint / "trainer_state.json")
         for path in (*weights, checkpoint / STATE_FILE):
             with safe_open(path, framework="pt") as file:
                 file.keys()
-        # Reading is the test: a truncated archive raises here.
-        torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            if problem := _unreadable(checkpoint / name):
+                return problem
     except (
         OSError,
         KeyError,
         ValueError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
         SafetensorError,
     ) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why a file of torch cannot be read; reading is the test, and a truncated one fails."""
+    try:
+        with safe_globals():  # type: ignore[no-untyped-call]
+            torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        return f"{path.name} cannot be read: {first_line(error)}"
     return None
 
 

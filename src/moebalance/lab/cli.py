@@ -24,7 +24,7 @@ from typing import Annotated, Any, ParamSpec
 try:
     import typer
     from rich.logging import RichHandler
-    from rich.markup import escape
+    from rich.text import Text
     from typer.core import TyperCommand, TyperGroup
 except ModuleNotFoundError as missing:
     sys.exit(f"The command line needs {missing.name}: pip install 'moebalance[train]'.")
@@ -100,7 +100,8 @@ def command(function: Callable[_P, None]) -> Callable[_P, None]:
             FloatingPointError,
             ImportError,
         ) as error:
-            errors.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            words = Text.assemble(("Error:", "red"), f" {error}")
+            errors.print(words, soft_wrap=True, highlight=False)
             raise typer.Exit(2) from None
 
     return app.command(cls=_Command)(in_words)

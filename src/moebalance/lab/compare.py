@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from moebalance.lab.identity import differences, identify, recipe_method
+from moebalance.lab.lock import alone_in
 from moebalance.lab.recipe import FINAL, Recipe
 from moebalance.lab.workers import Job, Progress, run_jobs
 from moebalance.runlog import Run, read_run
@@ -43,7 +44,15 @@ def compare(
 
     Raises:
         RuntimeError: a run failed; the others are finished first and stay.
+        ValueError: another process is at work in the folder.
     """
+    with alone_in(folder):
+        return _compare(recipe, folder, workers, progress)
+
+
+def _compare(
+    recipe: Recipe, folder: Path, workers: int | None, progress: Progress | None
+) -> list[Run]:
     # Imported here: reading a plan takes no model library.
     from moebalance.lab.inputs import load_texts
 

@@ -1,15 +1,16 @@
 """Tables, verdicts and diagnoses for a terminal of any width."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 
+from moebalance.cleaning import for_path, for_terminal
 from moebalance.runlog import LOG_NAME, Run, find_runs
 
 if TYPE_CHECKING:
@@ -18,12 +19,30 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 
-console, errors = Console(), Console(stderr=True)
+
+class Terminal(Console):
+    """A console whose text is plain: no markup, and no character that does anything.
+
+    All that this package prints goes through one, so a name in a log or a model cannot act.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Clean what is printed; what moves bars is rich's own, and is marked as such."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=for_terminal(segment.text))
+
+
+console, errors = Terminal(), Terminal(stderr=True)
 
 
 def say(text: str) -> None:
     """Print a line as it is, never wrapped: it can be clicked, copied or piped at any width."""
-    console.print(escape(text), soft_wrap=True, highlight=False)
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 def counted(number: int, noun: str) -> str:
@@ -54,7 +73,9 @@ def show(runs: list[Run], page: Path) -> None:
         cells = [[_cell(row, key, digits) for _, key, digits in told] for row in here]
         _print_table(section.title, *_fitting([c[0] for c in told], cells))
     for section in sections:
-        console.print(f"[bold]{escape(section.title)}[/]: {escape(section.verdict)}")
+        words = console.render_str(f"{section.title}: {section.verdict}")
+        words.stylize("bold", 0, len(section.title))
+        console.print(words)
         if section.before_after is not None:
             _show_before_after(section.before_after)
     say(f"Report: {write_report(runs, page).resolve()}")
@@ -109,7 +130,7 @@ def _show_before_after(found: "BeforeAfter") -> None:
         rows.append([line.label, *texts])
     _print_table("before and after", ["", *short], rows)
     if found.verdict:
-        console.print(escape(found.verdict))
+        console.print(found.verdict)
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -119,7 +140,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
         justify, overflow = ("right", "ellipsis") if i else ("left", "fold")
         table.add_column(column, justify=justify, no_wrap=i > 0, overflow=overflow)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
 
 
@@ -155,7 +176,7 @@ def save_extras(
         say(f"Markdown: {write_markdown(runs, markdown, f'Results: {names}')}")
     if archive is not None:
         for run in runs:
-            copy(run, archive / run.batching / run.path.parent.name)
+            copy(run, archive / for_path(run.batching) / for_path(run.path.resolve().parent.name))
         say(f"Archived {counted(len(runs), 'log')} in {archive}")
 
 
@@ -195,7 +216,7 @@ def show_diagnosis(target: str, missing: "Missing | None" = None) -> bool:
         model = doctor.diagnose(target)
         texts = [doctor.render(model, width=console.width)]
         severities = [str(finding.severity) for finding in model.findings]
-    console.print("\n\n".join(texts), markup=False, highlight=False)
+    console.print("\n\n".join(texts), highlight=False)
     return "error" in severities
 
 

@@ -4,7 +4,6 @@
 fixes the data order, and the first factors of LoRA.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -12,13 +11,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import transformers
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moebalance import Balancing, attach
+from moebalance.files import writing
 from moebalance.integrations.huggingface import STATE_FILE, check_export, find_sites, load, save
-from moebalance.lab.checkpoints import checkpoint_folder
+from moebalance.integrations.huggingface.state_file import read
+from moebalance.lab.checkpoints import checkpoint_folder, read_configuration
 from moebalance.lab.inputs import check_keys
 from moebalance.lab.recipe import FINAL, LoraSpec, Recipe
 from moebalance.lab.text.tokens import Tokenizer
@@ -91,17 +91,24 @@ def save_final(
         with TemporaryDirectory() as aside:
             model.save_pretrained(aside, is_main_process=False)
         return final
+    with writing(final):
+        _write_final(model, balancing, tokenizer, partial)
+    shutil.rmtree(final, ignore_errors=True)
+    return partial.rename(final)
+
+
+def _write_final(
+    model: PreTrainedModel, balancing: Balancing, tokenizer: Tokenizer, partial: Path
+) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     save(balancing, partial)
     try:
         check_export(model, balancing)
     except ValueError as error:  # said, not refused: with its state the folder is whole
-        logger.warning("%s: %s", final, error)
+        logger.warning("%s: %s", partial.with_name(FINAL), error)
     balancing.detach(keep_price=not balancing.price_outside)
     model.save_pretrained(partial)
     tokenizer.save_beside(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    return partial.rename(final)
 
 
 def _load(recipe: Recipe, folder: Path, weights: Path) -> PreTrainedModel:
@@ -109,11 +116,7 @@ def _load(recipe: Recipe, folder: Path, weights: Path) -> PreTrainedModel:
     experts = keys.pop("experts_implementation", None)
     # Updates of 2e-5 vanish in a bfloat16 weight: train in float32 whatever the file holds.
     dtype = keys.pop("dtype", "float32")
-    config = AutoConfig.from_pretrained(
-        folder,
-        local_files_only=True,
-        trust_remote_code=False,  # else it may ask on stdin
-    )
+    config = read_configuration(folder)
     kind = config.model_type
     if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
@@ -180,8 +183,10 @@ def _earlier_state(model: PreTrainedModel, method: Method, folder: Path) -> dict
 
 def _priced_selection(path: Path) -> bool:
     """Whether the saved method chose experts under a price, which the weights are used to."""
-    with safe_open(path, framework="pt") as file:
-        method = json.loads(file.metadata()["moebalance"])["method"]
+    try:
+        method = str(read(path.parent)["method"])
+    except (ValueError, KeyError):
+        return False
     kinds = method_classes().values()
     return any(kind().traits.has_selection_price for kind in kinds if kind.__name__ in method)
 

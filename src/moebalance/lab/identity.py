@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moebalance.files import loads, writing
 from moebalance.lab.recipe import Recipe
 from moebalance.methods import Method
 from moebalance.runlog import Row, Run, read_run
@@ -108,13 +110,15 @@ def _short(value: Any) -> str:
 
 def log_longer(path: Path, recipe: Recipe) -> None:
     """Write the new number of steps into the header of a log, and keep the earlier ones there."""
-    first, rest = path.read_bytes().split(b"\n", 1)
-    header = json.loads(first)
-    header["earlier_steps"] = [*header.get("earlier_steps", []), header.get("steps")]
-    header |= {"steps": recipe.train.steps, "recipe": recipe.as_dict()}
-    whole = path.with_suffix(".partial")
-    whole.write_bytes(json.dumps(header, ensure_ascii=False).encode() + b"\n" + rest)
-    whole.replace(path)
+    with path.open("rb") as log:
+        header = loads(log.readline())
+        header["earlier_steps"] = [*header.get("earlier_steps", []), header.get("steps")]
+        header |= {"steps": recipe.train.steps, "recipe": recipe.as_dict()}
+        whole = path.with_suffix(".partial")
+        with writing(path), whole.open("wb") as out:
+            out.write(json.dumps(header, ensure_ascii=False).encode() + b"\n")
+            shutil.copyfileobj(log, out)
+        whole.replace(path)
 
 
 _STEPS = "[train] steps"

@@ -69,9 +69,11 @@ def build_model(recipe: Recipe, vocab_size: int, checkpoint: Path | None = None)
     config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **keys)
     model: PreTrainedModel
     if checkpoint is None:
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, config=config, local_files_only=True, trust_remote_code=False
+        )
     if experts is not None:
         model.set_experts_implementation(experts)
     return model

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from moebalance.cleaning import for_path
 from moebalance.lab.compare import compare, plan, run_name
 from moebalance.lab.console import REPORT, console, counted, say, show, trackers
 from moebalance.lab.identity import recipe_method
@@ -40,7 +41,7 @@ def run_one(
     from moebalance.lab.train import train_run
 
     name = f"seed{seed}" if method is None else run_name(method, seed)
-    folder = out or Path("runs") / recipe.name / name
+    folder = out or Path("runs") / for_path(recipe.name) / name
     if method is None:
         options = dict(recipe.method)
         method = str(options.pop("name"))
@@ -96,7 +97,7 @@ def compare_all(
         track: trackers to send rows to, with commas.
         show_too: what they show next to the scalars, with commas; None for everything.
     """
-    spec, folder = recipe.compare, out or Path("runs") / recipe.name
+    spec, folder = recipe.compare, out or Path("runs") / for_path(recipe.name)
     if methods is not None:
         spec = replace(spec, methods=tuple(split_outside_brackets(methods, ",")))
     if seeds is not None:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from moebalance.lab.console import Terminal
 from moebalance.lab.workers import Job, last_step
 from moebalance.runlog import read_run
 
@@ -29,7 +28,7 @@ Clock = Callable[[], float]
 class Bars:
     """A bar for all runs of a comparison, and one for each that is running."""
 
-    def __init__(self, console: Console, jobs: int, steps: int) -> None:
+    def __init__(self, console: Terminal, jobs: int, steps: int) -> None:
         self.bars, self.steps = _bars(console), steps
         self.overall = self.bars.add_task("all runs", total=jobs * steps)
         self.rows: dict[Job, TaskID] = {}
@@ -49,7 +48,7 @@ class Bars:
 class Lines:
     """A line for each run that ends, and one every few minutes: for a log, without a terminal."""
 
-    def __init__(self, console: Console, steps: int, clock: Clock = time.monotonic) -> None:
+    def __init__(self, console: Terminal, steps: int, clock: Clock = time.monotonic) -> None:
         self.console, self.steps, self.clock = console, steps, clock
         self.began_s = self.told_s = clock()
         self.ended: set[Job] = set()
@@ -72,12 +71,12 @@ class Lines:
 
     def _say(self, text: str) -> None:
         self.told_s = self.clock()
-        self.console.print(escape(text), soft_wrap=True, highlight=False)
+        self.console.print(text, soft_wrap=True, highlight=False)
 
 
 @contextmanager
 def follow_jobs(
-    console: Console, jobs: int, steps: int
+    console: Terminal, jobs: int, steps: int
 ) -> Iterator[Callable[[Mapping[Job, int], Mapping[Job, str]], None]]:
     """Show how far the runs of a comparison are; gives what is to be told."""
     if not console.is_terminal:
@@ -89,7 +88,7 @@ def follow_jobs(
 
 
 @contextmanager
-def follow_log(console: Console, log: Path, steps: int, label: str) -> Iterator[None]:
+def follow_log(console: Terminal, log: Path, steps: int, label: str) -> Iterator[None]:
     """Show how far a run in this process is, from its log."""
     stop, bars, began_s = threading.Event(), _bars(console), time.monotonic()
     task = bars.add_task(label, total=steps)
@@ -100,7 +99,7 @@ def follow_log(console: Console, log: Path, steps: int, label: str) -> Iterator[
             bars.update(task, completed=step)
         else:
             left = time_left(step, steps, time.monotonic() - began_s)
-            line = escape(f"{label}: step {step} of {steps}; {left}")
+            line = f"{label}: step {step} of {steps}; {left}"
             console.print(line, soft_wrap=True, highlight=False)
 
     def watch() -> None:
@@ -149,6 +148,6 @@ def _ended(states: Mapping[Job, str]) -> int:
     return sum(state not in ("waiting", "running") for state in states.values())
 
 
-def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+def _bars(console: Terminal) -> Progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), console=console)

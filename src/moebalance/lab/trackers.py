@@ -18,8 +18,6 @@ imported only when it is asked for.
 from __future__ import annotations
 
 import importlib
-import json
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ from contextvars import Context
 from pathlib import Path
 from typing import Any, Protocol
 
+from moebalance.cleaning import for_path
 from moebalance.lab.shown import layers_of, picture
 from moebalance.metrics.image import png
 from moebalance.metrics.shown import (
@@ -41,6 +40,7 @@ from moebalance.metrics.shown import (
 )
 from moebalance.report.estimates import finite
 from moebalance.runlog import LOG_NAME, Row, Run, find_runs
+from moebalance.runlog.rows import parse
 
 EVERYTHING = Show()
 _TRAIN = frozenset({"loss", "lr", "grad_norm", "step_time_s"})
@@ -262,7 +262,7 @@ def _trackio(header: Row, name: str, folder: Path) -> Sink:
 
 
 def _about(header: Row, name: str) -> dict[str, Any]:
-    project = str(header.get("name") or "moebalance")
+    project = for_path(str(header.get("name") or "moebalance"))
     return {"project": project, "name": name, "config": dict(header)}
 
 
@@ -291,7 +291,10 @@ class _Reader:
                     return  # still being written
                 self._read_bytes += len(line)
                 if line.strip():
-                    self._send(json.loads(line))
+                    row, found = parse(line)
+                    if found:
+                        raise ValueError(f"{self._log} cannot be followed: {found}")
+                    self._send(row)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -301,7 +304,7 @@ class _Reader:
         if row["kind"] == "header":
             self._header, self._pace = row, Pace(row.get("steps"))
             name = f"{row.get('batching') or 'run'}-{self._log.resolve().parent.name}"
-            name = re.sub(r"[^\w.+-]+", "-", name)
+            name = for_path(name)
             self._sinks = [TRACKERS[to](row, name, self._folder) for to in self._to]
         elif row["kind"] == "end":
             self._status = str(row.get("status"))

@@ -23,6 +23,7 @@ from moebalance.lab.identity import identify, log_longer, recipe_method
 from moebalance.lab.inputs import build_model, load_texts
 from moebalance.lab.interrupt import interrupt_between_steps
 from moebalance.lab.journal import header
+from moebalance.lab.lock import alone_in
 from moebalance.lab.recipe import Recipe
 from moebalance.lab.resume import Start, find_start
 from moebalance.lab.trainer import make_trainer
@@ -58,9 +59,14 @@ def train_run(
         The path of the run log.
 
     Raises:
-        FileNotFoundError, ValueError: the recipe cannot be run, or the folder holds another run.
+        FileNotFoundError, ValueError: the recipe cannot be run, or the folder holds another run, or
+            another process is at work there.
+        OSError: the disk is full; names the file.
     """
+    rank, world = _rank_and_world()
     with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(alone_in(folder))
         if stack.enter_context(sharding_for_accelerate()):
             recipe = replace(recipe, train=replace(recipe.train, sharded=True))
         if recipe.train.sharded and recipe.lora is not None:
@@ -77,7 +83,6 @@ def train_run(
         transformers.set_seed(seed)
         made, vocab_size = recipe_method(recipe, method), texts.data.tokenizer.vocab_size
         model, balancing = _balanced_model(recipe, made, vocab_size, begun.checkpoint)
-        rank, world = _rank_and_world()
         if recipe.train.gradient_ratio:
             balancing.weigh_gradient()
         log, goes_on = _open_log(folder, begun, rank, stack)

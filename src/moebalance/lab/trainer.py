@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from moebalance import Balancing
+from moebalance.files import writing
 from moebalance.integrations.huggingface import BalanceCallback
 from moebalance.integrations.huggingface.sharded import ShardedTrainer, shard
 from moebalance.lab.identity import Identity
@@ -52,10 +53,10 @@ def make_trainer(
     spec = share_out(recipe.train, world)
     new = held_out(texts.data, spec.eval_sequences)
     old = None if texts.old is None else held_out(texts.old, spec.eval_sequences)
-    kind: Callable[..., Trainer] = Trainer
+    kind: Callable[..., Trainer] = _NamesWhatItWrites
     if spec.sharded:
         shard(model)
-        kind = partial(ShardedTrainer, balancing=balancing)
+        kind = partial(_ShardedTrainer, balancing=balancing)
     trainer = kind(
         model,
         _arguments(spec, identity.seed, folder),
@@ -70,6 +71,19 @@ def make_trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+class _NamesWhatItWrites(Trainer):
+    """If a checkpoint cannot be written, the error names it and the cause."""
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        step = self.state.global_step
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{step}"):
+            super()._save_checkpoint(*args, **options)
+
+
+class _ShardedTrainer(_NamesWhatItWrites, ShardedTrainer):
+    """The same for distributed checkpoints."""
 
 
 class _FollowSchedule(TrainerCallback):

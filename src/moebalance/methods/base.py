@@ -27,7 +27,14 @@ from moebalance.proportions import Proportions, check_proportions
 from moebalance.routing import Batch, Routing, Sums, measure, real_rows, route
 
 State = Any
-"""A NamedTuple of float32 tensors, or of such NamedTuples; () for a method without memory."""
+"""A NamedTuple of float32 tensors, or of such NamedTuples; () for a method without memory.
+
+One whose values have limits may have `problem()`: what is wrong with them, empty if nothing. A
+state from a file is refused then.
+"""
+
+MOST_PRICE = 1e6
+"""Added to such a price, an affinity of 0.1 is rounded away in float32."""
 
 
 Coupling = Literal["token", "sequence", "batch", "step"]
@@ -254,6 +261,19 @@ def most_coupled(couplings: list[Coupling]) -> Coupling:
 def where_seen(tokens: Float[Tensor, ""], value: Tensor, otherwise: Tensor) -> Tensor:
     """`value` if the step saw a token, else `otherwise`."""
     return torch.where(tokens > 0, value.to(otherwise.dtype), otherwise)
+
+
+def beyond(name: str, value: Tensor, most: float = MOST_PRICE, least: float | None = None) -> str:
+    """Words for values outside of [least, most]; least is -most if not given. Empty if inside.
+
+    >>> beyond("its load", torch.tensor([0.5, -0.5]), most=1.0, least=0.0)
+    'its load goes from -0.5 to 0.5, and must lie in [0, 1]'
+    """
+    least = -most if least is None else least
+    low, high = value.min().item(), value.max().item()
+    if least <= low and high <= most:
+        return ""
+    return f"{name} goes from {low:.3g} to {high:.3g}, and must lie in [{least:.3g}, {most:.3g}]"
 
 
 def check_positive(name: str, value: float, *, zero: bool = True) -> None:

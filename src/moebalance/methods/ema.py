@@ -16,12 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.gates import Gate
+from moebalance.methods.base import beyond
 from moebalance.methods.lineage import Lineage
 from moebalance.routing import as_number
 
 
 class Ema(NamedTuple):
-    """Mean over the steps seen, `mean` (E,) or (), and its `weight` w (); float32."""
+    """Mean over the steps seen, of a load (E,) that sums to 1 or of a square (), and its weight w.
+
+    `mean` (E,) or () and `weight` () are float32.
+    """
 
     mean: Float[Tensor, "*E"]
     weight: Float[Tensor, ""]
@@ -45,6 +49,14 @@ class Ema(NamedTuple):
         gain = rate / (weight + rate * (1 - weight))
         return torch.lerp(self.mean, value.to(self.mean.dtype), gain)
 
+    def problem(self) -> str:
+        """What no averaging leaves behind; empty if nothing."""
+        found = beyond("its mean", self.mean, most=_ABOVE if self.mean.dim() else 1e15, least=-_OFF)
+        total = self.mean.sum().item() if self.mean.dim() else 1.0
+        if not found and not 1 - _OFF < total < 1 + _OFF:
+            found = f"its mean load adds up to {total:.3g}, and must add up to 1"
+        return found or beyond("its weight", self.weight, most=_ABOVE, least=0.0)
+
     def inherit(self, lineage: Lineage, gate: Gate) -> Ema:
         """The mean follows as a mass; an empty average stays empty."""
         if self.weight <= _TINY:
@@ -54,4 +66,6 @@ class Ema(NamedTuple):
         return Ema(lineage.mass(self.mean), self.weight)
 
 
+_OFF = 1e-2  # more than a long run's rounding
+_ABOVE = 1 + _OFF
 _TINY = torch.finfo(torch.float32).tiny

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import Method, check_positive
+from moebalance.methods.base import Method, beyond, check_positive
 from moebalance.methods.scaled import Scaled
 from moebalance.methods.selection import Selecting
 from moebalance.routing import Sums
@@ -39,6 +39,10 @@ class Progress(NamedTuple):
 
     inner: Any
     tokens: Float[Tensor, ""]
+
+    def problem(self) -> str:
+        """What no counting leaves behind; empty if nothing."""
+        return beyond("its number of tokens", self.tokens, most=1e15, least=0.0)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import Method, State, Traits
+from moebalance.methods.base import Method, State, Traits, beyond
 from moebalance.methods.lineage import Lineage
 from moebalance.metrics.load import price_spread
 from moebalance.proportions import Proportions, check_proportions, settle_proportions
@@ -40,6 +40,10 @@ class NatsPrice(NamedTuple):
     """The price (E,), float32, subtracted from the log-affinities before top-k."""
 
     price: Float[Tensor, "E"]
+
+    def problem(self) -> str:
+        """What no run leaves behind; empty if nothing."""
+        return beyond("its price in nats", self.price)
 
     def inherit(self, lineage: Lineage, gate: Gate) -> NatsPrice:
         """The parents' price; its unit does not depend on the number of experts."""
@@ -100,9 +104,9 @@ class Selecting(Method):
     ) -> Float[Tensor, "T E"]:
         """The affinities, or their logarithms, less the price."""
         price: Tensor = state.price
-        return self.ranked(gate, logits) - price
+        return self.priceable(gate, logits) - price
 
-    def ranked(self, gate: Gate, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    def priceable(self, gate: Gate, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """The scores from which the price is subtracted."""
         return gate.affinities(logits) if self.scale == "affinity" else gate.log_affinity(logits)
 

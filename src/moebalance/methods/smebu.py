@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import Traits, check_positive, where_seen
+from moebalance.methods.base import Traits, beyond, check_positive, where_seen
 from moebalance.methods.lineage import Lineage
 from moebalance.methods.selection import NatsPrice, Selecting, SelectionPrice
 from moebalance.proportions import per_proportion
@@ -40,6 +40,10 @@ class MovingPrice(NamedTuple):
     def price(self) -> Float[Tensor, "E"]:
         """The price (E,)."""
         return self.held.price
+
+    def problem(self) -> str:
+        """What no run leaves behind; empty if nothing."""
+        return beyond("its momentum", self.momentum)
 
     def inherit(self, lineage: Lineage, gate: Gate) -> MovingPrice:
         """The price follows its parents, and the momentum as a price would."""

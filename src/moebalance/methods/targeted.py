@@ -31,13 +31,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Traits, check_positive, check_rate, where_seen
+from moebalance.methods.base import Traits, beyond, check_positive, check_rate, where_seen
 from moebalance.methods.ema import Ema
 from moebalance.methods.goals import Goal
 from moebalance.methods.scaled import Scaled
 from moebalance.routing import Sums
 
 _FLOOR = 1e-2  # of the method's own strength; counts as 0
+_MOST = 1e6  # λ beyond it is no strength any more
+_OFF = 1e-3  # for rounding
 _LEAST = 0.1  # of the goal: loads that are more even than this count the same
 _LATELY = 0.01  # rate of the recent log v: about 100 steps
 _MOVING = 0.1  # change of log v at which λ is held completely
@@ -55,6 +57,16 @@ class Steered(NamedTuple):
     log_dual: Float[Tensor, ""]
     multiplier: Float[Tensor, ""]
 
+    def problem(self) -> str:
+        """What no steering leaves behind; empty if nothing."""
+        least, most = log(_FLOOR) - _OFF, log(_MOST) + _OFF
+        found = beyond("its log λ", self.log_dual, most=most, least=least)
+        found = found or beyond(
+            "its recent log v", self.lately, most=100.0, least=log(_LEAST) - _OFF
+        )
+        highest = self.log_dual.exp().item() * (1 + _OFF)
+        return found or beyond("its multiplier", self.multiplier, most=highest, least=0.0)
+
 
 @dataclass(frozen=True)
 class Targeted(Scaled):
@@ -66,7 +78,7 @@ class Targeted(Scaled):
         gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
             see `metrics.sampling_floor` for (2 − η) / η steps' tokens.
-        ceiling: the largest λ, at least 1. The smallest is a hundredth, and counts as 0.
+        ceiling: the largest λ, from 1 to 1e6. The smallest is a hundredth, and counts as 0.
 
     Raises:
         TypeError: the method does not charge in the loss, or `goal` is not a goal.
@@ -98,6 +110,11 @@ class Targeted(Scaled):
             raise ValueError(
                 f"ceiling={self.ceiling!r}: must be at least 1, where λ starts. For less, give the "
                 "method a smaller strength."
+            )
+        if self.ceiling > _MOST:
+            raise ValueError(
+                f"ceiling={self.ceiling!r}: must be at most 1e6. For more, give the method a "
+                "larger strength."
             )
         check_rate("rate", self.rate)
 

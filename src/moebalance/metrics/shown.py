@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moebalance.cleaning import for_markdown
 from moebalance.metrics.image import DEAD, Pixels
 
 Layers = Sequence[tuple[str, NDArray[np.float64]]]
@@ -146,8 +147,9 @@ def extremes(layers: Layers, each: int = _EACH) -> Rows:
 
 def markdown(rows: Iterable[Iterable[str | float]]) -> str:
     """Rows of `COLUMNS` as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    texts = ([for_markdown(str(cell)) for cell in row] for row in rows)
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *texts]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _short(names: Sequence[str]) -> list[str]:

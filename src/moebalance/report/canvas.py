@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from moebalance.cleaning import for_page
+from moebalance.files import write_bytes, write_text
 from moebalance.report.methods import LINES, MARKERS
 from moebalance.report.methods import look as look_of
 
@@ -142,6 +144,7 @@ def logarithmic(axes: Axes, *, x: bool = False, y: bool = False) -> None:
 
 def plain(text: str, most: int = 60) -> str:
     """A name from a log as plain text, cut if long; a dollar sign would begin a formula."""
+    text = for_page(text)
     cut = text if len(text) <= most else text[: most - 1] + "…"
     return cut.replace("$", r"\$")
 
@@ -165,7 +168,7 @@ def svg_text(figure: Figure) -> str:
     text = StringIO()
     with rc_context(_STYLE):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+    return for_page(text.getvalue())
 
 
 def titles(axes: Axes, title: str, x: str, y: str) -> None:
@@ -188,7 +191,9 @@ def save(figure: Figure, path: Path) -> None:
     with rc_context(_STYLE):
         if path.suffix != ".svg":
             undated = {"CreationDate": None} if path.suffix == ".pdf" else {}
-            figure.savefig(path, dpi=300, metadata={**undated})
+            drawn = BytesIO()
+            figure.savefig(drawn, format=path.suffix[1:], dpi=300, metadata={**undated})
+            write_bytes(path, drawn.getvalue())
             return
     lines = (line.rstrip() for line in svg_text(figure).splitlines())
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")

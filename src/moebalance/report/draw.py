@@ -24,7 +24,7 @@ from moebalance.report.estimates import MethodSummary, finite
 from moebalance.report.labels import LEADER_FROM, leader_end, place
 from moebalance.report.methods import leader
 from moebalance.report.pack import DEAD
-from moebalance.runlog import Run
+from moebalance.runlog import Run, column
 
 _LETTER = 6.6  # pixels, the mean width of one at 12 pixels
 _POINTS = 120
@@ -49,10 +49,11 @@ def curve(runs: Iterable[Run], key: str, window: int) -> list[CurvePoint]:
     windows: dict[int, list[float]] = {}
     for run in runs:
         found: dict[int, list[float]] = {}
-        for row in run.steps:
-            value = finite(row, key)
+        steps = zip(column(run.steps, "step"), column(run.steps, key), strict=True)
+        for step, logged in steps:
+            value = finite({key: logged}, key)
             if value is not None:
-                found.setdefault((row["step"] - 1) // window, []).append(value)
+                found.setdefault((step - 1) // window, []).append(value)
         for i, values in found.items():
             windows.setdefault(i, []).append(statistics.fmean(values))
     return [

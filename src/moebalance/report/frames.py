@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from moebalance.report.loads import domain_loads, domain_names, layer_names, matrix, relative
@@ -25,21 +25,24 @@ def load_frames(run: Run, *, max_cells: int) -> dict[str, Any] | None:
         `frames` (step and what it was counted over), `rows` (layers), `columns` (experts) and the
         packed codes; None if the run logged no load.
     """
-    found = [(row, "training batches") for row in run.snapshots]
-    found += [(row, "evaluation") for row in run.evals[-1:]]
-    known = [(row["step"], words, grid) for row, words in found if (grid := _ratios(row, "load"))]
+    # Looked at one by one, as a long run has more of them than should be held at once.
+    sizes = [_shape(row) for row in chain(run.snapshots, run.evals[-1:])]
+    known = [i for i, (rows, _) in enumerate(sizes) if rows]
     # A model does not change its layers in training; rows that disagree were not written by us.
-    known = [item for item in known if len(item[2]) == len(known[-1][2])]
+    known = [i for i in known if sizes[i][0] == sizes[known[-1]][0]]
     if not known:
         return None
-    rows = len(known[-1][2])
-    columns = max(len(line) for _, _, grid in known for line in grid)
-    kept = [known[i] for i in thinned(len(known), max(1, max_cells // (rows * columns)))]
+    rows = sizes[known[-1]][0]
+    columns = max(sizes[i][1] for i in known)
+    some = [known[i] for i in thinned(len(known), max(1, max_cells // (rows * columns)))]
+    last = len(run.snapshots)
+    kept = [run.snapshots[i] if i < last else run.evals[-1] for i in some]
+    words = ["training batches" if i < last else "evaluation" for i in some]
     return {
-        "frames": [[step, words] for step, words, _ in kept],
+        "frames": [[row["step"], word] for row, word in zip(kept, words, strict=True)],
         "rows": layer_names(run, rows),
         "columns": columns,
-        **pack([_codes(grid, columns) for _, _, grid in kept]),
+        **pack([_codes(_ratios(row, "load"), columns) for row in kept]),
     }
 
 
@@ -169,6 +172,12 @@ def _square(lift: Sequence[float | None], columns: int) -> bytes:
 def _ratios(row: Row, key: str) -> Matrix:
     grid = [relative(line) for line in matrix(row.get(key)) if line]
     return grid if any(r is not None for line in grid for r in line) else []
+
+
+def _shape(row: Row) -> tuple[int, int]:
+    """How many layers a row's load has, and how many experts the largest of them."""
+    grid = _ratios(row, "load")
+    return len(grid), max(map(len, grid), default=0)
 
 
 def _codes(grid: Matrix, columns: int) -> bytes:

@@ -14,6 +14,7 @@ from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from moebalance.cleaning import for_page
 from moebalance.report.page import render_report
 from moebalance.runlog import LOG_NAME, Run, read_run
 
@@ -86,7 +87,7 @@ def _waiting(folders: Sequence[Path], problems: Sequence[str], stamp: str) -> st
     """A page without runs, that looks again by itself."""
     words = "".join(f"<li>{escape(text)}</li>" for text in problems)
     where = ", ".join(str(folder) for folder in folders)
-    return (
+    return for_page(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Waiting for a run'
         '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><meta http-equiv="refresh" content="2">'
@@ -99,6 +100,8 @@ def _waiting(folders: Sequence[Path], problems: Sequence[str], stamp: str) -> st
 
 class _Handler(BaseHTTPRequestHandler):
     server: ReportServer
+    timeout = 10
+    """Seconds that a visitor may be silent; each holds a thread and a socket."""
 
     def do_GET(self) -> None:
         """Answer `/`, `/page` and `/stamp`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from moebalance.report.estimates import MethodSummary
@@ -14,7 +15,7 @@ from moebalance.runlog import Row, Run
 def source(run: Run, key: str) -> Row | None:
     """The row to draw ``key`` from: the last evaluation in training, else the last snapshot."""
     later = [row for row in run.evals if row["step"] > 0]
-    for row in (*reversed(later), *reversed(run.snapshots)):
+    for row in chain(reversed(later), reversed(run.snapshots)):
         value = row.get(key)
         if isinstance(value, list) and value and all(isinstance(x, list) and x for x in value):
             return row

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moebalance.cleaning import for_markdown
+from moebalance.files import write_text
 from moebalance.report.before_after import BeforeAfter
 from moebalance.report.columns import METRICS
 from moebalance.report.configuration import what_was_run
@@ -20,37 +22,34 @@ def write_markdown(runs: Sequence[Run], path: Path | str, title: str) -> Path:
         ValueError: there is no run.
     """
     parts = [
-        f"# {title}",
+        f"# {for_markdown(title)}",
         "Generated from run logs by `moebalance report --markdown`; do not edit by hand.",
-        what_was_run(runs),
+        for_markdown(what_was_run(runs)),
         *(_section(section) for section in summarise(runs)),
     ]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, "\n\n".join(parts) + "\n")
 
 
 def _section(section: Section) -> str:
     timed = any(method.step_time_ratio is not None for method in section.methods)
     columns = ["Method", *(metric.title for metric in METRICS), *(["Step time"] if timed else [])]
     rows = [_row(method)[: len(columns)] for method in section.methods]
-    table = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
-    parts = [f"## {section.title}", section.verdict, "\n".join(table)]
+    table = [_line(columns), _rule(len(columns)), *map(_line, rows)]
+    parts = [f"## {for_markdown(section.title)}", for_markdown(section.verdict), "\n".join(table)]
     if section.before_after is not None:
         parts += ["### Before and after", *_before_after(section.before_after)]
-    return "\n\n".join([*parts, *section.notes])
+    return "\n\n".join([*parts, *map(for_markdown, section.notes)])
 
 
 def _before_after(found: BeforeAfter) -> list[str]:
     table = [
         _line(["", *(metric.title for metric in found.columns)]),
-        _line(["---", *["---:"] * len(found.columns)]),
+        _rule(1 + len(found.columns)),
     ]
     for line in found.lines:
         cells = zip(line.cells, found.columns, strict=True)
         table.append(_line([line.label, *(_cell(e, metric.digits) for e, metric in cells)]))
-    return [part for part in (found.verdict, "\n".join(table)) if part]
+    return [part for part in (for_markdown(found.verdict), "\n".join(table)) if part]
 
 
 def _row(method: MethodSummary) -> list[str]:
@@ -70,4 +69,8 @@ def _cell(estimate: Estimate | None, digits: int) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(map(for_markdown, cells)) + " |"
+
+
+def _rule(columns: int) -> str:
+    return "| --- |" + " ---: |" * (columns - 1)

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from moebalance.cleaning import for_page
+from moebalance.files import write_text
 from moebalance.report.columns import METRICS, Metric
 from moebalance.report.configuration import run_rows, settings, what_was_run
 from moebalance.report.cost import CostCell
@@ -36,11 +38,7 @@ def write_report(runs: Sequence[Run], path: Path | str, title: str | None = None
         ValueError: there is no run.
         ModuleNotFoundError: jinja2 or Matplotlib is missing.
     """
-    html = render_report(runs, title)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
-    return path
+    return write_text(path, render_report(runs, title))
 
 
 def render_report(
@@ -116,7 +114,7 @@ def _render(**values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("page.html.j2").render(**values)
+    return for_page(environment.get_template("page.html.j2").render(**values))
 
 
 def _section(section: Section) -> dict[str, Any]:

@@ -6,11 +6,12 @@ type 42 fonts in the PDF and 300 dots an inch in the PNG. The same runs give the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from moebalance.cleaning import for_page, for_path
+from moebalance.files import write_text
 from moebalance.report.summary import summarise
 from moebalance.runlog import Run
 
@@ -38,7 +39,7 @@ def write_figures(
     figures = _figures()
     written = []
     for section in summarise(runs):
-        prefix = re.sub(r"[^\w-]+", "-", section.batching)
+        prefix = for_path(section.batching)
         for name, draw in figures.FIGURES.items():
             figure = draw(section)
             if figure is not None:
@@ -69,10 +70,7 @@ def write_figure(runs: Sequence[Run], path: Path | str) -> Path:
             "no run has an evaluation with both a loss and a MaxVio, so there is nothing to draw; "
             "let at least one run reach its evaluation"
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+    return write_text(path, for_page(text))
 
 
 def _figures() -> ModuleType:

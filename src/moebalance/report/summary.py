@@ -175,6 +175,8 @@ def _floor(run: Run) -> float | None:
     experts, top_k = finite(model, "num_experts"), finite(model, "top_k")
     # An evaluation may take a part of the validation set; then it says how many tokens it took.
     tokens = finite(last_evaluation(run) or {}, "tokens") or finite(data, "val_tokens")
-    if not experts or not top_k or not tokens or experts < 2:
+    if experts is None or top_k is None or tokens is None:
+        return None
+    if experts < 2 or not tokens * top_k > 0:
         return None
     return math.sqrt(2 * math.log(experts) * experts / (tokens * top_k))

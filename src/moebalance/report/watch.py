@@ -12,7 +12,7 @@ from moebalance.report.estimates import finite, number
 from moebalance.report.loads import layer_names, matrix, maxvio, relative, source
 from moebalance.report.naming import Name, by_setting, names
 from moebalance.report.pack import DEAD
-from moebalance.runlog import Run
+from moebalance.runlog import Run, column
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -81,7 +81,7 @@ def view(runs: Sequence[Run], problems: Sequence[str] = (), *, width: int = 100)
             continue
         cells.append(Text(_progress(run)))
         for key, _, digits in curves:
-            values = [finite(row, key) for row in run.steps]
+            values = [finite({key: value}, key) for value in column(run.steps, key)]
             last = next((v for v in reversed(values) if v is not None), None)
             words = "–" if last is None else number(last, digits)
             cells.append(Text(f"{sparkline(values, room)} {words}".strip()))

@@ -3,5 +3,6 @@
 In reading order:
     methods     words, brackets and tables → methods
     potentials  names and tables → potentials, and lists of proportions
+    reprs       the repr of a method → the method
     suggest     the nearest name, for errors
 """

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -96,7 +97,7 @@ def open_weights(folder: Path) -> Weights:
     named: set[str] = set()
     for index in INDEX_FILES:
         if (folder / index).is_file():
-            named |= set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values())
+            named |= files_of(folder / index)
     present = {path.name for path in folder.glob("*.safetensors")}
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -112,6 +113,36 @@ def open_weights(folder: Path) -> Weights:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): copy or download it again.") from error
     return Weights(files, shapes, tuple(sorted(named - present)))
+
+
+def files_of(index: Path) -> set[str]:
+    """The files that an index of shards names.
+
+    Raises:
+        ValueError: it is damaged, or names a file outside of its folder.
+    """
+    found = read_table(index).get("weight_map")
+    names: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} is damaged: {str(name)[:80]!r} is no file of this folder.")
+    return set(names)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, not a JSON object.")
+    return found
 
 
 def _numbers(name: str) -> list[str]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,12 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from moebalance.core.handle import Balancing
+from moebalance.integrations.huggingface.contents import load_parts, read_contents, save_parts
 
 PARTS = "distributed"
 """Name of the folder in a checkpoint that holds what `torch.distributed.checkpoint` wrote."""
@@ -71,7 +69,7 @@ class ShardedTrainer(Trainer):
         folder = Path(output_dir)
         self._save_rng_state(output_dir)
         with _one_process_is_meant():
-            save(self._parts(), checkpoint_id=folder / PARTS)
+            save_parts(self._parts(), folder / PARTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: all parts are loaded together, once there is an optimizer."""
@@ -81,7 +79,7 @@ class ShardedTrainer(Trainer):
             return
         parts, folder = self._parts(), Path(checkpoint) / PARTS
         with _one_process_is_meant():
-            load(parts, checkpoint_id=folder)
+            load_parts(parts, folder)
         model, optimizer = self._bare()
         set_model_state_dict(model, parts["model"])
         set_optimizer_state_dict(model, optimizer, parts["optimizer"], options=_BY_NAME)
@@ -164,11 +162,11 @@ def missing_part(checkpoint: Path) -> str | None:
     """What a `ShardedTrainer`'s checkpoint lacks of what it says it holds; None if nothing.
 
     Raises:
-        OSError, EOFError, pickle.UnpicklingError: its table of contents cannot be read.
+        OSError, ValueError: its table of contents cannot be read, or is refused.
     """
     folder = checkpoint / PARTS
     ends: dict[str, int] = {}
-    for part in FileSystemReader(folder).read_metadata().storage_data.values():
+    for part in read_contents(folder).storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
     for name, end in ends.items():
         path = folder / name

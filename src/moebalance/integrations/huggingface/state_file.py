@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moebalance.core.handle import Balancing
+from moebalance.files import writing
 
 STATE_FILE = "moebalance.safetensors"
 """Name of the balancing state next to a checkpoint's own files."""
@@ -35,8 +36,9 @@ def save(balancing: Balancing, folder: str | Path, *, global_step: int | None = 
     path = Path(folder) / STATE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"moebalance": json.dumps(state)})
-    os.replace(partial, path)
+    with writing(path):
+        save_file(tensors, partial, metadata={"moebalance": json.dumps(state)})
+        os.replace(partial, path)
     return path
 
 
@@ -88,4 +90,11 @@ def read(folder: str | Path) -> dict[str, Any]:
     for key, tensor in tensors.items():
         name, _, leaf = key.rpartition("/")
         layers.setdefault(name, {})[leaf] = tensor
-    return {**json.loads(metadata), "layers": layers}
+    try:
+        described = dict(json.loads(metadata))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: its description cannot be read ({error or type(error).__name__}). "
+            "Resume from an earlier checkpoint."
+        ) from error
+    return {**described, "layers": layers}

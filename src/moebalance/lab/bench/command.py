@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 
+from moebalance.files import write_text
 from moebalance.lab.bench.page import write_page
 from moebalance.lab.bench.router import Case, measure_routers
 from moebalance.lab.bench.scale import measure_scale
 from moebalance.lab.bench.step import StepCase, measure_steps
 from moebalance.lab.bench.timing import describe_machine
 from moebalance.lab.bench.variants import Rule
-from moebalance.lab.console import console
+from moebalance.lab.console import console, say
 from moebalance.methods import Method
 from moebalance.words.methods import build_method, split_outside_brackets
 
@@ -46,16 +46,15 @@ def run(
     torch.set_num_threads(threads)
     results = measure(cases, named, device=device, rounds=rounds, step=step)
     if scale:
-        console.print("[dim]64 layers of 512 experts …[/]")
+        console.print("64 layers of 512 experts …", style="dim")
         results["scale"] = measure_scale(next(iter(named.values())))
     for row in [*results["routers"], *results["steps"]]:
         console.print(_table(row))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=1, ensure_ascii=False)
-        out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        write_text(out.with_suffix(".json"), text + "\n")
         page = write_page(results, out.with_suffix(".md"), plot=out.with_suffix(".svg").name)
-        console.print(f"Page: {escape(str(page.resolve()))}", soft_wrap=True, highlight=False)
+        say(f"Page: {page.resolve()}")
 
 
 def measure(
@@ -69,7 +68,7 @@ def measure(
     """All that one run of the command writes as JSON."""
 
     def tell(case: str) -> None:
-        console.print(f"[dim]{escape(case)} …[/]")
+        console.print(f"{case} …", style="dim")
 
     routers = measure_routers(cases, methods, device=device, rounds=rounds, tell=tell)
     steps = []
@@ -117,5 +116,5 @@ def _table(row: dict[str, Any]) -> Table:
         ]
         if counted:
             cells += [f"{v['bytes']:+.2f}", f"{v['kernels'][0]:+d}", f"{v['kept']:.2f}"]
-        table.add_row(*map(escape, cells))
+        table.add_row(*cells)
     return table

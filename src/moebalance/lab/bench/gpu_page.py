@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moebalance.files import write_text
 from moebalance.lab.bench.timing import NULL
 
 _PASSES = {
@@ -43,9 +44,7 @@ def write_gpu_page(results: Mapping[str, Any], path: Path | str) -> Path:
         for name, section in sections.items()
         if results.get(name) and "failed" not in results[name]
     ]
-    path = Path(path)
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, "\n\n".join(parts) + "\n")
 
 
 def _router(rows: list[Any]) -> str:

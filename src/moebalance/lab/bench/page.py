@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from moebalance.cleaning import for_markdown, for_page
+from moebalance.files import write_text
 from moebalance.lab.bench.scale import BYTES_PER_S, HOP_S, tree_s
 
 
@@ -26,8 +29,10 @@ def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Pa
         "token's experts in no order, and a bare router that does the same stands beside it: what "
         "balancing adds is the difference from that one.",
         *([results["notes"]] if results.get("notes") else []),
-        f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
-        f"moebalance {machine['moebalance']} ({machine['commit'] or 'installed'}){others}.",
+        for_markdown(
+            f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
+            f"moebalance {machine['moebalance']} ({machine['commit'] or 'installed'}){others}."
+        ),
         f"![Time of each variant against a bare router]({plot})",
         *(table(row) for row in results["routers"]),
     ]
@@ -36,17 +41,15 @@ def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Pa
         parts += [_step(row) for row in results["steps"]]
     if results.get("scale"):
         parts.append(_scale(results["scale"]))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    (path.parent / plot).write_text(draw(results), encoding="utf-8")
+    path = write_text(path, "\n\n".join(parts) + "\n")
+    write_text(path.parent / plot, for_page(draw(results)))
     return path
 
 
 def table(row: Mapping[str, Any]) -> str:
     """One case as Markdown, a line a variant."""
     lines = [
-        f"## {row['case']}",
+        f"## {for_markdown(row['case'])}",
         "",
         "| variant | time | quartiles | ms | bytes per score | kernels (on tokens / all) | kept |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -54,8 +57,9 @@ def table(row: Mapping[str, Any]) -> str:
     for name, v in row["variants"].items():
         over_tokens, in_all = v["kernels"]
         lines.append(
-            f"| {name} | {v['ratio']:.2f} | {v['low']:.2f}–{v['high']:.2f} | {v['time_ms']:.2f} "
-            f"| {v['bytes']:+.2f} | {over_tokens:+d} / {in_all:+d} | {v['kept']:.2f} |"
+            f"| {for_markdown(name)} | {v['ratio']:.2f} | {v['low']:.2f}–{v['high']:.2f} "
+            f"| {v['time_ms']:.2f} | {v['bytes']:+.2f} "
+            f"| {over_tokens:+d} / {in_all:+d} | {v['kept']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -71,13 +75,13 @@ def draw(results: Mapping[str, Any]) -> str:
 
     marks, y = list[str](), top
     for case in results["routers"]:
-        marks.append(f'<text x="8" y="{y}" class="case">{case["case"]}</text>')
+        marks.append(f'<text x="8" y="{y}" class="case">{escape(case["case"], quote=False)}</text>')
         first = y
         for name, found in case["variants"].items():
             y += row
             kind = "null" if name.startswith("bare") else "ours" if _is_ours(name) else "theirs"
             marks += [
-                f'<text x="{left - 8}" y="{y + 4}" class="name">{_escaped(name)}</text>',
+                f'<text x="{left - 8}" y="{y + 4}" class="name">{escape(name, quote=False)}</text>',
                 f'<path d="M{x(found["low"]):.1f} {y}H{x(found["high"]):.1f}" class="{kind}"/>',
                 f'<circle cx="{x(found["ratio"]):.1f}" cy="{y}" r="3.5" class="{kind}"/>',
                 f'<text x="{x(found["high"]) + 7:.1f}" y="{y + 4}">{found["ratio"]:.2f}</text>',
@@ -106,13 +110,14 @@ def _is_ours(name: str) -> bool:
 
 def _step(row: Mapping[str, Any]) -> str:
     lines = [
-        f"### {row['case']}",
+        f"### {for_markdown(row['case'])}",
         "",
         "| variant | time | quartiles | ms |",
         "|---|---:|---:|---:|",
     ]
     lines += [
-        f"| {name} | {v['ratio']:.3f} | {v['low']:.3f}–{v['high']:.3f} | {v['time_ms']:.1f} |"
+        f"| {for_markdown(name)} | {v['ratio']:.3f} | {v['low']:.3f}–{v['high']:.3f} "
+        f"| {v['time_ms']:.1f} |"
         for name, v in row["variants"].items()
     ]
     return "\n".join(lines)
@@ -201,7 +206,3 @@ def _plan(found: Mapping[str, Any]) -> list[str]:
             f"| {row['ranks']} | {row['message_ms']:.1f} | {assumed_ms:.2f} | {whole_s:.2f} |"
         )
     return lines
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

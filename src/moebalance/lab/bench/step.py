@@ -90,7 +90,7 @@ def build(case: StepCase) -> nn.Module:
         num_experts_per_tok=case.top_k,
         max_position_embeddings=case.length,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=case.dtype)  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(config, dtype=case.dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
     model.set_experts_implementation("grouped_mm")
     found: nn.Module = model.train()
     return found

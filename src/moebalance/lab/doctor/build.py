@@ -1,7 +1,6 @@
 """From what a user names to a model without weights, made on the meta device."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moebalance.integrations.huggingface.scan import read_table
+from moebalance.lab.checkpoints import CONSTRUCTION_ERRORS, read_configuration
 
 _HEADS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,33 +22,19 @@ _HEADS = (
 )
 """Where to look for a model's class, first the forms that are trained."""
 
-_CONSTRUCTION_ERRORS = (
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    ZeroDivisionError,
-)
-"""What a model's own code may raise on a configuration that does not suit it."""
-
 
 def configuration(target: str | Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
     """The model's configuration, and the adapter's if the target is an adapter."""
     path = Path(target)
     if path.is_dir() and (path / "adapter_config.json").is_file():
-        adapter = json.loads((path / "adapter_config.json").read_text("utf-8"))
+        adapter = read_table(path / "adapter_config.json")
         base = Path(str(adapter.get("base_model_name_or_path")))
         if not (path / "config.json").is_file() and not (base / "config.json").is_file():
             raise ValueError(
                 f"{path} is an adapter of {base}, which is not a folder here: download the base "
                 "model's config.json and put it beside adapter_config.json."
             )
-        return _load(path if (path / "config.json").is_file() else base), adapter
+        return read_configuration(path if (path / "config.json").is_file() else base), adapter
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(
@@ -54,7 +42,7 @@ def configuration(target: str | Path) -> tuple[PreTrainedConfig, dict[str, Any] 
                 "config.json or adapter_config.json, as save_pretrained or a Trainer write it, or "
                 "one with run logs (log.jsonl)."
             )
-        return _load(path), None
+        return read_configuration(path), None
     if path.suffix == ".toml" and path.is_file():
         raise ValueError(
             f"{path} is a recipe. The doctor looks at models and at runs: give it the folder of "
@@ -67,7 +55,7 @@ def configuration(target: str | Path) -> tuple[PreTrainedConfig, dict[str, Any] 
             "them, a folder of them, or a model type such as qwen3_moe."
         )
     if path.is_file():
-        return _load(path), None
+        return read_configuration(path), None
     kind = str(target)
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
@@ -84,17 +72,6 @@ def _content(path: Path) -> str:
     return "is an empty folder" if next(path.iterdir(), None) is None else "has no config.json"
 
 
-def _load(path: Path) -> PreTrainedConfig:
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(path),
-            trust_remote_code=False,  # else it may ask on stdin, and run code
-        )
-    except _CONSTRUCTION_ERRORS as error:
-        raise ValueError(f"Transformers cannot read {path}: {error}") from error
-    return config
-
-
 def build(target: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
     """Make the model's modules without any memory for weights."""
     kind = _model_class(config)
@@ -106,7 +83,7 @@ def build(target: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = kind._from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.bfloat16
             )
-    except _CONSTRUCTION_ERRORS as error:
+    except CONSTRUCTION_ERRORS as error:
         raise ValueError(
             f"Transformers cannot build {kind.__name__} from {target} ({error}). A model type "
             "stands for its default configuration, which some families do not have: give a "

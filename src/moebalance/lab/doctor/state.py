@@ -1,74 +1,45 @@
 """A balancing state next to a checkpoint, compared with the weights there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moebalance.core.layer import LayerBalance
+from moebalance.core.state import check_fit, check_values
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
 from moebalance.integrations.huggingface.state_file import STATE_FILE, read
 from moebalance.lab.console import counted
 from moebalance.lab.doctor.weights import Finding, Severity, and_more
+from moebalance.words.reprs import method_of
 
 
-class State(NamedTuple):
-    """A balancing state next to a checkpoint.
-
-    Attributes:
-        method: the method and its parameters.
-        steps: optimizer steps taken.
-        prices: selection price (E,) of each router that has one, by the router's name.
-        routers: names of all routers.
-        finite: whether every tensor is.
-    """
-
-    method: str
-    steps: int
-    prices: dict[str, Tensor]
-    routers: tuple[str, ...]
-    finite: bool
-
-
-def read_state(folder: Path) -> State | None:
+def read_state(folder: Path) -> Mapping[str, Any] | None:
     """Read a balancing state; None if there is no file.
 
     Raises:
         ValueError: the file is damaged or was not written by moebalance.
     """
-    if not (folder / STATE_FILE).is_file():
-        return None
-    saved = read(folder)
-    layers: dict[str, dict[str, Tensor]] = saved["layers"]
+    return read(folder) if (folder / STATE_FILE).is_file() else None
+
+
+def check_state(state: Mapping[str, Any], sites: Sequence[Site], weights: Weights) -> list[Finding]:
+    """Judge a state as loading it would, and compare it with the weights next to it."""
+    try:
+        findings = [_fit(state, sites)]
+    except ValueError as error:  # the words of `Balancing.load_state_dict`
+        advice = "Put the state next to the checkpoint that it was saved with."
+        other = "another model" in str(error)
+        return [Finding(Severity.ERROR, str(error), advice if other else "")]
     prices = {
-        name: tensor
-        for name, layer in layers.items()
+        _bare(name): tensor
+        for name, layer in state["layers"].items()
         for key, tensor in layer.items()
         if key.endswith("price")
     }
-    finite = all(
-        torch.isfinite(t).all().item() for layer in layers.values() for t in layer.values()
-    )
-    return State(saved["method_repr"], saved["steps"], prices, tuple(layers), finite)
-
-
-def check_state(state: State, sites: Sequence[Site], weights: Weights) -> list[Finding]:
-    """Compare a balancing state with the model and with the weights next to it."""
-    about = f"Balanced by {state.method} for {counted(state.steps, 'step')}"
-    if not state.finite:
-        return [Finding(Severity.ERROR, f"{about}; the state has NaN or infinite values.")]
-    if {_bare(name) for name in state.routers} != {_bare(site.name) for site in sites}:
-        return [
-            Finding(
-                Severity.ERROR,
-                f"{about}, but the state is of other routers ({and_more(state.routers)}).",
-                "Put the state next to the checkpoint that it was saved with.",
-            )
-        ]
-    findings = [Finding(Severity.OK, f"{about}; the state is of these routers.")]
-    prices = {_bare(name): price for name, price in state.prices.items()}
     priced = [s for s in sites if _bare(s.name) in prices and _matters(prices[_bare(s.name)])]
     homeless = [site.name for site in priced if site.bias_name is None]
     if homeless:
@@ -98,6 +69,35 @@ def check_state(state: State, sites: Sequence[Site], weights: Weights) -> list[F
             )
         )
     return findings
+
+
+def _fit(state: Mapping[str, Any], sites: Sequence[Site]) -> Finding:
+    """What there is to say of a state that can be loaded.
+
+    Raises:
+        ValueError: it would be refused, with the words of the refusal.
+    """
+    check_values(state)
+    about = f"Balanced by {state['method_repr']} for {counted(state['steps'], 'step')}"
+    method = method_of(state["method_repr"])
+    if method is None:
+        return Finding(
+            Severity.WARNING,
+            f"{about}; this is no method of moebalance, so whether the state fits is not known.",
+            "Load it with that method attached: it is checked then.",
+        )
+    saved = {_bare(name): name for name in state["layers"]}
+    balanced = [site for site in sites if _bare(site.name) in saved]
+    if len(balanced) < len(saved):  # of another model, as the check will say
+        balanced = list(sites)
+    with torch.device("meta"):
+        layers = {
+            saved.get(_bare(s.name), s.name): LayerBalance(method, s.num_experts, gate=s.gate)
+            for s in balanced
+        }
+    check_fit(state, method, layers)
+    which = "these routers" if len(layers) == len(sites) else f"{len(layers)} of these routers"
+    return Finding(Severity.OK, f"{about}; the state is of {which}.")
 
 
 def _holds(site: Site, price: Tensor, weights: Weights) -> bool:

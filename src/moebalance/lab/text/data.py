@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
+from moebalance.files import writing
 from moebalance.lab.recipe import DataSpec
 from moebalance.lab.text.batches import TokenDataset
 from moebalance.lab.text.corpus import Corpus, Document, load_corpus
@@ -206,8 +207,12 @@ def _tokenise(
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")  # renamed whole: runs may share a cache
         content = {"tokenizer": made.to_json(), "train": train, "validation": val}
-        torch.save(content, unfinished)
-        unfinished.replace(path)
+        try:
+            with writing(path):
+                torch.save(content, unfinished)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return made, train, val
 
 

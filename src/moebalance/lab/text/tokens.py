@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
+from moebalance.files import write_text
+
 TOKENIZER_FILE = "moebalance_tokenizer.json"
 """File of one of these tokenisers in the folder of the model that was trained with it."""
 
@@ -75,7 +77,7 @@ class Tokenizer(ABC):
 
     def save(self, path: Path) -> None:
         """Write it to a file for `load_tokenizer`."""
-        path.write_text(self.to_json(), encoding="utf-8")
+        write_text(path, self.to_json())
 
     def save_beside(self, model: Path) -> None:
         """Write it into a model's folder, where fine-tuning finds it."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
+from safetensors import SafetensorError
+
+from moebalance.files import first_line, loads
 from moebalance.lab.traces.load import Missing
 from moebalance.lab.traces.logits import KEY as LOGITS
 from moebalance.lab.traces.logits import holds_logits, read_logits
@@ -82,27 +85,34 @@ def _read(path: Path, missing: Missing) -> tuple[Run, str]:
 
 def _held(path: Path) -> Mapping[str, Any]:
     """What a file of arrays holds, by name."""
+    try:
+        held = _opened(path)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds objects that are not loaded for safety. Save tensors alone, for example "
+            f'torch.save({{"{LOGITS}": out.{LOGITS}}}, "{path.name}")'
+        ) from None
+    except (ValueError, RuntimeError, EOFError, KeyError, SafetensorError, BadZipFile) as error:
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
+    if isinstance(held, Mapping):
+        return held
+    return {LOGITS: held} if isinstance(held, (list, tuple)) else {KEY: held}
+
+
+def _opened(path: Path) -> Any:
     if path.suffix in _ARRAYS:
         import numpy as np
 
-        found = np.load(path, allow_pickle=False)
-        return {KEY: found} if path.suffix == ".npy" else {name: found[name] for name in found}
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return {KEY: found} if path.suffix == ".npy" else {name: found[name] for name in found}
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return _gathered(load_file(path))
     import torch
 
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds objects that are not loaded for safety. Save tensors alone, for example "
-            f'torch.save({{"{LOGITS}": out.{LOGITS}}}, "{path.name}")'
-        ) from None
-    if isinstance(held, Mapping):
-        return held
-    return {LOGITS: held} if isinstance(held, (list, tuple)) else {KEY: held}
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _gathered(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -117,7 +127,7 @@ def _first_row(path: Path) -> Mapping[str, Any]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         line = next((line for line in lines if line.strip()), "")
     try:
-        row = json.loads(line)
+        row = loads(line)
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}

@@ -8,13 +8,13 @@ dumped routers; logits and dump together give the soft load (`sidecars.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moebalance.files import loads
 from moebalance.lab.traces.load import Load, Missing, as_run, counted
 from moebalance.lab.traces.sidecars import has_logits, read_scores, read_state
 from moebalance.runlog import Run
@@ -73,7 +73,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = loads(line)
                 chosen = torch.tensor(record["top_indices"], dtype=torch.long)
                 record["_file"] = file
                 record["_experts"] = chosen.reshape(len(chosen), -1) if len(chosen) else chosen

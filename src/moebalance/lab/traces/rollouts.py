@@ -8,7 +8,6 @@ stands for no expert.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebalance.files import loads
 from moebalance.lab.traces.load import Load, Missing, added, as_run, counted
 from moebalance.runlog import Run
 
@@ -57,7 +57,10 @@ def lines_of(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                row = json.loads(line)
+                try:
+                    row = loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: not a JSON object")
                 yield row

@@ -67,8 +67,8 @@ def too_short(log: Reading) -> Iterator[Finding]:
 
 def not_finite(log: Reading) -> Iterator[Finding]:
     """A loss that is NaN or infinite."""
-    logged = [row for row in log.run.steps if "loss" in row]
-    lost = [row["step"] for row in logged if row["loss"] is None]
+    logged = [(row["step"], row["loss"]) for row in log.run.steps if "loss" in row]
+    lost = [step for step, loss in logged if loss is None]
     if lost:
         yield Finding(
             Severity.ERROR,

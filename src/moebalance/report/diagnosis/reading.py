@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from moebalance.report.estimates import finite
 from moebalance.report.loads import layer_names, maxvio
 from moebalance.report.parts import Part, balances, parts_of
-from moebalance.runlog import Row, Run
+from moebalance.runlog import Row, Run, column
+from moebalance.runlog.columns import Chosen
 
 Array = NDArray[np.float64]
 
@@ -37,27 +38,34 @@ class Reading:
     @cached_property
     def step(self) -> Array:
         """The steps that have a row, (N,)."""
-        return np.array([row["step"] for row in self.run.steps], dtype=float)
+        return np.array(column(self.run.steps, "step"), dtype=float)
 
     def series(self, key: str) -> Array:
         """A number of every step row, (N,)."""
-        return np.array([_number(row, key) for row in self.run.steps], dtype=float)
+        found = (_number({key: value}, key) for value in column(self.run.steps, key))
+        return np.fromiter(found, dtype=float, count=len(self.run.steps))
 
     @cached_property
-    def snapshots(self) -> tuple[Row, ...]:
+    def snapshots(self) -> Sequence[Row]:
         """The snapshots that hold loads of one shape."""
-        held = [row for row in self.run.snapshots if _is_load(row.get("load"))]
-        shape = [len(layer) for layer in held[-1]["load"]] if held else []
-        return tuple(row for row in held if [len(layer) for layer in row["load"]] == shape)
+        shapes = [_shape(row.get("load")) for row in self.run.snapshots]
+        last = next((shape for shape in reversed(shapes) if shape), ())
+        return Chosen(self.run.snapshots, [i for i, s in enumerate(shapes) if s and s == last])
 
     @cached_property
     def load_step(self) -> Array:
         """The steps of the snapshots, (S,)."""
-        return np.array([row["step"] for row in self.snapshots], dtype=float)
+        return np.array(column(self.snapshots, "step"), dtype=float)
 
     def loads(self, layer: int) -> Array:
         """Hard load of a layer in every snapshot, in even shares, (S, E)."""
-        return _even_shares([row["load"][layer] for row in self.snapshots])
+        return self._loads[layer]
+
+    @cached_property
+    def _loads(self) -> list[Array]:
+        """Of each layer, (S, E); a snapshot is looked at once, and not kept."""
+        rows = [[np.array(one, dtype=float) for one in row["load"]] for row in self.snapshots]
+        return [_even_shares(same) for same in zip(*rows, strict=True)]
 
     @cached_property
     def layers(self) -> int:
@@ -150,8 +158,10 @@ class Reading:
         return rows[-1] if rows and rows[-1]["step"] >= 0.9 * self.run.last_step else None
 
     @cached_property
-    def _late_snapshots(self) -> list[Row]:
-        return [row for row in self.snapshots if row["step"] > 2 / 3 * self.run.last_step]
+    def _late_snapshots(self) -> Sequence[Row]:
+        steps = column(self.snapshots, "step")
+        late = [i for i, step in enumerate(steps) if step > 2 / 3 * self.run.last_step]
+        return Chosen(self.snapshots, late)
 
     def _late(self, key: str) -> list[Any]:
         if key not in self._kept:
@@ -166,7 +176,11 @@ class Reading:
         row = self._last_eval
         if row is not None and _is_load(row.get(key)):
             return list(row[key])
-        rows = [row[key] for row in self._late_snapshots if _is_load(row.get(key))]
+        rows = [
+            [np.array(layer, dtype=float) for layer in row[key]]
+            for row in self._late_snapshots
+            if _is_load(row.get(key))
+        ]
         layers = zip(*rows, strict=False)
         return [np.mean([x for x in same if len(x) == len(same[-1])], axis=0) for same in layers]
 
@@ -206,6 +220,11 @@ def _is_load(value: Any) -> bool:
         and sum(layer) > 0
         for layer in value
     )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """How many experts each layer of a load has; empty for what is no load."""
+    return tuple(map(len, value)) if _is_load(value) else ()
 
 
 def _even_shares(load: Sequence[Any]) -> Array:

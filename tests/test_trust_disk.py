@@ -1,0 +1,387 @@
+"""Half-written and crowded: full disks, cut files, two processes in a folder, damaged logs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+import moebalance as mb
+from moebalance.core.layer import LayerBalance
+from moebalance.files import MOST_DEEP, loads, write_text, writing
+from moebalance.integrations.huggingface import STATE_FILE, state_file
+from moebalance.integrations.huggingface.contents import save_parts
+from moebalance.integrations.huggingface.sharded import PARTS
+from moebalance.lab.checkpoints import last_whole_checkpoint
+from moebalance.lab.compare import compare
+from moebalance.lab.lock import LOCK, alone_in
+from moebalance.lab.recipe import Recipe
+from moebalance.lab.traces import Missing, find_traces
+from moebalance.lab.train import train_run
+from moebalance.report.canvas import panels
+from moebalance.report.canvas import save as save_figure
+from moebalance.runlog import LOG_NAME, RunLog, find_runs, read_run
+from moebalance.runlog.columns import Rows
+
+RECIPE = {
+    "name": "small",
+    "model": {
+        "architecture": "olmoe",
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32,
+    },
+    "data": {"seq_len": 32},
+    "train": {"steps": 4, "batch_size": 2, "eval_sequences": 4, "save_every": 2},
+}
+
+
+def recipe(folder: Path) -> Recipe:
+    for name in ("a", "b"):
+        (folder / "text" / name).mkdir(parents=True, exist_ok=True)
+        for part in range(4):
+            (folder / "text" / name / f"{part}.txt").write_text(f"{name} {part} " * 200)
+    data = {**RECIPE["data"], "source": str(folder / "text")}
+    return Recipe.parse({**RECIPE, "data": data}, source="small.toml")
+
+
+def train(folder: Path, run: str, **options: bool) -> Path:
+    given = {"method": "loss-free", "seed": 0, "batching": "mixed", **options}
+    return train_run(recipe(folder), folder=folder / run, **given)
+
+
+# --- Checkpoints that were cut off ----------------------------------------------------------------
+
+
+def checkpoint(folder: Path, *, distributed: bool = False) -> Path:
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    state = {"numpy": ("MT19937", np.arange(624, dtype=np.uint32), 1), "cpu": torch.get_rng_state()}
+    torch.save(state, folder / "rng_state.pth")
+    if distributed:
+        save_distributed({"w": torch.zeros(9)}, checkpoint_id=folder / PARTS)
+        return folder
+    torch.save({"state": torch.zeros(99)}, folder / "optimizer.pt")
+    torch.save({"last_epoch": 3}, folder / "scheduler.pt")
+    for name in ("model.safetensors", STATE_FILE):
+        save_file({"w": torch.zeros(9)}, folder / name)
+    return folder
+
+
+WHOLE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [*WHOLE, STATE_FILE])
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "zeros"])
+def test_a_checkpoint_with_a_half_written_file_falls_back_to_the_one_before(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, last = checkpoint(tmp_path / "checkpoint-2"), checkpoint(tmp_path / "checkpoint-4")
+    assert last_whole_checkpoint(tmp_path) == last
+    whole = (last / name).read_bytes()
+    broken = {"cut": whole[: len(whole) // 2], "empty": b"", "zeros": bytes(len(whole))}
+    if damage == "missing":
+        (last / name).unlink()
+    else:
+        (last / name).write_bytes(broken[damage])
+    assert last_whole_checkpoint(tmp_path) == before
+    assert str(last) in caplog.text
+    if name.endswith((".pt", ".pth")):
+        assert name in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("name", ["rng_state.pth", "trainer_state.json", f"{PARTS}/.metadata"])
+def test_a_distributed_checkpoint_with_a_half_written_file_falls_back_too(
+    tmp_path: Path, name: str
+) -> None:
+    before = checkpoint(tmp_path / "checkpoint-2", distributed=True)
+    last = checkpoint(tmp_path / "checkpoint-4", distributed=True)
+    assert last_whole_checkpoint(tmp_path) == last
+    whole = (last / name).read_bytes()
+    (last / name).write_bytes(whole[: len(whole) // 2])
+    assert last_whole_checkpoint(tmp_path) == before
+
+
+# --- Full disks -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_beyond(size: int) -> Iterator[None]:
+    """Files of this process may have so many bytes: what writes more fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _log(path: Path) -> None:
+    with RunLog(path) as log:
+        log.write("header", method="phi", note="x" * 9999)
+
+
+def _state(path: Path) -> None:
+    method = mb.LossFree()
+    layers = {str(i): LayerBalance(method, 256) for i in range(9)}
+    state_file.save(mb.Balancing(method, layers), path.parent)
+
+
+def _torch(path: Path) -> None:
+    with writing(path):
+        torch.save({"x": torch.zeros(9999)}, path)
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "text": ("page.html", lambda path: write_text(path, "x" * 9999)),
+    "log": (LOG_NAME, _log),
+    "state": (STATE_FILE, _state),
+    "torch": ("optimizer.pt", _torch),
+    "svg": ("figure.svg", lambda path: save_figure(panels()[0], path)),
+    "png": ("figure.png", lambda path: save_figure(panels()[0], path)),
+    "pdf": ("figure.pdf", lambda path: save_figure(panels()[0], path)),
+    "parts": ("distributed", lambda path: save_parts({"w": torch.zeros(9999)}, path)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_told_with_the_path_and_the_cause(tmp_path: Path, kind: str) -> None:
+    name, write = WRITERS[kind]
+    with pytest.raises(OSError, match="File too large") as told, full_beyond(2000):
+        write(tmp_path / name)
+    assert told.value.filename == str(tmp_path / name)
+    assert "inline_container" not in str(told.value)
+    left = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert left <= {LOG_NAME, "optimizer.pt", "moebalance.partial"}  # no half of another file stays
+
+
+def test_no_space_left_is_told_as_such_whoever_writes(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / LOG_NAME).symlink_to(full)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        _log(tmp_path / LOG_NAME)
+    assert told.value.filename == str(tmp_path / LOG_NAME)
+    assert told.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left on device"):
+        write_text(full, "x")
+
+
+def test_what_is_no_failure_to_write_is_left_as_it_is(tmp_path: Path) -> None:
+    for error in (RuntimeError("shapes differ"), KeyError("x"), OSError(errno.EACCES, "no", "y")):
+        with pytest.raises(type(error)) as same, writing(tmp_path):
+            raise error
+        assert same.value is error
+
+
+def test_a_run_on_a_full_disk_names_the_checkpoint_and_goes_on_once_there_is_room(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(OSError, match="File too large") as told, full_beyond(20_000):
+        train(tmp_path, "run")
+    assert "checkpoint-2" in str(told.value.filename)
+    assert read_run(tmp_path / "run").status == "failed"
+    assert last_whole_checkpoint(tmp_path / "run") is None
+    train(tmp_path, "run", resume=True)
+    assert read_run(tmp_path / "run").status == "complete"
+
+
+# --- Two processes in one folder ------------------------------------------------------------------
+
+HOLD = """
+import fcntl, os, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.truncate(0)
+file.write(f"process {os.getpid()} on here")
+file.flush()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process_in(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-S", "-c", HOLD, str(folder / LOCK)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_process_in_a_run_folder_is_refused_with_folder_and_process(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    with another_process_in(folder) as other:
+        for begin in (
+            lambda: train(tmp_path, "run"),
+            lambda: train(tmp_path, "run", resume=True),
+            lambda: compare(recipe(tmp_path), folder),
+        ):
+            with pytest.raises(ValueError, match=f"in use by process {other.pid} on here") as told:
+                begin()
+            assert str(folder) in str(told.value)
+        assert sorted(path.name for path in folder.iterdir()) == [LOCK]
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+        with alone_in(folder):  # a killed process lets go
+            assert f"process {os.getpid()} on " in (folder / LOCK).read_text()
+
+
+def test_a_folder_is_free_again_after_a_run_and_after_an_error(tmp_path: Path) -> None:
+    def twice() -> None:
+        with (
+            alone_in(tmp_path),
+            pytest.raises(ValueError, match="in use by"),
+            alone_in(tmp_path),
+        ):
+            pass
+
+    def fails() -> None:
+        with alone_in(tmp_path):
+            raise RuntimeError("mine")
+
+    twice()
+    with pytest.raises(RuntimeError, match="mine"):
+        fails()
+    with alone_in(tmp_path):
+        pass
+
+
+# --- Logs -----------------------------------------------------------------------------------------
+
+HEADER = {"kind": "header", "format": 1, "method": "phi"}
+DEEP = '{"kind": "step", "step": 1, "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+BAD = {
+    "a step below 0": ('{"kind": "step", "step": -1}', 'integer "step" from 0 on, got -1'),
+    "a huge step": ('{"kind": "step", "step": 99999999999999999999}', 'integer "step"'),
+    "tokens below 0": ('{"kind": "eval", "step": 1, "tokens": -5}', '"tokens" is -5'),
+    "100,000 deep": (DEEP, "nested 100001 deep"),
+    "100,000 objects": (DEEP.replace("[", '{"a":[').replace("]", "]}"), "nested 200001 deep"),
+    "half open": ('{"kind": "step", "x": ' + "[" * 100_000, "nested 100001 deep"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_hostile_line_of_a_log_is_refused_with_file_line_and_cause(
+    tmp_path: Path, case: str
+) -> None:
+    line, cause = BAD[case]
+    log = tmp_path / LOG_NAME
+    log.write_text(f'{json.dumps(HEADER)}\n{line}\n{{"kind": "step", "step": 2}}\n')
+    for read in (read_run, find_runs, lambda path: RunLog.resume(path, 1)):
+        with pytest.raises(ValueError, match="line 2: ") as told:
+            read(tmp_path)
+        assert str(log) in str(told.value)
+        assert cause in str(told.value)
+        assert len(str(told.value)) < 500
+
+
+@pytest.mark.parametrize("where", ["steps", "model", "data"])
+def test_a_header_with_a_count_below_zero_is_refused(tmp_path: Path, where: str) -> None:
+    inside = {"steps": {"steps": -4}, "model": {"model": {"top_k": -1}}}
+    wrong = inside.get(where, {"data": {"val_tokens": -9}})
+    (tmp_path / LOG_NAME).write_text(json.dumps({**HEADER, **wrong}) + "\n")
+    with pytest.raises(ValueError, match="must be at least 0") as told:
+        read_run(tmp_path)
+    assert str(tmp_path / LOG_NAME) in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", "rollouts.jsonl"])
+def test_a_hostile_line_of_a_trace_is_refused_with_file_line_and_cause(
+    tmp_path: Path, name: str
+) -> None:
+    first = '{"top_indices": [[0]], "layer": 0, "step": 0}' if "trace" in name else "{}"
+    (tmp_path / name).write_text(f"{first}\n{DEEP}\n")
+    with pytest.raises(ValueError, match=r"nested 100001 deep|routed_experts") as told:
+        find_traces(tmp_path / name, Missing())
+    assert str(tmp_path / name) in str(told.value)
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz", ".pt", ".safetensors"])
+def test_a_cut_file_of_arrays_is_refused_by_its_path(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"trace{ending}"
+    if ending == ".npy":
+        np.save(file, np.zeros((9, 2), dtype=int))
+    elif ending == ".npz":
+        np.savez(file, routed_experts=np.zeros((9, 2), dtype=int))
+    elif ending == ".pt":
+        torch.save({"routed_experts": torch.zeros(9, 2)}, file)
+    else:
+        save_file({"routed_experts": torch.zeros(9, 2)}, file)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="is damaged: ") as told:
+        find_traces(file, Missing(experts=4, top_k=2))
+    assert str(file) in str(told.value)
+
+
+def test_json_is_read_to_a_depth_and_no_deeper() -> None:
+    assert loads("[" * MOST_DEEP + "]" * MOST_DEEP)
+    with pytest.raises(ValueError, match="nested 101 deep"):
+        loads("[" * (MOST_DEEP + 1) + "]" * (MOST_DEEP + 1))
+
+
+def test_rows_in_columns_are_the_rows_that_came_in() -> None:
+    came = [
+        {"kind": "step", "step": 1, "loss": 2.5, "lr": None, "tokens": 3},
+        {"kind": "step", "step": 2, "loss": None, "lr": 0.5, "tokens": 2**70, "more": "x"},
+        {"step": 3, "loss": 1, "load": [[0.5, 0.5], [1.0]], "kind": "step", "flag": True},
+        {"load": [[1, 2], [0.5]], "soft": [[]], "deep": [[[1.0]]], "kind": "step"},
+        {},
+    ]
+    rows = Rows(came)
+    assert rows == came
+    assert [list(row) for row in rows] == [list(row) for row in came]  # in their order
+    assert [type(value) for row in rows for value in row.values()] == [
+        type(value) for row in came for value in row.values()
+    ]
+    assert list(rows.column("loss")) == [2.5, None, 1, None, None]
+    assert list(rows[1:3]) == came[1:3]
+    assert rows[-1] == {}
+    with pytest.raises(IndexError):
+        rows[5]
+
+
+def test_a_long_log_takes_less_than_a_quarter_of_the_memory_of_its_objects(tmp_path: Path) -> None:
+    steps = [{"kind": "step", "step": i, **dict.fromkeys("abcdefghij", i / 7)} for i in range(4000)]
+    lines = [json.dumps(row) for row in (HEADER, *steps)]
+    (tmp_path / LOG_NAME).write_text("\n".join(lines) + "\n")
+
+    def held(read: Callable[[], object]) -> int:
+        tracemalloc.start()
+        kept = read()
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return size if kept is not None else 0
+
+    as_objects = held(lambda: [json.loads(line) for line in lines])
+    assert held(lambda: read_run(tmp_path)) < as_objects / 4
