@@ -290,10 +290,10 @@ def best(
     """
     logits = logits.detach()
     order = preference
-    if order is None and price is None:
-        order = logits if limit is None else affinities.detach()
-    elif order is None:
+    if order is None and price is not None:
         order = affinities.detach() - price
+    elif order is None:
+        order = logits if limit is None else affinities.detach()
     experts = top_experts(order, logits, top_k, limit)
     return affinities.gather(-1, experts), experts
 

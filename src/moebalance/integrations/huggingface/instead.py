@@ -71,6 +71,7 @@ def _agrees(site: Site, logits: Linear, dtype: torch.dtype) -> torch.dtype | Non
         if not isinstance(answer, tuple) or len(answer) != 3:
             return None
         theirs, weights, experts = answer
+        found: torch.dtype = weights.dtype
         if not torch.equal(logits(twin, hidden), theirs):
             return None
         if not torch.equal(theirs.topk(site.top_k).indices.sort()[0], experts.sort()[0]):
@@ -78,7 +79,7 @@ def _agrees(site: Site, logits: Linear, dtype: torch.dtype) -> torch.dtype | Non
         ours = site.rule.weigh(theirs, experts)
         if not torch.allclose(ours, weights.float(), rtol=0.02 if dtype != torch.float32 else 1e-5):
             return None
-    return weights.dtype
+    return found
 
 
 def _as_it_is(router: nn.Module, hidden: Float[Tensor, "*tokens D"]) -> Float[Tensor, "T E"]:
