@@ -13,13 +13,13 @@ RUN_PEERS := $(PEERS)/bin/python -m pytest -n 2 --dist loadfile --timeout 900
 
 NEWEST_MEGATRON := 0.19.2
 
-.PHONY: demo test slow lint shapes peers megatron frameworks docs corpora clean
+.PHONY: demo test slow fuzz lint shapes peers megatron frameworks docs corpora clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
 
 # Two workers on two cores: more threads than that only wait for each other.
-test slow peers megatron frameworks shapes: export OMP_NUM_THREADS := 1
+test slow fuzz peers megatron frameworks shapes: export OMP_NUM_THREADS := 1
 
 test: lint shapes peers megatron-$(NEWEST_MEGATRON) docs
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -27,6 +27,11 @@ test: lint shapes peers megatron-$(NEWEST_MEGATRON) docs
 # Also names the 40 slowest tests. For some files only: make slow TESTS=tests/test_laws.py
 slow: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal --durations=40 $(TESTS)
+
+# The fuzz tests with ten times as many inputs, other ones each time; docs/survives.md counts them.
+fuzz: export FUZZ := 1
+fuzz: $(READY)
+	$(BIN)/pytest -n 2 --dist worksteal --timeout 3600 tests/test_fuzz*.py
 
 # Against the released packages of the frameworks we plug into.
 peers: $(PEERS_READY)
@@ -38,6 +43,8 @@ megatron: $(MEGATRON:%=megatron-%)
 megatron-%: build/megatron/%
 	MEGATRON=$< $(RUN_PEERS) tests/peers/test_megatron*.py
 
+# Not an intermediate file, which make would delete at the end.
+.PRECIOUS: build/megatron/%
 build/megatron/%: $(PEERS_READY)
 	$(PEERS)/bin/python tests/peers/fetch_megatron.py build/megatron $*
 
@@ -79,7 +86,8 @@ $(PEERS_READY): $(READY) constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet setuptools==80.9.0 wheel==0.45.1
 	DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-deps --no-build-isolation \
 	--requirement constraints-peers.txt
-	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt tensorboard==2.21.0 wandb==0.31.0
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt tensorboard==2.21.0 wandb==0.31.0 \
+	trackio==0.43.0
 	@touch $(PEERS_READY)
 
 clean:

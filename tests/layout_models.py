@@ -6,7 +6,7 @@ Each rank holds whole weights and uses its own part of them: what is sent is as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -97,11 +97,44 @@ class ExpertParallelBlock(Block):
         return torch.zeros_like(flat).index_add(0, tokens, weighed).view_as(x)
 
 
+class NamedTensorParallelBlock(TensorParallelBlock, NamedBlock):
+    """Tensor parallelism with a gate that `attach` names."""
+
+
+class NamedSequenceParallelBlock(SequenceParallelBlock, NamedBlock):
+    """Sequence parallelism with a gate that `attach` names."""
+
+
+class NamedExpertParallelBlock(ExpertParallelBlock, NamedBlock):
+    """Expert parallelism with a gate that `attach` names."""
+
+
+class Dense(nn.Module):
+    """x + tanh(x A) B: a layer without experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(9)
+        self.up = nn.Parameter(torch.randn(WIDTH, HIDDEN, generator=generator, dtype=torch.float64))
+        self.down = nn.Parameter(self.up.data.mT / 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + (x @ self.up).tanh() @ self.down
+
+
+def dense_first(method: Method, seed: int) -> nn.Module:
+    """A first layer without experts, then layers whose gate `attach` names."""
+    return Dense() if seed == 0 else NamedBlock(method, seed)
+
+
 class Stack(nn.Module):
     """Some layers, one after another; `losses` makes a loss of what comes out."""
 
     def __init__(
-        self, method: Method, block: type[Block] = Block, layers: Sequence[int] = range(LAYERS)
+        self,
+        method: Method,
+        block: Callable[..., nn.Module] = Block,
+        layers: Sequence[int] = range(LAYERS),
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({str(n): block(method, seed=n) for n in layers})

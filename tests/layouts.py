@@ -5,33 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import moebalance as mb
 from cases import METHODS, POTENTIALS
-from layout_models import (
-    TOP_K,
-    WIDTH,
-    Block,
-    ExpertParallelBlock,
-    NamedBlock,
-    SequenceParallelBlock,
-    Stack,
-    TensorParallelBlock,
-    losses,
-)
+from layout_cases import ALONE, LENGTH, ONE, PAIRS, QUADS, SEQUENCES, Layout
+from layout_models import TOP_K, WIDTH, Stack, losses
 from moebalance.methods import Method
 from processes import run
 
-SEQUENCES, LENGTH, STEPS = 8, 8, 3
+STEPS = 3
 
 SAME_STATE, SAME_GRADIENT = 1e-6, 1e-5
 """Absolute and relative differences that rounding may make."""
@@ -42,117 +32,6 @@ ROWS = [
     if name == "phi-negative-entropy" or name.removeprefix("phi-") not in POTENTIALS
 ]
 """What the table shows: of the nine potentials, which all behave alike here, one."""
-
-Cut = tuple[slice, slice]
-"""A batch: which sequences, and which positions of them."""
-
-WHOLE = slice(None)
-
-
-def cuts(*sequences: int, start: int = 0) -> tuple[Cut, ...]:
-    """Batches of so many sequences each."""
-    ends = [start + sum(sequences[: n + 1]) for n in range(len(sequences))]
-    return tuple((slice(end - size, end), WHOLE) for end, size in zip(ends, sequences, strict=True))
-
-
-def halves(axis: int) -> tuple[tuple[Cut, ...], ...]:
-    """One batch on each of two ranks: halves of the sequences (0) or of every sequence (1)."""
-    size = (SEQUENCES, LENGTH)[axis] // 2
-    ranges = [slice(0, size), slice(size, 2 * size)]
-    return tuple((((r, WHOLE) if axis == 0 else (WHOLE, r)),) for r in ranges)
-
-
-def shard(model: Stack) -> nn.Module:
-    """FSDP2, each layer a unit."""
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.layers.values():
-        fully_shard(layer)
-    return fully_shard(model)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a step is laid out.
-
-    Args:
-        batches: of each rank.
-        block: what a layer is made of.
-        wrap: data parallelism, which averages gradients over ranks.
-        summed: names of weights whose gradients the ranks add up themselves.
-        alone: ranks hold different layers or the same tokens; each balances by itself.
-        tokens: which tokens are real: "all", "ragged" sequences, or of the "first half" only.
-        staged: each rank holds one layer, and gets micro-batches of two sequences.
-    """
-
-    batches: tuple[tuple[Cut, ...], ...]
-    block: type[Block] = Block
-    wrap: Callable[[Stack], nn.Module] | None = None
-    summed: tuple[str, ...] = ()
-    alone: bool = False
-    tokens: str = "all"
-    staged: bool = False
-
-    @property
-    def cuts_sequences(self) -> bool:
-        return any(positions != WHOLE for batches in self.batches for _, positions in batches)
-
-
-TOKENS = ("all", "ragged", "first half", "left half")
-
-ONE = {tokens: Layout((cuts(8),), tokens=tokens) for tokens in TOKENS}
-"""The reference: all tokens in one batch of one process."""
-
-ALONE = {
-    "accumulation 2": Layout((cuts(4, 4),)),
-    "accumulation 4": Layout((cuts(2, 2, 2, 2),)),
-}
-PAIRS = {
-    "DDP 2": Layout(halves(0), wrap=DistributedDataParallel),
-    "FSDP2 2": Layout(halves(0), wrap=shard),
-    "TP 2": Layout((cuts(8), cuts(8)), block=TensorParallelBlock, alone=True),
-    "TP 2 + sequence": Layout(halves(1), block=SequenceParallelBlock, summed=("gate",)),
-    "CP 2": Layout(halves(1), wrap=DistributedDataParallel),
-    "EP 2": Layout(halves(0), block=ExpertParallelBlock, summed=("gate",)),
-    "PP 2": Layout((cuts(2, 2, 2, 2),) * 2, staged=True, alone=True),
-}
-QUADS = {
-    "DDP 4": Layout(
-        tuple(cuts(2, start=2 * rank) for rank in range(4)), wrap=DistributedDataParallel
-    )
-}
-RAGGED_ALONE = {
-    "accumulation 4, padding": Layout((cuts(2, 2, 2, 2),), tokens="ragged"),
-    "accumulation 4, two of them empty": Layout((cuts(2, 2, 2, 2),), tokens="first half"),
-}
-RAGGED_PAIRS = {
-    "DDP 2, padding": Layout(halves(0), wrap=DistributedDataParallel, tokens="ragged"),
-    "DDP 2, one rank empty": Layout(halves(0), wrap=DistributedDataParallel, tokens="first half"),
-    "DDP 2, 3 and 1 micro-batches": Layout(
-        (cuts(2, 2, 2), cuts(2, start=6)), wrap=DistributedDataParallel, tokens="ragged"
-    ),
-    "FSDP2 2, one rank empty": Layout(halves(0), wrap=shard, tokens="first half"),
-    "CP 2, one rank empty": Layout(halves(1), wrap=DistributedDataParallel, tokens="left half"),
-    "EP 2, padding": Layout(
-        halves(0), block=ExpertParallelBlock, summed=("gate",), tokens="ragged"
-    ),
-}
-
-
-NAMED_ALONE = {
-    "accumulation 4": Layout((cuts(2, 2, 2, 2),), block=NamedBlock),
-    "accumulation 4, padding": Layout((cuts(2, 2, 2, 2),), block=NamedBlock, tokens="ragged"),
-}
-NAMED_PAIRS = {
-    "DDP 2": Layout(halves(0), block=NamedBlock, wrap=DistributedDataParallel),
-    "DDP 2, padding": Layout(
-        halves(0), block=NamedBlock, wrap=DistributedDataParallel, tokens="ragged"
-    ),
-    "FSDP2 2": Layout(halves(0), block=NamedBlock, wrap=shard),
-    "FSDP2 2, one rank empty": Layout(halves(0), block=NamedBlock, wrap=shard, tokens="first half"),
-    "CP 2": Layout(halves(1), block=NamedBlock, wrap=DistributedDataParallel),
-}
-"""Layers whose gate is a linear map, named to `attach`; held against `BalancedRouter`s."""
 
 
 class Seen(NamedTuple):
@@ -232,8 +111,11 @@ class _Run:
         group = _alone() if layout.alone else None
         named: dict[str, Any] = {"routers": "*.gate", "top_k": TOP_K, "normalize": True}
         named |= {"method": method, "mask": "mask"}
-        more = named if layout.block is NamedBlock else {}
-        self.balancing = mb.attach(self.model, group=group, **more)
+        if any(hasattr(layer, "gate") for layer in self.model.layers.values()):
+            more = named if layout.named else {}
+            self.balancing = mb.attach(self.model, group=group, **more)
+        else:  # a stage without experts has nothing to attach to
+            self.balancing = mb.Balancing(method, {}, group=group)
         self.wrapped = self.model if layout.wrap is None else layout.wrap(self.model)
 
     def layers(self) -> list[int]:
@@ -266,7 +148,7 @@ class _Run:
         return averaged * (part.sum() / whole.sum()).item()
 
     def gradients(self) -> list[Tensor]:
-        gates = (layer.gate for layer in self.model.layers.values())
+        gates = (layer.gate for layer in self.model.layers.values() if hasattr(layer, "gate"))
         found = [getattr(gate, "weight", gate).grad for gate in gates]
         return [g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for g in found]
 
@@ -313,8 +195,9 @@ def _mean(values: Tensor, real: Tensor) -> Tensor:
     return torch.where(real, values, 0).sum() / real.sum().clamp(min=1)
 
 
+@functools.cache
 def _alone() -> dist.ProcessGroup:
-    """A group of this rank only."""
+    """A group of this rank only; one for all layouts, since each holds threads and sockets."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     return groups[dist.get_rank()]
 

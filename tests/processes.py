@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -18,12 +19,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 COLLECTIVE_S = 20
 """How long a rank waits in a collective for one that does not come."""
 
 
 class Failure(str):
     """The answer of a rank that raised, died or hung: what it wrote to stderr and how it ended."""
+
+    @property
+    def crashed(self) -> bool:
+        """Whether compiled code crashed in it."""
+        return self.endswith(tuple(f"(ended with {-number})" for number in CRASHES))
 
 
 class Collectives(TorchDispatchMode):
@@ -53,10 +60,15 @@ class Collectives(TorchDispatchMode):
 def run(work: Callable[..., Any], ranks: int, *args: Any, limit_s: float = 150) -> list[Any]:
     """Call `work(*args)` on every rank of a new process group; its answers, by rank.
 
+    torch's own compiled code has crashed a rank ("malloc(): unaligned tcache chunk"), once in some
+    thirty runs of the suite. Python code of ours cannot, so such a run is done once more.
+
     Raises:
         AssertionError: a rank raised, died or hung; says how each of them did.
     """
     answers = outcomes(work, ranks, *args, limit_s=limit_s)
+    if any(isinstance(a, Failure) and a.crashed for a in answers):
+        answers = outcomes(work, ranks, *args, limit_s=limit_s)
     bad = [f"Rank {rank}: {a}" for rank, a in enumerate(answers) if isinstance(a, Failure)]
     assert not bad, "\n".join(bad)
     return answers

@@ -8,44 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import moebalance as mb
 from moebalance.gates import Gate
-
-WIDTH, EXPERTS, TOP_K = 16, 8, 2
-
-
-def combine(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    out = torch.zeros_like(x)
-    for number, expert in enumerate(experts):
-        token, place = (chosen == number).nonzero(as_tuple=True)
-        out = out.index_add(0, token, expert(x[token]) * weights[token, place, None])
-    return out
-
-
-class Layer(nn.Module):
-    """A layer as people write it: a linear gate, softmax or sigmoid, top-k, normalised or not."""
-
-    def __init__(self, gate: Gate | None = None, *, normalize: bool = True, top_k: int = TOP_K):
-        super().__init__()
-        self.scores = torch.sigmoid if isinstance(gate, mb.Sigmoid) else _softmax
-        self.normalize, self.top_k = normalize, top_k
-        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH))
-            for _ in range(EXPERTS)
-        )
-
-    def weigh(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights, chosen = self.scores(logits).topk(self.top_k, dim=-1)
-        if self.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights, chosen
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, WIDTH)
-        return combine(self.experts, flat, *self.weigh(self.gate(flat))).view(x.shape)
+from named_models import EXPERTS, TOP_K, WIDTH, Layer, Model, attach, combine, padded, train
 
 
 class Ours(Layer):
@@ -61,19 +27,6 @@ class Ours(Layer):
         return self.router(logits)
 
 
-class Model(nn.Module):
-    def __init__(self, *layers: nn.Module, recompute: bool = False):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.recompute = recompute
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            more = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
-            x = x + more
-        return x
-
-
 def pair(method: mb.Method, gate: Gate | None = None, *, normalize: bool = True, **more: Any):
     torch.manual_seed(0)
     ours = Model(*[Ours(method, gate, normalize=normalize) for _ in range(2)], **more)
@@ -83,17 +36,6 @@ def pair(method: mb.Method, gate: Gate | None = None, *, normalize: bool = True,
     first = mb.attach(ours)
     second = mb.attach(plain, method, routers="*.gate", top_k=TOP_K, gate=gate, normalize=normalize)
     return (ours, first), (plain, second)
-
-
-def train(model: nn.Module, balancing: mb.Balancing, *, batches: int, steps: int = 30) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(steps):
-        x = torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(step))
-        for part in x.chunk(batches):
-            (balancing.follow(model(part).square().mean()) / batches).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        balancing.step()
 
 
 def apart(first: nn.Module, second: nn.Module) -> float:
@@ -165,11 +107,6 @@ def test_softmax_weights_over_all_experts_are_charged_too():
 
 
 # --- which modules ----------------------------------------------------------------------------
-
-
-def attach(model: nn.Module, routers: Any = "*.gate", **more: Any) -> mb.Balancing:
-    method = more.pop("method", mb.PhiBalancing())
-    return mb.attach(model, method, routers=routers, **{"top_k": 2, **more})
 
 
 def test_routers_are_named_by_pattern_name_module_or_function():
@@ -278,73 +215,6 @@ def test_a_module_that_returns_something_else_is_refused_at_its_first_call():
     attach(model, ["layers.0.experts.0"], num_experts=4)
     with pytest.raises(ValueError, match=r"layers\.0\.experts\.0 returned \(\d+, 16\)"):
         model(torch.randn(2, 5, WIDTH))
-
-
-# --- padding and sequences --------------------------------------------------------------------
-
-
-def padded() -> tuple[Tensor, Tensor]:
-    mask = torch.ones(4, 16, dtype=torch.bool)
-    mask[1, 9:] = mask[3, 2:] = False
-    return torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(7)), mask
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_padding_is_counted_neither_in_forward_order_nor_in_recomputation(recompute):
-    """Two forwards before two backwards: each backward has its own mask."""
-    x, mask = padded()
-    model = Model(Layer(), recompute=recompute)
-    balancing = attach(model, mask="mask")
-    halves = zip(x.chunk(2), mask.chunk(2), strict=True)
-    losses = [model(part, real)[real].sum() for part, real in halves]
-    for loss in losses:
-        loss.backward()
-    balancing.step()
-    assert balancing.metrics()["tokens"] == mask.sum()
-    logits = model.layers[0].gate(x[mask])
-    counts = torch.bincount(logits.topk(TOP_K).indices.flatten(), minlength=EXPERTS)
-    hard, _ = balancing.loads()["layers.0.gate"]
-    torch.testing.assert_close(hard, counts / counts.sum())
-
-
-def test_a_mask_that_is_additive_or_of_other_tokens_is_refused():
-    x, mask = padded()
-    model = Model(Layer())
-    attach(model, mask="mask")
-    additive = torch.zeros(4, 16).masked_fill(~mask, float("-inf"))
-    with pytest.raises(ValueError, match=r"additive .*give mask == 0"):
-        model(x, additive)
-    with pytest.raises(ValueError, match=r"64 tokens under mask of shape \(4, 8\)"):
-        model(x, mask[:, :8])
-    with pytest.raises(TypeError, match="must be a tensor"):
-        model(x, "mask")
-
-
-def test_a_model_that_takes_a_mask_is_told_how_to_name_it(caplog):
-    with caplog.at_level(logging.WARNING, "moebalance"):
-        attach(Model(Layer()))
-    assert "mask='mask'" in caplog.text
-
-
-def test_sequences_are_read_from_the_tokens_that_the_model_is_called_with():
-    method = mb.SequenceLoss(1.0)
-    model = Model(Layer())
-    balancing = attach(model, method=method)
-    x, _ = padded()
-    (balancing.follow(0 * model(x).sum())).backward()
-    logits = model.layers[0].gate(x).detach().requires_grad_()
-    router = mb.BalancedRouter(method, EXPERTS, TOP_K)
-    with mb.attach(router):
-        (0 * router(logits)[0].sum()).backward()
-    expected = torch.einsum("bse,bsd->ed", logits.grad, x)
-    torch.testing.assert_close(model.layers[0].gate.weight.grad, expected)
-
-
-def test_a_loss_of_whole_sequences_refuses_rows_without_boundaries():
-    layer = Layer()
-    attach(layer, "gate", method=mb.SequenceLoss(1.0))
-    with pytest.raises(ValueError, match="needs to know where sequences end"):
-        layer(torch.randn(10, WIDTH).unsqueeze(0)[0])
 
 
 # --- what the first gradient tells ------------------------------------------------------------
@@ -461,7 +331,3 @@ def test_evaluation_is_watched_and_never_counted():
     assert balancing.evaluation()[0]["tokens"] == 16
     with pytest.raises(RuntimeError, match="No token was counted"):
         balancing.step()
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(dim=-1)

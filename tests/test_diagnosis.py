@@ -112,7 +112,7 @@ def test_an_archived_log_without_step_rows_is_judged_by_its_end_only():
     long = Run(
         run.path, run.header, evals=({**run.evals[0], "step": 500},), end={"status": "complete"}
     )
-    assert set(findings(long)) == {"too-short"}
+    assert set(findings(long)) == {"few-rows"}
 
 
 def test_a_loss_that_is_not_a_number_is_an_error_with_its_step():
@@ -500,6 +500,23 @@ def test_seeds_are_one_paragraph_that_says_in_how_many_each_fault_is():
         "φ-balancing, mixed, seeds 0, 1, 2, 300 steps\n  warning   layer 1 has 2"
     )
     assert text.count("→") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "word", "advice"),
+    [
+        (HARD, "phi", "Train longer, then ask again."),
+        (
+            NONE,
+            "none",
+            "Attach a method: without one, an expert that is not chosen learns nothing.",
+        ),
+    ],
+)
+def test_a_short_run_asks_for_no_other_strength_yet(method, word, advice):
+    found = judged(planted(method, dying(20)[:60], method=word))
+    assert {"dead", "too-short"} <= {evidence.finding.rule for evidence in found.evidence}
+    assert found.advice == advice
 
 
 def test_what_one_seed_of_many_shows_does_not_decide():

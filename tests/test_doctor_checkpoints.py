@@ -105,7 +105,7 @@ def test_shards_are_followed_and_missed(tmp_path: Path) -> None:
     found = diagnose(tmp_path)
     assert found.failed
     assert any(
-        "The index names 1 files that are not there" in t for t in texts(found, Severity.ERROR)
+        "The index names 1 file that cannot be found" in t for t in texts(found, Severity.ERROR)
     )
     assert any("was not found in the files" in t for t in texts(found, Severity.WARNING))
 

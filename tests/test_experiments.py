@@ -118,6 +118,11 @@ def test_one_seed_gives_methods_the_same_start_and_the_same_order(
     assert other.steps[0]["loss"] != same[0].steps[0]["loss"]
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "A run is interrupted, its last checkpoint is half written, and it resumes",
+    "goes on: from the checkpoint before, equal to an uninterrupted run",
+)
 def test_interrupted_and_resumed_training_equals_uninterrupted(
     recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -205,6 +210,11 @@ def test_a_comparison_keeps_what_is_complete_and_runs_what_is_not(
     assert not is_complete(changed, recipe)
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "One run of a comparison fails",
+    "error: it is named, and the others stay",
+)
 def test_a_failing_run_is_named_and_the_others_stay(recipe: Recipe, tmp_path: Path) -> None:
     bad = replace(
         recipe,
@@ -277,6 +287,11 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(
     assert "Traceback" not in done.output
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "Ctrl-C in a comparison",
+    "goes on: log and report are whole",
+)
 def test_ctrl_c_leaves_a_whole_log_and_a_report_that_works(text: Path, tmp_path: Path) -> None:
     recipe = write_toml(tmp_path / "long.toml", text, steps=100_000)
     out = tmp_path / "run"
@@ -344,6 +359,11 @@ def test_a_misspelt_option_is_told_of_all_that_a_recipe_may_say() -> None:
         build_method("phi(targt=1)")
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "The process that started a comparison is killed",
+    "error: its workers end too",
+)
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """One that is killed cannot tell its workers; without it they would train on, unseen."""
     script, told = tmp_path / "parent.py", tmp_path / "told"

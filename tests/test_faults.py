@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import re
 import time
 from collections.abc import Callable
@@ -49,10 +50,12 @@ class Faults(NamedTuple):
     refused: Refusals
     moments: Moments
     poisoned: Poisoned
+    skipped: tuple[str, float]
+    stuck: tuple[str, float]
 
 
 def faults() -> Faults:
-    return Faults(refusals(MISMATCHES), moments(), poison())
+    return Faults(refusals(MISMATCHES), moments(), poison(), skip(), wait_in_vain())
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,11 @@ def refusals(cases: dict[str, Mismatch]) -> Refusals:
     return found
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "Ranks differ in method, hyper-parameters, layers, their order or number, steps or metrics",
+    "refused: on every rank before the first message, with the ranks and the difference",
+)
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_ranks_that_balance_different_things_are_refused_on_every_one_of_them(case, two):
     for rank in two:
@@ -219,22 +227,42 @@ def tokens(balancing: Balancing) -> float:
     return balancing.metrics()["tokens"]
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "A rank is not in the group that it was given",
+    "refused: on that rank",
+)
 def test_a_rank_outside_of_the_group_it_was_given_does_not_balance_alone(two):
     assert two[0].moments.outsider == ""
     assert "Rank 1 is not in the balancing group" in two[1].moments.outsider
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "All ranks count tokens between `reduce()` and `step()`",
+    "error: the step's sums are dropped, and the next step is sound",
+)
 def test_tokens_that_come_too_late_for_the_message_are_not_lost_in_silence(two):
     for rank in two:
         assert "between reduce() and step() in step 1" in rank.moments.late
         assert rank.moments.after_late == 12
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "All ranks load a state, or call `discard()`, with the message under way",
+    "goes on: with the next step's tokens alone",
+)
 def test_a_message_under_way_is_forgotten_with_its_step(two):
     for rank in two:
         assert rank.moments.after_load == [6, 6]
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "One rank loads a state of the step that all are in",
+    "goes on: after one comparison",
+)
 def test_a_load_on_one_rank_of_the_step_that_all_are_in_is_compared_once_and_goes_on(two):
     for rank in two:
         counted, first, second = rank.moments.after_load_alone
@@ -283,6 +311,11 @@ def batch(step: int, sequences: int) -> Tensor:
     return torch.randn(sequences, 4, WIDTH, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.survives(
+    "Ranks",
+    "One rank has NaN logits",
+    "error: on every rank, with layer, rank and step",
+)
 @pytest.mark.parametrize("early", [False, True], ids=["", "reduced early"])
 @pytest.mark.parametrize("all_metrics", [True, False], ids=["all metrics", "own metrics"])
 @pytest.mark.parametrize("method", METHODS)
@@ -293,3 +326,61 @@ def test_nan_on_one_rank_stops_all_of_them_and_harms_none(method, all_metrics, e
         assert before
         assert same(before, after)
         assert steps == 3
+
+
+# --- a rank astray; all its ways are in test_ranks_astray.py ------------------------------------
+
+
+def skip() -> tuple[str, float]:
+    """Rank 1 forgets `step()` once in a real loop; what it is told, and after how long."""
+    model = Stack(PHI)
+    balancing = mb.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        start = time.monotonic()
+        losses(model(batch(step, 2))).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1 and dist.get_rank() == 1:
+            continue
+        try:
+            balancing.step()
+        except RuntimeError as error:
+            return str(error), time.monotonic() - start
+    return "", 0.0
+
+
+def wait_in_vain(timeout_s: float = 1) -> tuple[str, float]:
+    """Rank 1 does not come to the second step; what rank 0 is told, and after how long."""
+    balancing = hand(group=dist.new_group(timeout=datetime.timedelta(seconds=timeout_s)))
+    count(balancing)
+    balancing.step()
+    start = time.monotonic()
+    if dist.get_rank() == 1:
+        time.sleep(2 * timeout_s)
+        return "", 0.0
+    count(balancing)
+    return refusal(balancing, RuntimeError), time.monotonic() - start
+
+
+@pytest.mark.survives(
+    "Ranks",
+    "One rank forgets `step()` once, in a real training loop of two processes",
+    "error: on every rank in seconds, with each rank's step and batches",
+)
+def test_a_rank_that_forgets_step_stops_all_of_them_in_seconds(two):
+    for rank in two:
+        said, seconds = rank.skipped
+        assert "rank 0: step 2, 1 batch; rank 1: step 2, 2 batches before and after" in said
+        assert seconds < COLLECTIVE_S / 4
+
+
+@pytest.mark.survives(
+    "Ranks",
+    "One rank is stuck",
+    "error: on the others at the timeout, with step and layers",
+)
+def test_a_rank_that_waits_for_a_stuck_one_is_told_the_step_and_the_layers(two):
+    said, seconds = two[0].stuck
+    assert re.search("Waited [12] s for the other ranks to send their sums of a, b in step 2", said)
+    assert seconds < COLLECTIVE_S / 4

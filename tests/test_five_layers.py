@@ -1,4 +1,4 @@
-"""Five MoE layers, written after the interface of those in use, and the lines that balance each.
+"""Five MoE layers, written after the interface of those in use, and the line that balances each.
 
 Every layer's gradient is held against the Switch loss written out by hand on its logits.
 """
@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import moebalance as mb
 
@@ -66,14 +67,12 @@ class OlmoCoreLike(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.experts = nn.Parameter(torch.randn(EXPERTS * WIDTH) / 4), Experts()
-        self.balance = mb.CountAndCharge(METHOD, EXPERTS)  # new
 
     def get_expert_logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.view(EXPERTS, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.get_expert_logits(x)
-        logits = self.balance(logits, logits.topk(TOP_K).indices)  # new
         weights, chosen = logits.softmax(dim=-1).topk(TOP_K, dim=-1)
         flat = weights.view(-1, TOP_K), chosen.view(-1, TOP_K)
         return self.experts(x.view(-1, WIDTH), spread(*flat)).view_as(x)
@@ -103,11 +102,9 @@ class MixtureOfExpertsLike(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.w_gating, self.experts = nn.Parameter(torch.randn(WIDTH, EXPERTS) / 4), Experts()
-        self.balance = mb.CountAndCharge(METHOD, EXPERTS)  # new
 
     def forward(self, x: Tensor) -> Tensor:
         raw = torch.einsum("bnd,de->bne", x, self.w_gating)
-        raw = self.balance(raw, raw.topk(TOP_K).indices)  # new
         gates = raw.softmax(dim=-1)
         first, one = gates.max(dim=-1)
         second, two = (gates * (1 - F.one_hot(one, EXPERTS))).max(dim=-1)
@@ -132,14 +129,35 @@ def st_moe(model: nn.Module) -> mb.Balancing:
     return mb.attach(model, METHOD, routers="*.to_gates", top_k=TOP_K)
 
 
+def olmo_core(model: nn.Module) -> mb.Balancing:
+    return mb.attach(model, METHOD, routers="*.get_expert_logits", top_k=TOP_K, num_experts=EXPERTS)
+
+
+def mixture_of_experts(model: nn.Module) -> mb.Balancing:
+    return mb.attach(model, METHOD, routers="*.w_gating", top_k=TOP_K, num_experts=EXPERTS)
+
+
+class Counting(OlmoCoreLike):
+    """With `CountAndCharge`, for a choice of the layer's own: three lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.balance = mb.CountAndCharge(METHOD, EXPERTS)  # new
+
+    def get_expert_logits(self, x: Tensor) -> Tensor:
+        logits = super().get_expert_logits(x)
+        return self.balance(logits, logits.topk(TOP_K).indices)  # new
+
+
 LAYERS = {
     "nanochat": (NanochatLike, nanochat, lambda m, x: m.router(x), mb.Sigmoid()),
     "minimind": (MinimindLike, minimind, lambda m, x: m.gate(x), mb.Softmax()),
-    "OLMo-core": (OlmoCoreLike, mb.attach, lambda m, x: m.get_expert_logits(x), mb.Softmax()),
+    "OLMo-core": (OlmoCoreLike, olmo_core, lambda m, x: m.get_expert_logits(x), mb.Softmax()),
+    "counting": (Counting, mb.attach, lambda m, x: m.get_expert_logits(x), mb.Softmax()),
     "st-moe-pytorch": (StMoeLike, st_moe, lambda m, x: m.to_gates(x), mb.Softmax()),
     "mixture-of-experts": (
         MixtureOfExpertsLike,
-        mb.attach,
+        mixture_of_experts,
         lambda m, x: x @ m.w_gating,
         mb.Softmax(),
     ),
@@ -155,15 +173,23 @@ def switch_loss(logits: Tensor, gate: mb.gates.Gate) -> Tensor:
     return METHOD.strength * EXPERTS * (load * scores.mean(0)).sum()
 
 
+WAYS = {
+    "plain": lambda layer, x: layer(x),
+    "recomputed": lambda layer, x: checkpoint(layer, x, use_reentrant=False),
+    "reentrant": lambda layer, x: checkpoint(layer, x.requires_grad_(), use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_each_layer_is_charged_as_if_the_term_stood_in_its_loss(name):
+def test_each_layer_is_charged_as_if_the_term_stood_in_its_loss(name, way):
     make, attach, logits_of, gate = LAYERS[name]
     torch.manual_seed(0)
     model = nn.Sequential(make())
     layer, x = model[0], torch.randn(3, 8, WIDTH)
     gates = next(p for n, p in model.named_parameters() if "experts" not in n)
     balancing = attach(model)
-    balancing.follow(model(x).square().mean()).backward()
+    balancing.follow(WAYS[way](model, x).square().mean()).backward()
     balancing.step()
     assert balancing.metrics()["tokens"] == 24
     found, gates.grad = gates.grad, None

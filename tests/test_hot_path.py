@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moebalance import BalancedRouter
+from moebalance.core.autograd import tie
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, Sigmoid, Softmax
 from moebalance.lab.bench.traffic import Traffic, kept_for_backward, traffic
@@ -65,9 +66,10 @@ def pair(name: str, *, normalize: bool, gate: Gate | None = None) -> tuple[Traff
 
 @every_rule
 @every_priced
-def test_at_most_two_kernels_over_tokens_more_than_a_bare_router(name, normalize):
+def test_at_most_three_kernels_over_tokens_more_than_a_bare_router(name, normalize):
+    """Two sums, and the affinities of the choice, which is ranked by logits."""
     balanced, plain = pair(name, normalize=normalize)
-    assert len(balanced.large) <= len(plain.large) + 2, (balanced.large, plain.large)
+    assert len(balanced.large) <= len(plain.large) + 3, (balanced.large, plain.large)
 
 
 SMALL = {"phi": 13, "phi-no-peek": 11, "switch": 9, "global-batch": 9, "ema-switch": 10, "none": 4}
@@ -92,10 +94,10 @@ def test_other_steps_and_later_ones_take_no_more_kernels():
 
 @every_rule
 @every_priced
-def test_one_read_of_the_scores_and_one_of_the_choice_more_than_a_bare_router(name, normalize):
+def test_one_read_of_the_scores_and_two_of_the_choice_more_than_a_bare_router(name, normalize):
     balanced, plain = pair(name, normalize=normalize)
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
-    assert more <= 4.3, (more, balanced.large, plain.large)
+    assert more <= 4.8, (more, balanced.large, plain.large)
 
 
 @every_rule
@@ -119,24 +121,33 @@ def test_a_sigmoid_router_adds_three_reads_of_the_scores(name):
     """Sums of rows, of columns, and what a row is worth at the price."""
     balanced, plain = pair(name, normalize=True, gate=Sigmoid())
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
-    assert more <= 12.4, (more, balanced.large, plain.large)
-    assert len(balanced.large) <= len(plain.large) + 9, (balanced.large, plain.large)
+    assert more <= 12.9, (more, balanced.large, plain.large)
+    assert len(balanced.large) <= len(plain.large) + 10, (balanced.large, plain.large)
     assert len(balanced.small) <= SMALL[name] + 2, balanced.small
 
 
-ATTACHED = {"softmax": (Softmax(), 7, 32.6), "sigmoid": (Sigmoid(), 14, 48.9)}
+ATTACHED = {
+    ("softmax", "formed"): (Softmax(), 3, 12.3),
+    ("sigmoid", "formed"): (Sigmoid(), 10, 20.6),
+    ("softmax", "anew"): (Softmax(), 7, 32.6),
+    ("sigmoid", "anew"): (Sigmoid(), 14, 48.9),
+}
+"""Kernels and bytes a score: where the router's own affinities are found, and where not."""
 
 
-@pytest.mark.parametrize(("gate", "kernels", "size"), ATTACHED.values(), ids=ATTACHED)
+@pytest.mark.parametrize(("where", "limits"), ATTACHED.items(), ids=map("-".join, ATTACHED))
 @pytest.mark.parametrize("name", [n for n, b in PRICED.items() if b.traits.charges])
-def test_what_is_attached_to_another_router_takes_its_scores_once_more(name, gate, kernels, size):
-    """Scores anew, their sums, the charge back to the logits, and one gradient more to add."""
+def test_what_is_attached_to_another_router_forms_scores_only_where_it_must(name, where, limits):
+    """Formed: their sums, and the charge onto their gradient. Anew: also scores, and a gradient."""
+    gate, kernels, size = limits
     logits, layer = leaf(), LayerBalance(PRICED[name], EXPERTS, gate=gate)
 
     def attached(z):
         affinities = gate.affinities(z)
         weights, experts = affinities.topk(TOP_K, dim=-1)
-        return layer.tie(weights, z, experts)
+        if where[1] == "formed":
+            return layer.tie(weights, z, experts)
+        return tie(weights, layer.pass_for(), logits=z, experts=experts)
 
     balanced = watched(attached, logits)
     plain = watched(lambda z: bare(z, normalize=False, gate=gate), logits)

@@ -6,6 +6,7 @@ Nor does it change what a method adds to the router's gradient, unless the metho
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import moebalance as mb
-from cases import METHODS, parts
-from layout_models import EXPERTS, WIDTH, Stack, losses
-from layouts import (
+from cases import METHODS, POTENTIALS, parts
+from layout_cases import (
     ALONE,
+    DENSE_ALONE,
+    DENSE_PAIRS,
     NAMED_ALONE,
     NAMED_PAIRS,
     ONE,
@@ -26,13 +28,17 @@ from layouts import (
     QUADS,
     RAGGED_ALONE,
     RAGGED_PAIRS,
+    Layout,
+    halves,
+)
+from layout_models import EXPERTS, WIDTH, Stack, losses
+from layouts import (
+    ROWS,
     SAME_GRADIENT,
     SAME_STATE,
     Difference,
-    Layout,
     additive,
     difference,
-    halves,
     train_all,
 )
 from moebalance.core.handle import Balancing
@@ -93,6 +99,20 @@ def compare(sides, one, name: str, layout: Layout, method: str) -> Difference:
     return difference([side[name, method] for side in sides], reference, METHODS[method])
 
 
+def test_the_page_has_a_row_for_every_method():
+    """`python tests/layouts.py` prints them; of the potentials, which are alike here, one."""
+    page = (Path(__file__).parents[1] / "docs" / "layout.md").read_text(encoding="utf-8")
+    table = page[page.index("| method | coupling |") :].split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert cells[0] == ["method", "coupling", *ALONE, *PAIRS, *QUADS, "state"]
+    couplings = {row[0]: row[1] for row in cells[2:]}
+    assert couplings == {name: METHODS[name].traits.coupling for name in ROWS}
+    assert len({*METHODS} - {*ROWS}) < len(POTENTIALS)
+    for method, coupling, *found, state in cells[2:]:
+        assert float(state) <= SAME_STATE, method
+        assert coupling != "token" or set(found) == {"="}, method
+
+
 # --- the law ----------------------------------------------------------------------------------
 
 
@@ -136,10 +156,21 @@ def test_named_linear_gates_make_the_step_of_balanced_routers(name, one):
     check([renamed(train_all({name: layout}, NAMED))], one, name, layout, NAMED)
 
 
-def test_named_linear_gates_on_two_ranks_make_the_step_that_one_process_makes(one):
-    sides = [renamed(side) for side in run(train_all, 2, NAMED_PAIRS, NAMED)]
-    for name, layout in NAMED_PAIRS.items():
-        check(sides, one, name, layout, NAMED)
+@pytest.fixture(scope="module")
+def named():
+    return run(train_all, 2, NAMED_PAIRS | DENSE_PAIRS, NAMED)
+
+
+@pytest.mark.parametrize("name", NAMED_PAIRS)
+def test_named_linear_gates_on_two_ranks_make_the_step_of_one_process(name, one, named):
+    check([renamed(side) for side in named], one, name, NAMED_PAIRS[name], NAMED)
+
+
+@pytest.mark.parametrize("name", DENSE_PAIRS)
+def test_a_pipeline_with_a_dense_first_stage_makes_the_step_of_one_process(name, named):
+    alone = train_all({"all": DENSE_ALONE["dense first"]}, NAMED)
+    check(named, alone, name, DENSE_PAIRS[name], NAMED)
+    assert all(not named[0][name, method] and named[1][name, method] for method in NAMED)
 
 
 def renamed(side: dict) -> dict:
@@ -322,8 +353,8 @@ def test_a_step_sends_one_message_whatever_the_number_of_layers(method, two):
     for rank in two:
         for layers in (1, 3):
             extra = 16 * EXPERTS if method == "quantile" else 0
-            full = 4 * (layers * (2 * EXPERTS + 1 + extra) + 2)
-            lean = 4 * (layers * (OWN_NUMBERS[method] + 1) + 2)
+            full = 4 * (layers * (2 * EXPERTS + 1 + extra) + 6)
+            lean = 4 * (layers * (OWN_NUMBERS[method] + 1) + 6)
             assert rank.messages[method, layers, True][0] == [("allreduce_", full)] * 5
             assert rank.messages[method, layers, False][0] == [("allreduce_", lean)] * 5
 

@@ -240,7 +240,7 @@ def test_one_run_without_a_terminal_prints_a_line_every_few_minutes(tmp_path, mo
         while not text.getvalue().count("\n") >= 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-    assert text.getvalue().splitlines()[0] == "phi: step 30 of 40; about 0 min left"
+    assert text.getvalue().splitlines()[0] == "phi: step 30 of 40; under a minute left"
 
 
 # --- cores ----------------------------------------------------------------------------------------

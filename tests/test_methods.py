@@ -78,6 +78,7 @@ def test_a_bad_method_is_refused_with_what_is_possible(
         ("phi(potential=Tsalis)", "Unknown potential 'Tsalis'. Did you mean 'Tsallis'"),
         ("phi(potential=tsallis)", "Did you mean 'Tsallis'"),
         ("phi(strength=abc)", "strength='abc': must be a number"),
+        ("phi(target=abc)", "target='abc': must be a number, the MaxVio that you want"),
         ("phi(strength=1/3)", "strength=1 / 3 is not a number, a name, a list or a {table}"),
         ("phi(peek=no)", "peek='no': must be true or false"),
     ],

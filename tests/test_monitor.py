@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 import moebalance as mb
 from families import tiny, tokens
 from family_checks import hooks
+from moebalance.report import summarise
 from moebalance.runlog import read_run
 
 
@@ -117,10 +118,33 @@ def test_a_log_holds_a_dozen_scalars_a_step_and_snapshots_of_every_layer(tmp_pat
     assert all(len(row) <= 14 and row["loss"] > 0 for row in run.steps)
     assert [row["step"] for row in run.snapshots] == [2, 4]
     (evaluation,) = run.evals
+    counted = torch.tensor(evaluation["load"])
+    assert evaluation["dead_experts"] == (counted * 8 < 0.01).sum()
     for row in (*run.snapshots, evaluation):
         for kind in ("load", "soft"):
             assert [len(layer) for layer in row[kind]] == [8, 8]
             assert [sum(layer) for layer in row[kind]] == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_a_balanced_model_is_logged_under_its_method_and_stays_balanced(tmp_path: Path) -> None:
+    model, ids = tiny("mixtral"), tokens()
+    method = mb.Together(mb.PhiBalancing(strength=0.02), mb.LossFree())
+    balancing = mb.attach(model, method)
+    with mb.monitor(balancing, tmp_path, name="mine", snapshot_every=1) as watch:
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            watch.step(loss=1.0)
+        model.eval()
+        model(input_ids=ids)
+        assert watch.evaluate(loss=1.0)["tokens"] == ids.numel()
+    assert balancing.steps == 2
+    assert hooks(model)
+    run = read_run(tmp_path)
+    assert (run.method, run.status, len(run.snapshots)) == ("phi+loss-free", "complete", 2)
+    assert [part["kind"] for part in run.header["parts"]] == ["PhiBalancing", "LossFree"]
+    assert run.steps[0]["price_spread"] >= 0
+    (section,) = summarise([run])
+    assert section.methods[0].label == "φ + loss-free"
 
 
 def test_a_log_of_a_run_that_fails_says_so(tmp_path: Path) -> None:

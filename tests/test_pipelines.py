@@ -13,8 +13,9 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 import moebalance as mb
 from cases import METHODS
+from layout_cases import ONE, Layout, cuts
 from layout_models import EXPERTS, WIDTH, Stack, losses
-from layouts import ONE, SAME_STATE, Layout, cuts, difference, train_all
+from layouts import SAME_STATE, difference, train_all
 from moebalance.core.handle import Balancing
 from moebalance.integrations.pipelining import ignore_trial_runs
 from processes import run

@@ -62,6 +62,11 @@ def damaged(rows, dice):
     return rows
 
 
+@pytest.mark.survives(
+    "Files and pages",
+    "120 logs with rows hurt, lost, repeated or swapped",
+    "goes on: with a page; or it is refused by name",
+)
 @pytest.mark.parametrize("batch", range(6))
 def test_a_damaged_log_gives_a_page_or_is_refused_in_words(rows, tmp_path, batch):
     write_run(tmp_path / "runs" / "beside", "switch", steps=120, experts=8)

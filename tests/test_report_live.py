@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from moebalance.lab.cli import app
+from moebalance.report import live
 from moebalance.report.live import ReportServer
 from moebalance.report.watch import sparkline, view
 from moebalance.runlog import LOG_NAME, RunLog, find_runs
@@ -65,6 +67,23 @@ def test_it_answers_to_its_own_name_only(tmp_path):
             assert "φ" not in text
         assert ask(server, "/", host=f"localhost:{server.server_port}")[0] == 200
         assert ask(server, "/../secret")[0] == 404
+
+
+@pytest.mark.survives(
+    "Files and pages",
+    "A visitor of the live page connects and sends nothing, or half a question",
+    "goes on: the socket is closed after 10 s, and others are answered meanwhile",
+)
+def test_a_silent_visitor_is_sent_away_and_others_are_answered(tmp_path, monkeypatch):
+    assert live._Handler.timeout == 10
+    monkeypatch.setattr(live._Handler, "timeout", 0.3)
+    with serving(tmp_path) as server:
+        visitors = [socket.create_connection(server.server_address[:2], 20) for _ in range(8)]
+        visitors[0].sendall(b"GET /stamp HT")
+        assert ask(server, "/stamp")[0] == 200
+        for visitor in visitors:
+            with visitor:
+                assert visitor.recv(1) == b""
 
 
 def test_it_waits_for_the_first_run(tmp_path):

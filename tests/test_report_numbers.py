@@ -7,6 +7,7 @@ import json
 import math
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -15,7 +16,7 @@ from moebalance.report import summarise, summary_rows, write_markdown
 from moebalance.report.methods import LOOKS
 from moebalance.report.summary import METRICS
 from moebalance.report.verdict import paired
-from moebalance.runlog import archive, find_runs, read_run
+from moebalance.runlog import Run, archive, find_runs, read_run
 from synthetic_runs import LIKE_PHI, METHODS, NONE, PHI, made, sentence, write_run
 
 # The rows
@@ -179,7 +180,7 @@ def test_verdict_within_noise():
     assert (
         "left MaxVio within seed noise (4.30 ± 0.30 against 4.30 ± 0.20 with no balancing)" in text
     )
-    assert "its validation loss stayed within seed noise (change −0.002, 95 % interval −0.0" in text
+    assert "left validation loss within seed noise (change −0.002, 95 % interval −0.0" in text
     assert "over 3 paired seeds" in text
 
 
@@ -207,17 +208,88 @@ def test_verdict_without_a_shared_seed():
 
 def test_verdict_without_a_baseline():
     text = sentence(made(phi=PHI, switch=LIKE_PHI))
-    assert text.startswith(
-        "φ-balancing reached MaxVio 0.85 ± 0.05 and validation loss 1.604 ± 0.005"
-    )
+    assert text.startswith("φ-balancing shows MaxVio 0.85 ± 0.05 and validation loss 1.604 ± 0.005")
     assert "no run without balancing is here" in text
 
 
-def test_verdict_without_phi():
-    text = sentence(made(switch=LIKE_PHI, quantile=PHI, none=NONE))
-    assert text.startswith("φ-balancing is not among these runs; Switch loss has the lowest MaxVio")
-    assert "0.25 ± 0.01 against 4.30 ± 0.20 with no balancing" in text
-    assert "within seed noise of Quantile balancing" in text
+def test_verdict_without_phi_speaks_of_what_is_there():
+    assert sentence(made(switch=LIKE_PHI, quantile=PHI, none=NONE)) == (
+        "Switch loss has the lowest MaxVio, 0.25 ± 0.01, against 4.30 ± 0.20 with no balancing; "
+        "Switch loss (1.604 ± 0.003) and Quantile balancing (1.604 ± 0.005) have the lowest "
+        "validation loss, within seed noise of one another (95 % each, uncorrected for 2 "
+        "comparisons)."
+    )
+    assert sentence(made(switch=LIKE_PHI, none=NONE)).startswith(
+        "Switch loss cut MaxVio from 4.30 ± 0.20 (no balancing) to 0.25 ± 0.01 and lowered "
+        "validation loss by 0.031 nats/token"
+    )
+
+
+ONE, TWO = ({"loss": [1.6, 1.62][:n], "maxvio": [0.8, 0.84][:n]} for n in (1, 2))
+BARE = Run(Path("bare/log.jsonl"), {"kind": "header", "format": 1, "method": "phi", "seed": 0})
+
+
+def test_runs_that_were_never_evaluated_are_said_to_be_so():
+    assert sentence([BARE]) == "No run was evaluated, so there is nothing to compare yet."
+    (run,) = made(phi={"loss": [1.6]})
+    cut = dataclasses.replace(run, header={**run.header, "steps": 9})
+    assert sentence([cut]).startswith("No run reached its last evaluation")
+
+
+NOISE = "; with one seed the noise between seeds is unknown."
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        (
+            {"switch": ONE},
+            "Switch loss shows MaxVio 0.80 and validation loss 1.600; no run without balancing is "
+            "here, so what balancing itself gains cannot be said" + NOISE,
+        ),
+        (
+            {"none": TWO},
+            "No balancing shows MaxVio 0.82 ± 0.03 and validation loss 1.610 ± 0.014; there is "
+            "nothing here to compare it with.",
+        ),
+        (
+            {"monitor": {"maxvio": [1.4]}},
+            "Monitor shows MaxVio 1.40; there is nothing here to compare it with" + NOISE,
+        ),
+        (
+            {"switch": ONE, "none": ONE},
+            "Switch loss shows MaxVio 0.80 against 0.80 and validation loss 1.600 against 1.600 "
+            "without balancing; with one shared seed the noise is unknown.",
+        ),
+        (
+            {"phi": ONE, "switch": ONE, "none": ONE},
+            "φ-balancing shows MaxVio 0.80 against 0.80 and validation loss 1.600 against 1.600 "
+            "without balancing; with one shared seed the noise is unknown, so no order among the "
+            "methods can be told.",
+        ),
+        (
+            {"switch": ONE, "quantile": ONE},
+            "With one shared seed the noise is unknown, so no order among the methods can be told.",
+        ),
+        (
+            {"switch": TWO, "quantile": {"maxvio": [0.8, 0.84]}},
+            "Switch loss (0.82 ± 0.03) and Quantile balancing (0.82 ± 0.03) are within seed noise "
+            "of one another in MaxVio.",
+        ),
+        (
+            {"phi": {"maxvio": [0.8, 0.84]}, "none": {"maxvio": [2.8, 2.84]}},
+            "φ-balancing cut MaxVio from 2.82 ± 0.03 (no balancing) to 0.82 ± 0.03 over 2 paired "
+            "seeds; there is no validation loss to compare.",
+        ),
+        (
+            {"phi": {"loss": [1.6, 1.62]}, "none": {"loss": [1.7, 1.71]}},
+            "φ-balancing lowered validation loss by 0.095 nats/token (95 % interval 0.031 to "
+            "0.159) over 2 paired seeds; there is no MaxVio to compare.",
+        ),
+    ],
+)
+def test_few_runs_make_a_sentence_that_says_what_they_lack(runs, expected):
+    assert sentence(made(**runs)) == expected
 
 
 def test_the_recommended_method_leads_where_it_was_run():
@@ -260,7 +332,7 @@ def test_verdict_with_lost_numbers_stays_careful():
     assert "cut MaxVio" in text
     assert "lowered validation loss by 0.040 nats/token (noise unknown)" in text
     text = sentence(made(phi={"loss": [None] * 3, "maxvio": [None] * 3}, none=NONE))
-    assert text.startswith("φ-balancing is not among these runs")
+    assert text.startswith("No balancing shows MaxVio 4.30")
 
 
 def test_a_sweep_is_told_apart_and_its_best_speaks(tmp_path):
@@ -279,7 +351,8 @@ def test_a_sweep_is_told_apart_and_its_best_speaks(tmp_path):
     (section,) = summarise(find_runs(tmp_path))
     labels = [m.label for m in section.methods]
     assert labels == ["φ-balancing · strength=0.001", "φ-balancing · strength=0.01"]
-    assert "strength=0.01 (the best by validation loss of 2 settings)" in section.verdict
+    assert "strength=0.01 (the lowest validation loss of its 2 settings)" in section.verdict
+    assert "its loss is lower than with φ-balancing · strength=0.001" in section.verdict
     assert "φ-balancing · strength=0.001 has the lowest MaxVio, 0.40" in section.verdict
 
 

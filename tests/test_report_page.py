@@ -90,6 +90,23 @@ def test_the_table_holds_the_numbers_it_shows(runs, page):
     assert f'data-sort="{row["val_loss"]!r}">{row["val_loss"]:.3f}<small>± ' in line[0]
 
 
+def test_the_table_of_runs_tells_settings_apart_and_the_leader_is_bold(tmp_path):
+    for i, strength in enumerate((0.01, 0.03)):
+        header = {"method_repr": f"PhiBalancing(strength={strength})", "parts": None}
+        write_run(tmp_path / str(i), "phi", header=header)
+    write_run(tmp_path / "best", "phi+loss-free", header={"batching": None})
+    runs = find_runs(tmp_path)
+    table = write_report(runs, tmp_path / "r.html").read_text("utf-8").split('class="runs"')[1]
+    for strength in (0.01, 0.03):
+        assert f"<td>φ-balancing · strength={strength}</td><td>mixed</td>" in table
+    assert "<td>φ + loss-free</td><td>—</td>" in table
+    write_run(tmp_path / "mixed", "phi+loss-free")
+    html = write_report(find_runs(tmp_path), tmp_path / "r.html").read_text("utf-8")
+    assert set(re.findall(r'class="subject">\s*<th[^>]*data-sort="([^"]*)"', html)) == {
+        "φ + loss-free"
+    }
+
+
 def test_step_times_are_shown_of_runs_that_took_turns_only(runs, page, tmp_path):
     assert 'popovertarget="help-time"' not in page
     turns = [dataclasses.replace(r, header={**r.header, "interleaved": True}) for r in runs]
@@ -157,7 +174,7 @@ def test_a_method_without_a_whole_run_is_shown_and_compared_with_nothing(tmp_pat
     write_runs(tmp_path, methods=["none"], batchings=["mixed"])
     write_run(tmp_path / "cut", "phi", seed=0, stop=20)
     runs = find_runs(tmp_path)
-    assert sentence(runs).startswith("φ-balancing is not among these runs")
+    assert sentence(runs).startswith("No balancing shows MaxVio")
     html = write_report(runs, tmp_path / "r.html").read_text("utf-8")
     assert "not finished" in html
     assert "shown with its evaluation at step 20, in no comparison" in html

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 import moebalance as mb
+from layout_cases import shard
 from layout_models import WIDTH, Stack, losses
-from layouts import shard
 from moebalance.core import handle as body
 from moebalance.integrations.huggingface import state_file
 from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
@@ -95,6 +95,11 @@ def finish(folders: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return session(None), [session(folder) for folder in folders]
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "`kill -9` of a rank between micro-batches, or with the message under way",
+    "error: on the other rank; from the last checkpoint the run continues bit for bit",
+)
 def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit_from_its_last_checkpoint(tmp_path):
     folders = []
     for number, moment in enumerate(MOMENTS):
@@ -112,6 +117,21 @@ def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit_from_its_last_checkpoin
         assert whole["balancing"]["steps"] == 6
         for piece in pieces:
             assert same(whole, piece)
+
+
+def crash_once(folder: Path) -> str:
+    """As compiled code that corrupts memory now and then."""
+    if not (folder / "crashed").exists():
+        (folder / "crashed").touch()
+        os.abort()
+    return "done"
+
+
+def test_a_rank_that_crashes_in_compiled_code_is_run_once_more(tmp_path):
+    assert run(crash_once, 1, tmp_path) == ["done"]
+    (tmp_path / "crashed").unlink()
+    (answer,) = outcomes(crash_once, 1, tmp_path)
+    assert answer.crashed
 
 
 # --- torch's distributed checkpoints ----------------------------------------------------------
@@ -165,6 +185,11 @@ def save_and_load(own: Path, other: Path) -> tuple[Trained, Trained]:
     return checkpointed(own, load=False), checkpointed(other, load=True)
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "A distributed checkpoint is resumed by more or fewer ranks (FSDP2)",
+    "goes on: equal up to rounding",
+)
 @single
 def test_a_distributed_checkpoint_is_taken_up_by_more_or_fewer_ranks(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -193,6 +218,11 @@ def trained(method=BOTH):
     return balancing
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A distributed checkpoint of another method",
+    "refused: with both names",
+)
 @single
 def test_a_distributed_checkpoint_of_another_method_is_refused(tmp_path):
     saved_by(SwitchLoss(), tmp_path)
@@ -203,6 +233,11 @@ def test_a_distributed_checkpoint_of_another_method_is_refused(tmp_path):
     assert same(balancing.state_dict(), before)
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A truncated distributed checkpoint",
+    "refused: the state stays",
+)
 @single
 def test_a_truncated_distributed_checkpoint_leaves_the_state_as_it_was(tmp_path):
     saved_by(BOTH, tmp_path)
@@ -215,6 +250,11 @@ def test_a_truncated_distributed_checkpoint_leaves_the_state_as_it_was(tmp_path)
     assert same(balancing.state_dict(), before)
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A state of another format",
+    "refused: with both formats",
+)
 @single
 @pytest.mark.parametrize("written", [2, 4])
 def test_a_state_of_another_format_is_refused_and_says_both(written, tmp_path, monkeypatch):
@@ -231,6 +271,11 @@ def test_a_state_of_another_format_is_refused_and_says_both(written, tmp_path, m
 # --- the file beside a Transformers checkpoint ------------------------------------------------
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A truncated state file",
+    "refused: the state stays",
+)
 def test_a_truncated_state_file_is_refused(tmp_path):
     file = state_file.save(trained(), tmp_path)
     file.write_bytes(file.read_bytes()[:-8])
@@ -241,6 +286,11 @@ def test_a_truncated_state_file_is_refused(tmp_path):
     assert same(balancing.state_dict(), before)
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A foreign file in the place of the state file",
+    "refused: it was not written by moebalance",
+)
 def test_a_foreign_file_in_the_place_of_the_state_is_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / state_file.STATE_FILE)
     with pytest.raises(ValueError, match="was not written by moebalance"):

@@ -126,6 +126,11 @@ def test_a_header_without_method_is_refused(tmp_path):
         RunLog(tmp_path).write("header", seed=0)
 
 
+@pytest.mark.survives(
+    "Files and pages",
+    "The last line of a log was cut off",
+    "warned: and read without it",
+)
 def test_a_cut_off_last_line_is_forgiven_with_a_warning(tmp_path, caplog):
     log = started(tmp_path, steps=3)
     log.close()
@@ -152,6 +157,11 @@ def test_a_cut_off_log_cannot_be_appended_to_by_mistake(tmp_path):
         RunLog(tmp_path)
 
 
+@pytest.mark.survives(
+    "Files and pages",
+    "A line in the middle of a log is broken",
+    "refused: with its number",
+)
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     log = started(tmp_path, steps=3)
     log.close()
@@ -213,6 +223,11 @@ def test_resume_keeps_what_the_checkpoint_knows(tmp_path, cut):
     assert [path.name for path in tmp_path.iterdir()] == [LOG_NAME]
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "A crash while a log is cut back to its checkpoint",
+    "goes on: the old log is whole",
+)
 def test_a_crash_while_resuming_leaves_the_old_log_whole(tmp_path, monkeypatch):
     log = started(tmp_path, steps=4)
     log.close()

@@ -202,7 +202,7 @@ def test_quantiles_of_a_histogram_end_within_0_02_of_exact_ones(
     logits = torch.randn(16384, experts, generator=generator)
     logits = logits + spread * torch.randn(experts, generator=generator)
     method = QuantileBalancing(scale=scale)
-    scores = method.ranked(gate, logits)
+    scores = method.priceable(gate, logits)
     state, exact = method.init(experts), torch.zeros(experts)
     for _ in range(7):
         routing = route(logits, (scores - state.price).topk(top_k).indices, gate)
@@ -247,7 +247,7 @@ def test_one_step_in_nats_moves_the_same_part_of_tokens_for_any_number_of_expert
             method = LossFree(scale=scale, speed=0.1 if scale == "nats" else 0.002)
             logits = random_logits(4000, experts, seed=3)
             state = method.init(experts)._replace(price=method.speed * (torch.arange(experts) % 2))
-            ranked = method.ranked(Softmax(), logits)
+            ranked = method.priceable(Softmax(), logits)
             before, after = ranked.argmax(-1), (ranked - state.price).argmax(-1)
             shifted[experts, scale] = (before != after).float().mean().item()
     assert 0.5 < shifted[8, "nats"] / shifted[384, "nats"] < 2

@@ -193,6 +193,11 @@ def test_a_distributed_checkpoint_is_one_state_and_no_file_beside_it(root: Path,
     assert (root / f"parts {way}" / "final" / STATE_FILE).exists()
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "The last distributed checkpoint is cut off, unreadable, or lacks a file",
+    "goes on: from the one before",
+)
 @pytest.mark.parametrize("damage", ["cut off", "missing", "unreadable", "without contents"])
 def test_a_damaged_distributed_checkpoint_is_passed_over(
     root: Path, tmp_path: Path, damage: str
@@ -218,6 +223,11 @@ def test_a_recipe_on_copies_goes_on_with_a_distributed_checkpoint(root: Path) ->
     assert rows(root / "parts to copies") == rows(root / "parts 2 to 1")
 
 
+@pytest.mark.survives(
+    "Killed and resumed",
+    "A sharded run resumes from a checkpoint of whole copies",
+    "refused: with the reason",
+)
 def test_a_sharded_recipe_refuses_a_checkpoint_on_copies(root: Path) -> None:
     as_killed(root, "copies on 1", "copies to parts")
     with pytest.raises(

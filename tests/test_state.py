@@ -287,6 +287,11 @@ def test_a_step_without_tokens_is_refused():
     assert balancing.steps == 0
 
 
+@pytest.mark.survives(
+    "Numbers",
+    "One layer counts no token",
+    "warned: once; the others advance",
+)
 def test_one_disabled_layer_does_not_block_the_rest(caplog):
     balancing = two_layers()
     for _ in range(2):
@@ -304,6 +309,11 @@ def test_one_disabled_layer_does_not_block_the_rest(caplog):
     ]
 
 
+@pytest.mark.survives(
+    "Numbers",
+    "NaN or infinite logits in one process",
+    "error: with layer and step",
+)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_bad_logits_are_refused_by_layer_and_step_and_do_no_harm(poison):
     model = TinyMoE()

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from families import tiny, tokens
 from moebalance.lab.cli import app
 from moebalance.lab.traces import Missing, find_traces, is_trace
+from moebalance.report import summarise
+from moebalance.report.diagnosis import diagnose, render
 from moebalance.runlog import Run
 from synthetic_runs import write_run
 
@@ -101,6 +103,19 @@ def test_micro_batches_and_ranks_of_a_step_are_added_up(tmp_path):
     assert run.evals[-1]["tokens"] == 120
 
 
+def test_traces_of_two_files_are_two_rows_of_one_report(tmp_path):
+    for name in ("before", "after"):
+        write_lines(tmp_path / f"{name}.jsonl", megatron_rows(choices(seed=len(name)), 0))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("before", "after")]
+    runs = [run for path in paths for run in find_traces(Path(path), Missing(EXPERTS)).runs]
+    (section,) = summarise(runs)
+    assert [m.label for m in section.methods] == [f"Trace · file={p}" for p in sorted(paths)]
+    assert [m.seeds for m in section.methods] == [1, 1]
+    assert section.title == "Runs"
+    told = render(diagnose(runs), width=999)
+    assert f"Trace · file={paths[0]}, 1 step, {tmp_path}" in told
+
+
 def test_layers_of_multi_token_prediction_are_none_of_the_decoder(tmp_path):
     rows = megatron_rows(choices(), 0)
     rows.append({**rows[0], "block": "mtp", "mtp_idx": 0, "top_indices": [[7, 6]]})
@@ -119,6 +134,71 @@ def test_the_number_of_experts_comes_from_logits_else_it_is_a_guess_that_is_said
     known = find_traces(write_lines(tmp_path / "b.jsonl", rows), Missing())
     assert known.runs[0].header["model"]["num_experts"] == 16
     assert not known.notes
+
+
+def with_sidecars(folder: Path, *, score: str | None = "sigmoid") -> tuple[list[Tensor], Tensor]:
+    """A trace of one step with its logits and its dumped routers, as Megatron-Core writes them."""
+    logits = [torch.randn(40, EXPERTS + 1).bfloat16() for _ in range(LAYERS)]
+    chosen = torch.stack([z[:, :EXPERTS].topk(TOP_K).indices for z in logits], dim=1)
+    rows, held = megatron_rows(chosen, 0), b""
+    for row, z in zip(rows, logits, strict=True):
+        part = z.view(torch.int16).numpy().tobytes()
+        row |= {"logit_offset": len(held), "logit_bytes": len(part), "logit_shape": list(z.shape)}
+        held += part
+    write_lines(folder / "router_trace_rank0.jsonl", rows)
+    (folder / "logits_rank0.bin").write_bytes(held)
+    (folder / "hidden_states_rank0.bin").write_bytes(b"unread")
+    if score:
+        layer = {"weight": torch.zeros(EXPERTS + 1, 4), "expert_bias": None, "topk": TOP_K}
+        state = {i + 1: {**layer, "score_function": score} for i in range(LAYERS)}
+        torch.save(state, folder / "router_state_rank0.pt")
+    return logits, chosen
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_logits_and_routers_next_to_a_trace_give_the_soft_load(tmp_path, score):
+    logits, chosen = with_sidecars(tmp_path, score=score)
+    run = only(tmp_path)
+    assert load(run) == expected(chosen, EXPERTS + 1)
+    affinities = [z.float().sigmoid() if score == "sigmoid" else z.float().exp() for z in logits]
+    soft = torch.stack([(a / a.sum(-1, keepdim=True)).mean(0) for a in affinities])
+    torch.testing.assert_close(torch.tensor(run.evals[-1]["soft"]), soft, atol=1e-5, rtol=0)
+    assert "soft_hard_gap" in run.evals[-1]
+
+
+def test_routers_next_to_a_trace_say_how_many_experts_there_are(tmp_path):
+    with_sidecars(tmp_path)
+    write_lines(tmp_path / "router_trace_rank0.jsonl", megatron_rows(choices(), 0))
+    found = find_traces(tmp_path / "router_trace_rank0.jsonl", Missing())
+    assert found.runs[0].header["model"]["num_experts"] == EXPERTS + 1
+    assert not found.notes
+
+
+def test_logits_without_the_score_function_are_left_out_and_said_to_be(tmp_path):
+    with_sidecars(tmp_path, score=None)
+    found = find_traces(tmp_path, Missing())
+    assert "soft" not in found.runs[0].evals[-1]
+    assert "--moe-routing-trace-dump-weights" in found.notes[0]
+
+
+def test_damaged_files_next_to_a_trace_are_refused_by_name(tmp_path):
+    with_sidecars(tmp_path)
+    logits = tmp_path / "logits_rank0.bin"
+    logits.write_bytes(logits.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"logits_rank0\.bin does not hold .* layer 3"):
+        find_traces(tmp_path, Missing())
+    torch.save([1], tmp_path / "router_state_rank0.pt")
+    with pytest.raises(ValueError, match=r"router_state_rank0\.pt is no dump of routers"):
+        find_traces(tmp_path, Missing())
+
+
+@pytest.mark.parametrize("name", ["logits_rank0.bin", "hidden_states_rank0.bin"])
+@pytest.mark.parametrize("command", ["report", "doctor"])
+def test_a_file_next_to_a_trace_names_the_trace(tmp_path, name, command):
+    with_sidecars(tmp_path)
+    done = CliRunner().invoke(app, [command, str(tmp_path / name)])
+    assert done.exit_code == 2
+    assert "router_trace_rank0.jsonl, or the folder" in done.output
 
 
 @pytest.mark.parametrize("line", ["{", '{"step": 0, "layer": 1}', '{"top_indices": "x"}', "[]"])

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 import moebalance as mb
 from moebalance import metrics
 from moebalance.lab.cli import app
-from moebalance.lab.shown import Pace, Show, extremes, percentiles
 from moebalance.lab.trackers import following, scalars, track
 from moebalance.metrics.image import DEAD_SHADE, SHADES, load_image, png
+from moebalance.metrics.shown import Pace, Show, by_layer, extremes, multiples, percentiles
 from moebalance.runlog import RunLog, read_run
 from synthetic_runs import write_run
 
@@ -202,7 +202,7 @@ def test_tensorboard_has_the_picture_and_the_table_of_every_snapshot(tmp_path):
     assert shades == [SHADES[9], SHADES[6], SHADES[6], DEAD_SHADE]
     (text,) = found.Tensors("eval/extremes")
     table = text.tensor_proto.string_val[0].decode()
-    assert table.splitlines()[0] == "|  | layer | expert | load |"
+    assert table.splitlines()[0] == "| end | layer | expert | load |"
     assert "| hottest | layer 0 | 0 | 2.0 |" in table
     assert "| coldest | layer 0 | 3 | 0.0 |" in table
 
@@ -261,18 +261,26 @@ def test_a_long_run_sends_a_few_hundred_pictures_and_its_last():
 
 def test_percentiles_are_of_layers():
     load = [[1.0 + i, 1.0, 1.0, 1.0] for i in range(11)]
-    found = percentiles({"kind": "snapshot", "step": 1, "load": load}, {})
+    found = percentiles(multiples({f"l.{i}": layer for i, layer in enumerate(load)}))
     maxvio = [4 * (1 + i) / (4 + i) - 1 for i in range(11)]
-    assert found["moe/layers/maxvio_p10"] == pytest.approx(maxvio[1])
-    assert found["moe/layers/maxvio_p50"] == pytest.approx(maxvio[5])
-    assert found["moe/layers/maxvio_p90"] == pytest.approx(maxvio[9])
+    assert found["layers/maxvio_p10"] == pytest.approx(maxvio[1])
+    assert found["layers/maxvio_p50"] == pytest.approx(maxvio[5])
+    assert found["layers/maxvio_p90"] == pytest.approx(maxvio[9])
     gini = metrics.gini(torch.tensor(load[5])).item()
-    assert found["moe/layers/gini_p50"] == pytest.approx(gini)
-    assert found["moe/layers/dead_p90"] == 0
+    assert found["layers/gini_p50"] == pytest.approx(gini)
+    assert found["layers/dead_p90"] == 0
+    assert percentiles([]) == {}
+
+
+def test_layers_are_named_by_their_number_if_that_tells_them_apart():
+    names = ["encoder.0.gate", "decoder.0.gate"]
+    assert [name for name, _ in multiples({name: [3, 1] for name in names})] == names
+    (found,) = multiples({"model.layers.7.gate": [3, 1], "model.layers.8.gate": [0, 0]})
+    assert by_layer([found]) == {"layer_7/maxvio": 0.5, "layer_7/dead": 0.0}
 
 
 def test_no_expert_is_called_hottest_and_coldest():
-    rows = extremes({"load": [[0.5, 0.3, 0.2]]}, {})
+    rows = extremes(multiples({"0": [0.5, 0.3, 0.2]}))
     assert rows == [["hottest", "layer 0", 0, 1.5], ["coldest", "layer 0", 2, 0.6]]
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback
 
 import moebalance as mb
 from families import tiny
+from moebalance.metrics.image import load_image
 from moebalance.runlog import read_run
 from training import BalanceCallback, Rows, arguments, light_collections
 
@@ -64,6 +69,62 @@ def test_the_documented_lines_bring_metrics_to_tensorboard(tmp_path: Path) -> No
     ours = {tag for tag in found if "moe/" in tag}
     assert {"moe/maxvio", "moe/dead", "moe/tokens"} <= {tag.removeprefix("train/") for tag in ours}
     assert all(len(found[tag]) == 2 for tag in ours)
+
+
+@pytest.mark.situation(
+    "Metrics",
+    '`report_to=["tensorboard"]`: a layer × expert picture, a table and percentiles',
+    "works: they are in the event file, with a switch each",
+)
+def test_tensorboard_gets_a_picture_and_a_table_of_the_load(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    callback = BalanceCallback(mb.PhiBalancing())
+    trainer_of(tmp_path, model, [callback], report_to=["tensorboard"]).train()
+    (file,) = (tmp_path / "events").rglob("events.out.*")
+    read = EventAccumulator(str(file), size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert {"train/moe/layers/maxvio_p50", "train/moe/maxvio"} <= set(read.Tags()["scalars"])
+    assert not any("layer_" in tag for tag in read.Tags()["scalars"])
+    assert [image.step for image in read.Images("train/moe/load")] == [1, 2]
+    last = read.Images("train/moe/load")[-1].encoded_image_string
+    loads = [hard for hard, _ in callback.balancing.loads().values()]
+    assert (np.asarray(Image.open(io.BytesIO(last))) == load_image(loads)).all()
+    (_, text) = read.Tensors("train/moe/extremes/text_summary")
+    assert "| hottest | layer " in text.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize(
+    ("show", "scalar", "picture"),
+    [((), False, False), (["percentiles"], True, False), ("images", False, True)],
+)
+def test_each_thing_shown_has_a_switch(tmp_path, show, scalar: bool, picture: bool) -> None:
+    callback = BalanceCallback(mb.PhiBalancing(), show=show)
+    trainer = trainer_of(tmp_path, tiny("mixtral"), [callback], report_to=["tensorboard"])
+    trainer.train()
+    (file,) = (tmp_path / "events").rglob("events.out.*")
+    tags = EventAccumulator(str(file)).Reload().Tags()
+    assert ("train/moe/layers/gini_p90" in tags["scalars"]) == scalar
+    assert len([key for key in trainer.state.log_history[0] if "moe/" in key]) <= 12
+    assert tags["images"] == (["train/moe/load"] if picture else [])
+
+
+def test_an_unknown_thing_to_show_is_refused() -> None:
+    with pytest.raises(ValueError, match="layers, percentiles, images, tables"):
+        BalanceCallback(mb.PhiBalancing(), show=["heatmap"])
+
+
+def test_a_reporter_that_takes_no_picture_ends_no_training(tmp_path: Path, caplog) -> None:
+    class TensorBoardCallback(TrainerCallback):
+        """A reporter whose writer knows numbers alone."""
+
+        tb_writer = SimpleNamespace(add_scalar=lambda *_: None)
+
+    callback = BalanceCallback(mb.PhiBalancing())
+    trainer = trainer_of(tmp_path, tiny("mixtral"), [callback, TensorBoardCallback()])
+    trainer.train()
+    assert "moe/maxvio" in trainer.state.log_history[1]
+    told = [record.message for record in caplog.records if "picture" in record.message]
+    assert len(told) == 1
+    assert "add_image" in told[0]
 
 
 @pytest.mark.parametrize("ours_first", [True, False])

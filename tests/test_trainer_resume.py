@@ -196,6 +196,11 @@ def test_an_older_file_of_another_count_resumes_as_the_message_says(
     assert "is taken for step 2" in caplog.text
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A Trainer resumes with the state of another step",
+    "refused: before anything changes",
+)
 @pytest.mark.situation(
     "Checkpoints",
     "`resume_from=` names the folder of another step",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moebalance import routing as routing
     from moebalance.attachment import attach as attach
     from moebalance.core.handle import Balancing as Balancing
+    from moebalance.core.state import plain_state_dict as plain_state_dict
     from moebalance.gates import GroupLimit as GroupLimit
     from moebalance.gates import Sigmoid as Sigmoid
     from moebalance.gates import Softmax as Softmax
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 _HOME = {
     "moebalance.attachment": ["attach"],
     "moebalance.core.handle": ["Balancing"],
+    "moebalance.core.state": ["plain_state_dict"],
     "moebalance.gates": ["GroupLimit", "Sigmoid", "Softmax", "SqrtSoftplus"],
     "moebalance.methods": [
         "EmaSwitchLoss",

@@ -44,6 +44,7 @@ def attach(
     limit: GroupLimit | None = None,
     num_experts: int | None = None,
     mask: str | None = None,
+    cu_seqlens: str | None = None,
 ) -> Balancing:
     """Balance every MoE router of a model, without changing the model.
 
@@ -66,7 +67,9 @@ def attach(
         fused: whether to take the fused kernels where they run: on an NVIDIA GPU with Triton.
         routers: modules that return logits, such as an `nn.Linear`: a glob pattern over module
             names such as `"*.gate"`, a list of names or modules, or a function of the name. The
-            logits are the output, or its first tensor. None to look for routers that are known.
+            logits are the output, or its first tensor. Where no module returns logits: a method
+            that does, `"*.get_logits"`, or the parameter that the layer makes them with, `"*.wg"`;
+            both need `num_experts`. None to look for routers that are known.
         top_k: with `routers`: K, experts per token.
         gate: with `routers`: how the layer's scores come from logits; None for `Softmax()`.
         normalize: with `routers`: whether the layer divides a token's K weights by their sum. Only
@@ -75,6 +78,9 @@ def attach(
         num_experts: with `routers`: E, where a module's `out_features` or weight does not tell.
         mask: with `routers`: name of the argument of the model's forward that is True (or 1) for
             real tokens. None to count all tokens.
+        cu_seqlens: with `routers`: name of the argument of the model's forward that holds where
+            packed sequences begin and end, for example [0, 5, 12] for lengths 5 and 7. Tokens
+            behind the last entry are padding. None if text is not packed.
 
     Returns:
         The handle: `step()` after each optimizer step, `metrics()`, `state_dict()`, `detach()`.
@@ -93,7 +99,7 @@ def attach(
         name: module for name, module in model.named_modules() if isinstance(module, ours)
     }
     said: dict[str, Any] = {"top_k": top_k, "gate": gate, "normalize": normalize, "limit": limit}
-    said |= {"num_experts": num_experts, "mask": mask}
+    said |= {"num_experts": num_experts, "mask": mask, "cu_seqlens": cu_seqlens}
     if routers is not None:
         return _named(model, method, routers, said, own, layers, group, fused=fused)
     told = [name for name, value in said.items() if value is not None]

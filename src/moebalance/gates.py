@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -72,16 +72,38 @@ class Gate(ABC):
         if price.dim() == 2:
             worth = (affinities * price).sum(dim=-1).mul_(row_scale)
             return (price - worth.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))
-        # One price for all rows: a matrix of rank two, so no (T, E) is read a second time.
-        worth = torch.mv(affinities, price).mul_(row_scale)
-        columns = torch.stack([row_scale, worth.mul_(row_scale)])
-        return columns.t() @ torch.stack([price, price.new_full(price.shape, -1.0)])
+        columns, rows = _of_rank_two(price, affinities, row_scale)
+        return columns @ rows
+
+    def add_price_gradient(
+        self,
+        gradient: Float[Tensor, "T E"],
+        price: Float[Tensor, "E"],
+        affinities: Float[Tensor, "T E"],
+        row_scale: Float[Tensor, "T"] | None,
+        mask: Bool[Tensor, "T"] | None = None,
+    ) -> None:
+        """Add `price_gradient` to the real rows of `gradient` (T, E), in place and in one pass."""
+        assert row_scale is not None
+        columns, rows = _of_rank_two(price.to(affinities.dtype), affinities, row_scale)
+        if mask is not None:
+            columns = torch.where(mask.unsqueeze(-1), columns, 0.0)
+        gradient.addmm_(columns, rows)
 
     @abstractmethod
     def backward(
         self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
     ) -> Float[Tensor, "T E"]:
         """Gradient of the logits from the gradient of the affinities, in one pass."""
+
+
+def _of_rank_two(
+    price: Float[Tensor, "E"], affinities: Float[Tensor, "T E"], row_scale: Float[Tensor, "T"]
+) -> tuple[Float[Tensor, "T 2"], Float[Tensor, "2 E"]]:
+    """The gradient of one price for all rows, as a product: no (T, E) is read a second time."""
+    worth = torch.mv(affinities, price).mul_(row_scale)
+    columns = torch.stack([row_scale, worth.mul_(row_scale)]).t()
+    return columns, torch.stack([price, price.new_full(price.shape, -1.0)])
 
 
 @dataclass(frozen=True)
@@ -95,8 +117,8 @@ class Softmax(Gate):
     sums_to_one = True
 
     def log_affinity(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """log softmax(z)."""
-        return at_least_float32(logits).log_softmax(dim=-1)
+        """z itself, which is log softmax(z) up to a constant per token."""
+        return at_least_float32(logits)
 
     def scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """softmax(z), in one pass."""
@@ -118,6 +140,20 @@ class Softmax(Gate):
     ) -> Float[Tensor, "T E"]:
         """The price in every row; softmax ignores the term that is constant in a row."""
         return price.to(affinities.dtype).expand_as(affinities)
+
+    def add_price_gradient(
+        self,
+        gradient: Float[Tensor, "T E"],
+        price: Float[Tensor, "E"],
+        affinities: Float[Tensor, "T E"],
+        row_scale: Float[Tensor, "T"] | None,
+        mask: Bool[Tensor, "T"] | None = None,
+    ) -> None:
+        """Add the price to every real row."""
+        if mask is None:
+            gradient.add_(price)
+        else:
+            gradient.addr_(mask.to(gradient.dtype), price.to(gradient.dtype))
 
     def backward(
         self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
@@ -176,6 +212,7 @@ class SqrtSoftplus(Gate):
 
 
 _TINY = torch.finfo(torch.float32).tiny
+_TIE = 1e-10  # what a logit weighs where scores are ranked: only equals ever feel it
 _SMALL = 1e-20  # an affinity below this has an even smaller derivative
 _UNDERFLOW = -15.0  # below this softplus(z) = e^z to float32's precision
 
@@ -240,6 +277,7 @@ class GroupLimit:
 
 
 def best(
+    logits: Float[Tensor, "T E"],
     affinities: Float[Tensor, "T E"],
     preference: Float[Tensor, "T E"] | None,
     price: Float[Tensor, "E"] | None,
@@ -250,16 +288,48 @@ def best(
 
     In no order: sorting takes time, and a mixture of experts has no use for it.
     """
-    if preference is None and price is None and limit is None:
-        chosen, experts = affinities.topk(top_k, dim=-1, sorted=False)
-        return chosen, experts
-    ranked = preference
-    if ranked is None:
-        ranked = affinities if price is None else affinities - price
-    if limit is not None:
-        ranked = limit.within(ranked)
-    experts = ranked.topk(top_k, dim=-1, sorted=False).indices
+    logits = logits.detach()
+    order = preference
+    if order is None and price is not None:
+        order = affinities.detach() - price
+    elif order is None:
+        order = logits if limit is None else affinities.detach()
+    experts = top_experts(order, logits, top_k, limit)
     return affinities.gather(-1, experts), experts
+
+
+def top_experts(
+    order: Float[Tensor, "T E"],
+    logits: Float[Tensor, "T E"],
+    top_k: int,
+    limit: GroupLimit | None = None,
+) -> Int[Tensor, "T K"]:
+    """The K best experts by `order`, in no order. Of equals the larger logit is ahead.
+
+    Scores are equal where logits are not: σ(20) and σ(25) are both 1 in float32, and where a logit
+    is 110 ahead the softmax of all others is 0. Top-k alone would choose by the index then. Without
+    groups, a GPU or a compiler is not asked whether there are equals: top-k chooses by the index.
+
+    >>> top_experts(torch.ones(1, 3), torch.tensor([[20.0, 25.0, 22.0]]), 1).item()
+    1
+    """
+    if limit is not None and limit.narrows:
+        order = limit.within(untied(order, logits))
+        return order.topk(top_k, dim=-1, sorted=False).indices
+    values, experts = order.topk(top_k, dim=-1, sorted=False)
+    if order is logits or order.device.type != "cpu" or torch.compiler.is_compiling():
+        return experts
+    last = values.amin(dim=-1, keepdim=True)
+    if int((order >= last).sum()) > experts.numel():  # some of the best are as good as others
+        return untied(order, logits).topk(top_k, dim=-1, sorted=False).indices
+    return experts
+
+
+def untied(order: Float[Tensor, "T E"], logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """The order, with what a logit adds below the last digit of a score in float32 (6e-8)."""
+    if order.device.type == "mps":  # which has no float64
+        return order
+    return order.double().add_(logits, alpha=_TIE)
 
 
 def normalized(

@@ -1,4 +1,4 @@
-"""See what the experts of any model do, without balancing them.
+"""See what the experts of any model do, balanced or not.
 
 A monitor counts what the routers really chose, K experts a token and under a selection bias if
 there is one: in training once a token, whatever the checkpointing, and in evaluation apart from
@@ -19,14 +19,16 @@ from moebalance.attachment import attach
 from moebalance.core.handle import Balancing, Loads
 from moebalance.methods import NoBalancing
 from moebalance.methods.describe import describe
+from moebalance.metrics.image import DEAD
 from moebalance.router import BalancedRouter
 from moebalance.runlog import RunLog
+from moebalance.words.methods import words_of
 
 logger = logging.getLogger("moebalance")
 
 
 def monitor(
-    model: nn.Module,
+    model: nn.Module | Balancing,
     log: str | Path | None = None,
     *,
     name: str | None = None,
@@ -35,8 +37,8 @@ def monitor(
     """Watch every router of a model; nothing of the model or its training changes.
 
     Args:
-        model: any model that `attach` knows.
-        log: folder for a run log; None to only return the metrics.
+        model: any model that `attach` knows; or what `attach` returned, for one that is balanced.
+        log: folder for a run log; None to only return the metrics, as all ranks but one should.
         name: of the run in reports; the model's class by default.
         snapshot_every: steps between load snapshots in the log.
 
@@ -56,12 +58,13 @@ def monitor(
             f"snapshot_every={snapshot_every}: give the steps between load snapshots, 1 or more."
         )
     run_log = None if log is None else _new_log(log)
-    balancing = (
-        attach(model)
-        if _routes_itself(model)
-        else attach(model, NoBalancing(), keep_native_loss=True)
-    )
-    return Monitor(model, balancing, run_log, name=name, snapshot_every=snapshot_every)
+    if isinstance(model, Balancing):
+        watched, balancing = None, model
+    elif _routes_itself(model):
+        watched, balancing = model, attach(model)
+    else:
+        watched, balancing = model, attach(model, NoBalancing(), keep_native_loss=True)
+    return Monitor(watched, balancing, run_log, name=name, snapshot_every=snapshot_every)
 
 
 class Monitor:
@@ -70,19 +73,20 @@ class Monitor:
     As a context manager it ends the log and takes its hooks away on leaving.
 
     Attributes:
+        model: what is watched; None if the monitor was made of a handle.
         balancing: the handle under it, for a `BalanceCallback` or for the loads of each layer.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         balancing: Balancing,
         log: RunLog | None,
         *,
         name: str | None,
         snapshot_every: int,
     ) -> None:
-        self.balancing, self.snapshot_every = balancing, snapshot_every
+        self.model, self.balancing, self.snapshot_every = model, balancing, snapshot_every
         self._log = log
         self._counted: set[str] = set()
         self._told: set[str] = set()
@@ -115,7 +119,9 @@ class Monitor:
         found, loads = self.balancing.evaluation()
         self._tell_of_uncounted(loads)
         if found:
-            self._write("eval", {**found, **_shares(loads), **scalars})
+            counted = [hard for hard, _ in loads.values() if hard.sum() > 0]
+            dead = sum(int((hard * len(hard) < DEAD).sum()) for hard in counted)
+            self._write("eval", {**found, "dead_experts": dead, **_shares(loads), **scalars})
         return found
 
     def _tell_of_uncounted(self, loads: dict[str, Loads]) -> None:
@@ -136,8 +142,9 @@ class Monitor:
             )
 
     def close(self, *, error: BaseException | None = None) -> None:
-        """End the log and take the hooks away."""
-        self.balancing.detach()
+        """End the log and take the monitor's hooks away; a handle that was given stays attached."""
+        if self.model is not None:
+            self.balancing.detach()
         if self._log is not None:
             self._log.__exit__(type(error) if error else None, error, None)
 
@@ -180,19 +187,20 @@ def _shares(loads: dict[str, Loads]) -> dict[str, Any]:
     }
 
 
-def _header(model: nn.Module, balancing: Balancing, name: str | None) -> dict[str, Any]:
+def _header(model: nn.Module | None, balancing: Balancing, name: str | None) -> dict[str, Any]:
     first = next(iter(balancing.layers.values()))
+    method = balancing.method
+    watching = isinstance(method, NoBalancing)
+    described: dict[str, Any] = {"num_experts": first.num_experts, "layers": list(balancing.layers)}
+    if model is not None:
+        size = sum(p.numel() for p in model.parameters())
+        described |= {"architecture": type(model).__name__, "parameters": size}
     return {
-        "name": name or type(model).__name__,
-        "method": "monitor",
-        "method_repr": repr(balancing.method),
-        "parts": describe(balancing.method),
+        "name": name or ("run" if model is None else type(model).__name__),
+        "method": "monitor" if watching else words_of(method),
+        "method_repr": repr(method),
+        "parts": describe(method),
         "seed": None,
         "versions": {"moebalance": __version__, "torch": torch.__version__},
-        "model": {
-            "architecture": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "num_experts": first.num_experts,
-            "layers": list(balancing.layers),
-        },
+        "model": described,
     }

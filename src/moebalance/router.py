@@ -6,36 +6,18 @@ CountAndCharge   logits and the experts that your layer chose → the same logit
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance.core.autograd import choose
 from moebalance.core.layer import LayerBalance
+from moebalance.core.sequences import Lay, packed
 from moebalance.gates import Gate, GroupLimit, Softmax, best, normalized
 from moebalance.methods.base import Method
 from moebalance.routing import real_tokens
 
 _SOFTMAX = Softmax()
-
-
-class Lay(NamedTuple):
-    """How a batch of T tokens lies.
-
-    Attributes:
-        mask: (T,) True for real tokens; None if all are.
-        sequences: number of equally long sequences, in order; or of rows of `places`.
-        places: (sequences, longest) the token at each place of a packed sequence; None if the
-            sequences are equally long.
-        valid: (sequences, longest) False where there is none.
-    """
-
-    mask: Bool[Tensor, "T"] | None
-    sequences: int = 1
-    places: Int[Tensor, "sequences longest"] | None = None
-    valid: Bool[Tensor, "sequences longest"] | None = None
 
 
 class _Router(LayerBalance):
@@ -78,30 +60,7 @@ class _Router(LayerBalance):
                     "length: give cu_seqlens, where each begins and ends."
                 )
             return Lay(mask, sequences)
-        return self._packed(cu_seqlens, tokens, mask)
-
-    def _packed(
-        self, bounds: Int[Tensor, "bounds"], tokens: int, mask: Bool[Tensor, "T"] | None
-    ) -> Lay:
-        if bounds.dim() != 1 or len(bounds) < 2 or bounds.is_floating_point():
-            raise ValueError(
-                f"{self.name}: cu_seqlens of shape {tuple(bounds.shape)} and {bounds.dtype}: give "
-                "whole numbers (N + 1,), such as [0, 5, 12] for sequences of 5 and 7 tokens."
-            )
-        inside = torch.arange(tokens, device=bounds.device) < bounds[-1]
-        mask = inside if mask is None else mask & inside
-        if not self.by_sequence:
-            return Lay(mask)
-        lengths = bounds.diff()
-        if bounds[0] != 0 or (lengths < 0).any() or bounds[-1] > tokens:
-            raise ValueError(
-                f"{self.name}: cu_seqlens from {int(bounds[0])} to {int(bounds[-1])} for {tokens} "
-                "tokens: they must begin with 0, never fall, and end at most at the last token."
-            )
-        place = torch.arange(max(int(lengths.max()), 1), device=bounds.device)
-        valid = place < lengths.unsqueeze(-1)
-        places = torch.where(valid, bounds[:-1].unsqueeze(-1) + place, 0)
-        return Lay(mask, len(lengths), places, valid)
+        return packed(cu_seqlens, tokens, mask, rows=self.by_sequence, name=self.name)
 
     def _tie(
         self,
@@ -112,12 +71,7 @@ class _Router(LayerBalance):
         *,
         replayed: bool,
     ) -> Tensor:
-        mask = lay.mask
-        if lay.places is not None and lay.valid is not None and len(logits):
-            index = lay.places.reshape(-1).to(logits.device)
-            logits, experts = logits[index], experts[index]
-            valid = lay.valid.reshape(-1).to(logits.device)
-            mask = valid if mask is None else valid & mask[index]
+        logits, experts, mask = lay.arranged(logits, experts)
         return self.tie(
             carrier, logits, experts, mask=mask, sequences=lay.sequences, replayed=replayed
         )
@@ -258,11 +212,13 @@ class BalancedRouter(_Router):
         # Where the two gradients are weighed they need branches of their own, which `tie` has.
         plain = traits.from_sums and given is None and self.weighing is None
         if training and logits.requires_grad and plain:
-            how = self._pass(top_k=self.top_k, normalize=self.normalize, limit=self.limit)
+            how = self.pass_for(top_k=self.top_k, normalize=self.normalize, limit=self.limit)
             return choose(logits, how, preference=preference, mask=lay.mask)
         affinities = self.gate.affinities(logits)
         if given is None:
-            weights, experts = best(affinities, preference, self.price, self.top_k, self.limit)
+            weights, experts = best(
+                logits, affinities, preference, self.price, self.top_k, self.limit
+            )
         else:
             weights, experts = affinities.gather(-1, given), given
         if self.normalize:

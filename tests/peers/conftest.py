@@ -26,6 +26,7 @@ PACKAGES = {
     "lightning": "lightning",
     "olmo": "ai2-olmo-core",
     "autoep": "deepspeed",
+    "deepspeed": "deepspeed",
 }
 _outcomes: dict[str, Counter[str]] = {}
 
@@ -43,8 +44,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     folder = Path(os.environ["RECORD"])
     folder.mkdir(parents=True, exist_ok=True)
-    for key, package in PACKAGES.items():
-        files = {f: dict(c) for f, c in _outcomes.items() if f"test_{key}" in f}
+    for package in dict.fromkeys(PACKAGES.values()):
+        keys = tuple(f"test_{key}" for key, of in PACKAGES.items() if of == package)
+        files = {f: dict(c) for f, c in _outcomes.items() if Path(f).name.startswith(keys)}
         if files:
             row = {"package": package, "release": _release(package), "torch": torch.__version__}
             name = f"{package} {row['release']}.json"

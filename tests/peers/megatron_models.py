@@ -62,12 +62,12 @@ __all__ = [
 HIDDEN, EXPERTS, TOP_K = 16, 4, 2
 RELEASE = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
-MEGATRONS_LOG: tuple[str, Any] = (
-    ("megatron.core.transformer.moe.moe_utils._MOE_LAYER_WISE_LOGGING_TRACKER", {})
-    if RELEASE < (0, 18)
-    else ("megatron.core.transformer.moe.moe_logging._MOE_METRICS_TRACKER", None)
-)
-"""Where Megatron keeps the losses that it logs, and the value of an empty log."""
+
+def empty_log() -> tuple[str, Any]:
+    """Where Megatron keeps the losses that it logs, and a new empty log."""
+    if RELEASE < (0, 18):
+        return "megatron.core.transformer.moe.moe_utils._MOE_LAYER_WISE_LOGGING_TRACKER", {}
+    return "megatron.core.transformer.moe.moe_logging._MOE_METRICS_TRACKER", None
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -94,7 +94,7 @@ def on_cpu() -> Iterator[None]:
         if RELEASE < (0, 18):
             # It asks for this name where Transformer Engine is not installed.
             enter(patch.object(moe_utils, "te_general_gemm", None, create=True))
-        enter(patch(*MEGATRONS_LOG))
+        enter(patch(*empty_log()))
         enter(patch.object(CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()))
         enter(patch.object(scaler, "main_loss_backward_scale", None))
         enter(torch.compiler.set_stance("force_eager"))

@@ -10,13 +10,13 @@ import torch
 from megatron_models import (
     EXPERTS,
     HIDDEN,
-    MEGATRONS_LOG,
     RELEASE,
     TOP_K,
     MicroBatch,
     alone,
     attach,
     balanced,
+    empty_log,
     make_config,
     make_tower,
     moe_utils,
@@ -24,7 +24,7 @@ from megatron_models import (
     run_step,
     wrap,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from cases import GATES, METHODS
 from moebalance.core.handle import Balancing
@@ -121,7 +121,7 @@ def test_a_prediction_layer_that_is_called_twice_is_charged_once(per_token, monk
         config = make_config(**settings, **more)
         config.mtp_use_repeated_layer = True
         towers.append(make_tower(config, method, is_mtp_layer=True))
-    monkeypatch.setattr(*MEGATRONS_LOG)  # whose length is that of the models before
+    monkeypatch.setattr(*empty_log())  # whose length is that of the models before
     expected, found = (wrap(tower) for tower in towers)
     attach(found)
     plain = gradients(SwitchLoss(STRENGTH), calculate_per_token_loss=per_token)
@@ -325,3 +325,62 @@ def test_steps_with_replayed_routing_move_no_selection_price():
         RouterReplay.clear_global_router_replay_action()
         RouterReplay.clear_global_router_replay_instances()
         balancing.detach()
+
+
+class Packing(nn.Module):
+    """A tower that is called as Megatron calls its layers, with what says where sequences end."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.tower, self.config = tower, tower.config
+
+    def forward(self, hidden: Tensor, packed_seq_params: Any = None) -> Tensor:
+        return self.tower(hidden)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_packed_sequences_are_charged_one_by_one(layers):
+    """Two samples of 8 tokens side by side, and as one row of 16 with boundaries."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    hidden = normal((8, 2, HIDDEN), 0) + 4 * normal((1, 2, HIDDEN), 5)
+    row = hidden.transpose(0, 1).reshape(16, 1, HIDDEN)
+    ends = torch.tensor([0, 8, 16], dtype=torch.int32)
+    told = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    found = []
+    for given, more in ((hidden, {}), (row, {"packed_seq_params": told}), (row, {})):
+        model = Packing(make_tower(make_config(num_layers=layers), SequenceLoss(STRENGTH)))
+        balancing = attach(model, step_by_hand=True)
+        (0 * model(given, **more)).sum().backward()
+        found.append([layer.router.weight.grad.clone() for layer in model.tower.layers])
+        balancing.step()
+        assert balancing.metrics()["tokens"] == 16
+        balancing.detach()
+    for apart, one, unknown in zip(*found, strict=True):
+        torch.testing.assert_close(one, apart, rtol=1e-5, atol=1e-8)
+        assert (unknown - apart).abs().max() > 0.1 * apart.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, "loses them"),
+        ({"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}, None),
+    ],
+    ids=["moe", "attention"],
+)
+def test_packed_sequences_that_are_lost_in_recomputation_are_refused(settings, said):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from moebalance.integrations.megatron.packed import bounds
+
+    tower = make_tower(make_config(num_layers=1), SequenceLoss(STRENGTH))
+    router, ends = tower.layers[0].router, torch.tensor([0, 8, 16], dtype=torch.int32)
+    router.packed_seq_params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends)
+    for name, value in settings.items():
+        setattr(router.config, name, value)
+    if said is None:
+        assert torch.equal(bounds(router), ends)
+        return
+    with pytest.raises(ValueError, match=said):
+        bounds(router)

@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import Trainer
 
 pytest.importorskip("wandb")
 from wandb.proto.wandb_internal_pb2 import Record
 
+import moebalance as mb
+import wandb
+from families import tiny
 from moebalance.lab.trackers import track
 from moebalance.metrics.image import load_image
 from moebalance.runlog import read_run
 from synthetic_runs import write_run
+from training import Rows, arguments
 
 LOAD = [[0.5, 0.25, 0.25, 0.0], [0.25] * 4]
 
@@ -86,3 +91,22 @@ def test_an_offline_run_has_the_scalars_pictures_and_tables_of_the_log(tmp_path,
     assert found["data"][0] == ["hottest", "layer 0", 0, 2]
     assert found["data"][4] == ["coldest", "layer 0", 3, 0]
     assert len(found["data"]) == 8
+
+
+def test_the_trainers_own_reporter_has_the_picture_and_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = wandb.init(dir=str(tmp_path), mode="offline")  # the reporter takes a run that is there
+    callback = mb.huggingface.BalanceCallback(mb.PhiBalancing())
+    settings = arguments(tmp_path, max_steps=2, report_to=["wandb"])
+    Trainer(tiny("mixtral"), settings, train_dataset=Rows(4), callbacks=[callback]).train()
+    run.finish()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    rows = written(file, "train/moe/load")
+    assert sum("train/moe/maxvio" in row for row in rows) == 2
+    pictures = [row for row in rows if any(key.startswith("train/moe/load") for key in row)]
+    assert [row["train/global_step"] for row in pictures] == [1, 2]
+    assert any(key.startswith("train/moe/extremes") for key in pictures[-1])
+    (*_, picture) = sorted((file.parent / "files/media/images/train/moe").glob("load_*.png"))
+    loads = [hard for hard, _ in callback.balancing.loads().values()]
+    assert (np.asarray(Image.open(picture))[..., :3] == load_image(loads)).all()

@@ -69,6 +69,7 @@ class Pass(NamedTuple):
         limit: the groups of experts that a router of ours may choose from; None for all experts.
         sequences: number of sequences in which the tokens lie.
         replayed: whether the choice came from elsewhere.
+        weight: this batch's weight in the mean over its step, (); None for 1.
     """
 
     method: Method
@@ -82,6 +83,15 @@ class Pass(NamedTuple):
     limit: GroupLimit | None = None
     sequences: int = 1
     replayed: bool = False
+    weight: Tensor | None = None
+
+    def begun(self) -> Pass:
+        """For a backward: the choice of a replay is noted, and the batch has its weight."""
+        if self.replayed:
+            self.tally.replayed.fill_(1)
+        if self.weight is None:
+            return self
+        return self._replace(tally=self.tally._replace(scale=self.tally.scale * self.weight))
 
 
 def choose(
@@ -112,7 +122,6 @@ def tie(
     logits: Float[Tensor, "T E"],
     experts: Int[Tensor, "T K"],
     mask: Bool[Tensor, "T"] | None = None,
-    weight: Float[Tensor, ""] | None = None,
 ) -> Tensor:
     """Return `carrier` unchanged, tied to a backward that counts this batch and charges it.
 
@@ -122,13 +131,12 @@ def tie(
         logits: (T, E), which receive the gradient of the penalty.
         experts: (T, K), the choice.
         mask: (T,) True for real tokens, or None.
-        weight: this batch's weight in the mean over its step; None for 1.
     """
     if torch.compiler.is_compiling():  # which traces no function of the same tensor twice
         carrier = carrier.view_as(carrier)
     fits = how.fused and how.traits.from_sums
     how = how._replace(fused=fits and kernels.supported(logits, how.gate, experts.shape[-1]))
-    tied: Tensor = _Tie.apply(how, mask, weight, experts, logits, carrier)  # type: ignore[no-untyped-call]
+    tied: Tensor = _Tie.apply(how, mask, experts, logits, carrier)  # type: ignore[no-untyped-call]
     return tied
 
 
@@ -172,7 +180,9 @@ class _Choose(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         affinities = how.gate.affinities(logits)  # (T,E)
         price = how.method.selection_price(how.state)  # (E,) or None
-        weights, experts = best(affinities, preference, price, how.top_k, how.limit)  # (T,K)
+        weights, experts = best(
+            logits, affinities, preference, price, how.top_k, how.limit
+        )  # (T,K)
         total = None
         if how.normalize:
             weights, total = normalized(weights)
@@ -189,7 +199,7 @@ class _Choose(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         affinities, experts, mask, weights, total = ctx.saved_tensors
         upstream = _given(gradients[0], experts, affinities)  # (T,K)
-        how = ctx.how
+        how = ctx.how.begun()
         charge = _from_affinities(how, real_rows(affinities, mask), experts, mask)
         if charge is None:
             gradient = torch.zeros_like(affinities)
@@ -229,7 +239,7 @@ class _ChooseFused(torch.autograd.Function):
     @exactly
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, experts, normaliser, mask = ctx.saved_tensors
-        how = ctx.how
+        how = ctx.how.begun()
         gradient = kernels.pull_back(
             _given(gradients[0], experts, logits),
             logits,
@@ -237,7 +247,7 @@ class _ChooseFused(torch.autograd.Function):
             normaliser,
             how.gate,
             normalize=how.normalize,
-            charge=_settle(how, ctx.packed, len(experts), mask),
+            charge=settle(how, ctx.packed, len(experts), mask),
             mask=mask,
         )
         return None, None, None, gradient
@@ -249,31 +259,25 @@ class _Tie(torch.autograd.Function):
         ctx: Any,
         how: Pass,
         mask: Tensor | None,
-        weight: Tensor | None,
         experts: Tensor,
         logits: Tensor,
         carrier: Tensor,
     ) -> Tensor:
         ctx.how = how
-        ctx.save_for_backward(logits, experts, mask, weight)
+        ctx.save_for_backward(logits, experts, mask)
         # A clone, not a view: models scale these weights in place.
         return carrier.clone()
 
     @staticmethod
     @exactly
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, experts, mask, weight = ctx.saved_tensors
-        how = ctx.how
-        if how.replayed:
-            how.tally.replayed.fill_(1)
-        if weight is not None:
-            tally = how.tally
-            how = how._replace(tally=tally._replace(scale=tally.scale * weight))
+        logits, experts, mask = ctx.saved_tensors
+        how = ctx.how.begun()
         if not how.traits.from_sums:
             gradient = _from_routing(how, logits, experts, mask)
         elif how.fused:
             packed = kernels.count(logits, experts, how.gate, mask=mask)
-            charge = _settle(how, packed, len(logits), mask)
+            charge = settle(how, packed, len(logits), mask)
             gradient = None if charge is None else kernels.pull(logits, how.gate, charge, mask=mask)
         else:
             real = real_rows(how.gate.affinities(logits), mask)
@@ -281,7 +285,7 @@ class _Tie(torch.autograd.Function):
             if gradient is not None:
                 gradient = how.gate.backward(gradient, real)
         gradient = None if gradient is None else gradient.to(logits.dtype)
-        return None, None, None, None, gradient, gradients[0]
+        return None, None, None, gradient, gradients[0]
 
 
 class _Follow(torch.autograd.Function):
@@ -310,7 +314,7 @@ def _from_affinities(
     Returns the gradient of the affinities: arbitrary in padded rows, perhaps one row expanded.
     """
     row_scale = how.gate.row_scale(real)
-    charge = _settle(how, count(real, row_scale, experts, mask), len(experts), mask)
+    charge = settle(how, count(real, row_scale, experts, mask), len(experts), mask)
     return None if charge is None else how.gate.price_gradient(charge, real, row_scale)
 
 
@@ -329,7 +333,7 @@ def _from_routing(
     return how.method.penalty_gradient(how.state, batch, as_number(how.tally.scale))
 
 
-def _settle(
+def settle(
     how: Pass, packed: Float[Tensor, "sums"], rows: int, mask: Tensor | None
 ) -> Float[Tensor, "E"] | None:
     """Add a batch to its step; return the gradient of the loss with respect to any token's scores.

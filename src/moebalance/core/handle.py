@@ -98,7 +98,8 @@ class Balancing:
         nothing to add up.
 
         Raises:
-            RuntimeError: at the first step, if the ranks balance different layers or methods.
+            RuntimeError: at the first step, if the ranks balance different layers or methods; or
+                batches were counted since the last call, and `step` was not called.
         """
         self._ledger.reduce(self.steps + 1)
 
@@ -109,8 +110,8 @@ class Balancing:
         experts for images see no token in a step of text.
 
         Raises:
-            RuntimeError: no layer counted a token since the last step, on any rank; or a layer did
-                between `reduce` and this call.
+            RuntimeError: no layer counted a token since the last step, on any rank; a layer did
+                between `reduce` and this call; ranks are in different steps; or one never came.
             FloatingPointError: a layer saw NaN or infinite logits, on any rank; nothing is changed.
                 On a CUDA device both errors come at the end of the next step, so that no step waits
                 for the device.
@@ -128,8 +129,8 @@ class Balancing:
     def discard(self) -> None:
         """Forget the sums since the last step, for example of a step that you gave up.
 
-        Call it after the warm-up passes before a CUDA graph is captured: they are real forward and
-        backward passes, and are counted.
+        Several ranks must all do so, or none. Call it after the warm-up passes before a
+        CUDA graph is captured: they are real forward and backward passes, and are counted.
         """
         self._ledger.discard()
 
@@ -176,8 +177,8 @@ class Balancing:
             return {}
         prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
         if prices:
-            spreads = [metrics.price_spread(price).item() for price in prices]
-            found["price_spread"] = sum(spreads) / len(spreads)
+            spreads = torch.stack([metrics.price_spread(p).to(prices[0].device) for p in prices])
+            found["price_spread"] = spreads.mean().item()
         found |= self._readings()
         weighed = ((n, w) for n, layer in self.layers.items() if (w := layer.weighing) is not None)
         found |= gradient_ratio(weighed)
@@ -192,7 +193,8 @@ class Balancing:
         layers = [self.method.readings(layer.state) for layer in self.layers.values()]
         found = {}
         for name in layers[0] if layers else ():
-            values = torch.stack([reading[name].cpu() for reading in layers]).tolist()
+            first = layers[0][name].device
+            values = torch.stack([reading[name].to(first) for reading in layers]).tolist()
             found[name] = sum(values) / len(values)
             found |= {f"{name}_least": min(values), f"{name}_most": max(values)}
         return found
@@ -267,8 +269,8 @@ class Balancing:
             else:
                 layer.load_state_dict(saved)
             layer.last_total = None
-        self.discard()
-        self.steps, self._ledger.loaded = state["steps"], True
+        self._ledger.load()
+        self.steps = state["steps"]
         self._publish()
 
     def detach(self, *, keep_price: bool = False) -> None:

@@ -8,7 +8,7 @@ the counts of the other ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moebalance.core.autograd import Pass, Tally, tie
+from moebalance.core.formed import find, join
+from moebalance.core.leaves import leaves, refill
 from moebalance.core.packing import pack, packed_size, unpack
 from moebalance.core.sound import check_price, tensors_problem, trial_problem
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax, at_least_float32
+from moebalance.kernels import supported
 from moebalance.methods.base import Method, State, observe, sees_sequences
 from moebalance.methods.lineage import Lineage, inherit
 from moebalance.routing import Sums, as_number, measure, route
@@ -83,7 +86,7 @@ class LayerBalance(nn.Module):
     def state(self) -> State:
         """The method's state, built over this module's buffers."""
         buffers = self._buffers  # not by `get_buffer`: this is asked for at every batch
-        return _refill(self._template, iter([buffers[name] for name in self._state_names]))
+        return refill(self._template, iter([buffers[name] for name in self._state_names]))
 
     @property
     def last_sums(self) -> Sums | None:
@@ -144,8 +147,14 @@ class LayerBalance(nn.Module):
             return carrier
         if self.weighing is not None and logits.requires_grad:
             logits = self.weighing.branch(logits)
-        how = self._pass(sequences=sequences, replayed=replayed)
-        return tie(carrier, how, logits=logits, experts=experts, mask=mask, weight=weight)
+        how = self.pass_for(sequences=sequences, replayed=replayed, weight=weight)
+        fits = self.fused and supported(logits, self.gate, experts.shape[-1])
+        if self.traits.from_sums and self.weighing is None and not fits:
+            formed = find(carrier, logits, self.gate)
+            if formed is not None:
+                join(formed, how, experts, mask=mask)
+                return carrier
+        return tie(carrier, how, logits=logits, experts=experts, mask=mask)
 
     def count(self, sums: Sums) -> None:
         """Add a batch's sums to the running step by hand."""
@@ -231,8 +240,8 @@ class LayerBalance(nn.Module):
     def _reset(self) -> None:
         """Make the state before the first step, on the device in force."""
         self._template = self.method.init(self.num_experts)
-        self._state_names = [f"state_{name}" for name, _ in _leaves(self._template)]
-        for name, (_, tensor) in zip(self._state_names, _leaves(self._template), strict=True):
+        self._state_names = [f"state_{name}" for name, _ in leaves(self._template)]
+        for name, (_, tensor) in zip(self._state_names, leaves(self._template), strict=True):
             self.register_buffer(name, tensor.clone())
         self.register_buffer("last_step", torch.zeros(2, dtype=torch.float32))
         size = packed_size(self.method, self.num_experts)
@@ -242,7 +251,7 @@ class LayerBalance(nn.Module):
         self.last_total = None
 
     def _of(self, saved: Mapping[str, Tensor]) -> State:
-        return _refill(self._template, iter([saved[name] for name in self._state_names]))
+        return refill(self._template, iter([saved[name] for name in self._state_names]))
 
     def _inherited(self, saved: Mapping[str, Tensor], lineage: Lineage) -> State:
         return inherit(self._of(saved), lineage, self.gate)
@@ -288,7 +297,8 @@ class LayerBalance(nn.Module):
             self._begin_anew()
         self.settle()
 
-    def _pass(self, **more: Any) -> Pass:
+    def pass_for(self, **more: Any) -> Pass:
+        """What a batch of this layer is counted and charged with, and `more` fields of a `Pass`."""
         if self.last_step.dtype in (torch.bfloat16, torch.float16):
             raise RuntimeError(
                 f"{self.name}: the balancing state was turned to {self.last_step.dtype}, in which "
@@ -299,7 +309,7 @@ class LayerBalance(nn.Module):
         return Pass(self.method, self.traits, self.gate, self.state, tally, self.fused, **more)
 
     def _write(self, state: State) -> None:
-        for name, (_, tensor) in zip(self._state_names, _leaves(state), strict=True):
+        for name, (_, tensor) in zip(self._state_names, leaves(state), strict=True):
             # In place: compiled graphs and CUDA graphs hold on to these very tensors.
             self.get_buffer(name).copy_(tensor)
 
@@ -346,11 +356,11 @@ def commit_rows(
     held = [[layer.get_buffer(name) for layer in layers] for name in first._state_names]
     if held:
         old = [torch.stack(tensors) for tensors in held]
-        states = _refill(first._template, iter(old))
+        states = refill(first._template, iter(old))
         new = torch.vmap(method.update)(states, unpack(totals, method, experts))
         if replayed is not None:
             new = _held(method, states, new, replayed)
-        for tensors, before, (_, after) in zip(held, old, _leaves(new), strict=True):
+        for tensors, before, (_, after) in zip(held, old, leaves(new), strict=True):
             after = after if good is None else torch.where(good, after, before)
             # In place: compiled graphs and CUDA graphs hold on to these very tensors.
             torch._foreach_copy_(tensors, list(after.unbind()))
@@ -374,24 +384,7 @@ def _held(method: Method, states: State, new: State, replayed: Tensor) -> State:
     seen = as_number(replayed.reshape(()))
     if held is new or (isinstance(seen, float) and not seen):
         return new
-    replayed = replayed.reshape(()).to(next(_leaves(new))[1].device) > 0
-    pairs = zip(_leaves(held), _leaves(new), strict=True)
+    replayed = replayed.reshape(()).to(next(leaves(new))[1].device) > 0
+    pairs = zip(leaves(held), leaves(new), strict=True)
     kept = [h if h is n else torch.where(replayed, h, n) for (_, h), (_, n) in pairs]
-    return _refill(new, iter(kept))
-
-
-def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Name the tensors of a nested tuple or NamedTuple, in order."""
-    if isinstance(state, Tensor):
-        yield prefix.removesuffix("_"), state
-        return
-    for field, value in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
-        yield from _leaves(value, f"{prefix}{field}_")
-
-
-def _refill(template: State, tensors: Iterator[Tensor | None]) -> State:
-    """Put tensors, in `_leaves` order, into the shape of `template`."""
-    if isinstance(template, Tensor):
-        return next(tensors)
-    parts = [_refill(part, tensors) for part in template]
-    return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)
+    return refill(new, iter(kept))

@@ -40,10 +40,10 @@ def check_fit(
             cannot be trained with (`sound.py`).
     """
     check_values(state)
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise ValueError(
-            f"This balancing state has format {state['format']}; this version reads {FORMAT}. "
-            "Use the version of moebalance that wrote it, or start without a state."
+            f"This balancing state has format {str(state['format'])[:60]}; this version reads "
+            f"{FORMAT}. Use the version of moebalance that wrote it, or start without a state."
         )
     if state["method"] != method_name(method):
         raise ValueError(
@@ -107,6 +107,39 @@ def check_values(state: Mapping[str, Any]) -> None:
         problem = tensors_problem(tensors)
         if problem:
             raise ValueError(f"The balancing state of {name} is refused: {problem}")
+
+
+def plain_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A model's weights without balancing state, for the same model without our routers.
+
+    A selection price is state, too, so the model goes on with its own choice.
+
+    Args:
+        model: the model, wrapped or not, with `BalancedRouter`s or `CountAndCharge`s.
+        state_dict: its state dict, where you already have one, for example from
+            `get_model_state_dict` of a sharded model; None for `model.state_dict()`.
+
+    >>> import moebalance as mb
+    >>> router = mb.BalancedRouter(mb.LossFree(), num_experts=4, top_k=2)
+    >>> model = nn.ModuleDict({"gate": nn.Linear(3, 4, bias=False), "router": router})
+    >>> list(mb.plain_state_dict(model))
+    ['gate.weight']
+    """
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    ours = {
+        _bare_key(f"{name}.{buffer}")
+        for name, module in model.named_modules()
+        if isinstance(module, LayerBalance)
+        for buffer in module._buffers
+    }
+    return {key: value for key, value in state_dict.items() if _bare_key(key) not in ours}
+
+
+def _bare_key(key: str) -> str:
+    """A key without the names of wrappers, which stand in some state dicts and not in others."""
+    return ".".join(word for word in key.split(".") if word and word not in {*_WRAPPED, "module"})
 
 
 def _lineage(

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moebalance.core import distributed
-from moebalance.core.distributed import Group, Reduction, sharing, start_sum
+from moebalance.core import agreement, distributed
+from moebalance.core.agreement import Account, Clock
+from moebalance.core.distributed import Group, Reduction, group_size, sharing, start_sum
 from moebalance.core.layer import LayerBalance, commit_rows
 from moebalance.core.packing import shared_part
 from moebalance.methods.base import Method
@@ -57,15 +58,17 @@ class Verdict(NamedTuple):
     Attributes:
         step: which one.
         names: of the layers, in the order of the columns.
-        flags: (5, L): this rank's sums finite, nothing counted late, all ranks' sums finite, a
-            token seen, no rank has loaded a state.
+        flags: (6, L): this rank's sums finite, nothing counted late, all ranks' sums finite, a
+            token seen, no rank has loaded a state or strayed, all ranks are in the same step.
+        account: where this rank is; None if it sent no message.
         arrived: recorded behind the copy; None if the flags are here.
     """
 
     step: int
     names: list[str]
     flags: Tensor
-    arrived: Any
+    account: Account | None
+    arrived: Any = None
 
 
 class Ledger:
@@ -88,7 +91,9 @@ class Ledger:
     ) -> None:
         self.method, self.layers = method, layers
         self.group, self.everything = group, everything
-        self.agreed = self.loaded = False
+        self._agreed = self._loaded = self._closed = False
+        self._clock = Clock(layers)
+        self._account: Account | None = None
         self._reduction: Reduction | None = None
         self._sent: list[Bank] = []
         self._verdict: Verdict | None = None
@@ -96,56 +101,115 @@ class Ledger:
 
     @torch.no_grad()
     def reduce(self, step: int) -> None:
-        """Begin to add up what all ranks counted in step `step`."""
-        group = sharing(self.group)
-        if group is None or self._reduction is not None:
-            return
-        if not self.agreed:
-            self._agree(group, step - 1)
-        if not self.layers:
-            return
-        banks = self._banks()
-        parts = [bank.sums[:, part].reshape(-1) for bank in banks for part in self._shared(bank)]
-        # What stays here may be sick where the message is sound: 0 · NaN tells the others. A load
-        # on this rank, which need not be one on theirs, adds 1.
-        sick = sum((0 * bank.sums).sum().to(parts[0].device) for bank in banks)
-        notice = torch.as_tensor(sick).reshape(1) + float(self.loaded)
-        self._sent = banks
-        replayed = self._replayed().to(parts[0].device).reshape(1)
-        self._reduction = start_sum([*parts, notice, replayed], group)
+        """Begin to add up what all ranks counted in step `step`.
+
+        Raises:
+            RuntimeError: batches were counted since the last call, and `close` was not called. The
+                other ranks err as they end their step.
+        """
+        if self._reduction is None:
+            self._start(step, early=True)
+        elif self._grown():
+            # The others have ended the step: meet them in their next one, so that all of them err.
+            self._read_verdict()
+            self._judge(step, forgive_late=True)
+            self._read_verdict()
+            self._start(step, stray=True)
+            self._judge(step)
+            self._read_verdict()
 
     @torch.no_grad()
     def close(self, step: int) -> None:
         """Advance every layer by the sums of step `step`.
 
         Raises:
-            RuntimeError: no layer counted a token, on any rank; or one did after `reduce`.
+            RuntimeError: no layer counted a token, on any rank; one did after `reduce`; or ranks
+                are in different steps.
             FloatingPointError: a layer saw NaN or infinite logits, on any rank; nothing is changed.
         """
         self._read_verdict()
-        self.reduce(step)
+        if self._reduction is None:
+            self._start(step)
         if not self.layers:
             return
-        banks, flags, replayed = self._totals()
-        finite = flags[2].all()
-        names = [name for bank in banks for name in bank.names]
-        self._verdict = _send(Verdict(step, names, flags, None))
-        good: Tensor | None = finite
-        if self._verdict.arrived is None:
+        banks, good, replayed = self._judge(step)
+        if self._verdict is not None and self._verdict.arrived is None:
             self._read_verdict()
             good = None  # or the line above had raised
         for bank in banks:
             commit_rows(bank.layers, bank.sums, good=good, replayed=replayed)
         for cell in self._cells():
             cell.zero_()
+        self._clock.begin()
+        self._closed = True
 
     def discard(self) -> None:
-        """Forget what was counted since the last step."""
+        """Forget what was counted since the last step; the other ranks must do so too."""
+        self._clock.drop()
+        self._forget()
+
+    def load(self) -> None:
+        """A state was loaded: begin with empty sums."""
+        self._forget()
+        self._clock.begin()
+        self._loaded = True
+
+    def _forget(self) -> None:
         if self._reduction is not None:
             self._reduction.wait()
             self._reduction = None
         for layer in self.layers.values():
             layer.discard()
+
+    def _give_up(self) -> None:
+        """Forget a step that ends in an error, on all ranks."""
+        self._forget()
+        self._clock.begin()
+
+    def _start(self, step: int, *, early: bool = False, stray: bool = False) -> None:
+        """Send this rank's sums of a step to the others, if there are any."""
+        group = sharing(self.group)
+        if group is None:
+            return
+        if not self._agreed:
+            self._agree(group, step - 1)
+        if not self.layers:
+            return
+        banks = self._banks()
+        parts = [bank.sums[:, part].reshape(-1) for bank in banks for part in self._shared(bank)]
+        device = parts[0].device
+        # What stays here may be sick where the message is sound: 0 · NaN tells the others. A load
+        # on this rank, which need not be one on theirs, adds 1, and so does a rank astray.
+        sick = sum((0 * bank.sums).sum().to(device) for bank in banks)
+        notice = torch.as_tensor(sick).reshape(1) + float(self._loaded or stray)
+        replayed = self._replayed().to(device).reshape(1)
+        counted = self._clock.read(early=early and not self._closed)
+        self._account = Account(step, *counted, self._clock.updates, self._loaded, stray)
+        place = agreement.told(self._account, group_size(group)).to(device)
+        self._sent = banks
+        what = f"their sums of {_some(list(self.layers))} in step {step}"
+        self._reduction = start_sum([*parts, notice, replayed, place], group, what)
+
+    def _grown(self) -> bool:
+        """Whether a batch was counted since the message was sent."""
+        pairs = zip(self._banks(), self._sent, strict=True)
+        return any(bool((now.batches > sent.batches).any()) for now, sent in pairs)
+
+    def _judge(
+        self, step: int, *, forgive_late: bool = False
+    ) -> tuple[list[Bank], Tensor | None, Tensor]:
+        """The sums over all ranks, whether they are good, and whether any choice was replayed.
+
+        What is to be said of them is on its way to the host.
+        """
+        banks, flags, replayed = self._totals()
+        if forgive_late:
+            flags[1].fill_(True)
+        names = [name for bank in banks for name in bank.names]
+        good = flags[2] if self._account is None else flags[2] & flags[5]
+        self._verdict = _send(Verdict(step, names, flags, self._account))
+        self._account = None
+        return banks, good.all(), replayed
 
     def _banks(self) -> list[Bank]:
         rows: dict[Any, list[str]] = {}
@@ -171,7 +235,7 @@ class Ledger:
         return first if not others else sum((o.to(first.device) for o in others), first)
 
     def _totals(self) -> tuple[list[Bank], Tensor, Tensor]:
-        """The sums over all ranks (what is not shared is this rank's own), and flags (5, L).
+        """The sums over all ranks (what is not shared is this rank's own), and flags (6, L).
 
         Last, above 0 if any batch of the step was routed by choices from elsewhere.
         """
@@ -179,18 +243,22 @@ class Ledger:
         own = [torch.isfinite(bank.sums).all(dim=1) for bank in now]
         # Made where it is read: a copy from the host would wait for the device.
         notice = torch.zeros(1, device=banks[0].sums.device)
+        together: Tensor | None = None
         replayed = self._replayed()
         if self._reduction is not None:
             banks, self._sent = self._sent, []
         timely = [a.batches == b.batches for a, b in zip(banks, now, strict=True)]
         if self._reduction is not None:
-            (*parts, notice, replayed), self._reduction = self._reduction.wait(), None
+            reduction, self._reduction = self._reduction, None
+            *parts, notice, replayed, place = reduction.wait()
+            together = agreement.together(place, reduction.ranks)
             self._fill(banks, iter(parts), notice)
         columns = []
         for bank, *mine in zip(banks, own, timely, strict=True):
             settled = ~(notice.to(bank.sums.device) > 0).expand_as(mine[0])
             finite, seen = torch.isfinite(bank.sums).all(dim=1), bank.tokens > 0
-            columns.append(torch.stack([*mine, finite, seen, settled]))
+            here = settled if together is None else together.to(finite.device).expand_as(finite)
+            columns.append(torch.stack([*mine, finite, seen, settled, here]))
         flags = torch.cat([column.to(columns[0].device) for column in columns], dim=1)
         return banks, flags, replayed
 
@@ -207,8 +275,20 @@ class Ledger:
         """Refuse to go on if another rank balances something else, or is in another step."""
         sizes = [(name, layer.num_experts) for name, layer in self.layers.items()]
         mine = {"method": repr(self.method), "layers": sizes, "steps": steps}
-        distributed.agree({**mine, "metrics": self.everything}, group)
-        self.agreed, self.loaded = True, False
+        mine |= {"metrics": self.everything}
+        distributed.agree(mine, group, f"what they balance in step {steps + 1}")
+        self._agreed, self._loaded = True, False
+
+    def _compare(self, verdict: Verdict, group: Group) -> None:
+        """Find out why ranks do not look alike: a load, which is fine, or ranks astray."""
+        assert verdict.account is not None
+        accounts = agreement.gathered(verdict.account, group)
+        if any(account.loaded for account in accounts):
+            self._agree(group, verdict.step - 1)
+        apart = agreement.apart(accounts)
+        if apart:
+            self._give_up()
+            raise RuntimeError(apart)
 
     def _read_verdict(self) -> None:
         """Say what is to be said of the last step judged."""
@@ -219,12 +299,12 @@ class Ledger:
             verdict.arrived.synchronize()
         if bool(verdict.flags.all()):
             return
-        own, timely, finite, seen, settled = (row.tolist() for row in verdict.flags)
+        own, timely, finite, seen, settled, here = (row.tolist() for row in verdict.flags)
         group = sharing(self.group)
-        if not all(settled) and group is not None:
-            self._agree(group, verdict.step - 1)
+        if not all(settled + here) and group is not None:
+            self._compare(verdict, group)
         if not all(timely):
-            self.discard()
+            self._give_up()
             raise RuntimeError(
                 f"Tokens were counted between reduce() and step() in step {verdict.step}, too "
                 "late for the message to the other ranks; the step's sums were dropped. Call "
@@ -233,7 +313,7 @@ class Ledger:
         if not all(finite):
             mine = [name for name, good in zip(verdict.names, own, strict=True) if not good]
             where = distributed.by_rank(mine, group)
-            self.discard()
+            self._give_up()
             raise FloatingPointError(
                 f"NaN or infinite router logits in {where} during step {verdict.step}. "
                 "The balancing state was left as it was; this step's sums were dropped. Lower the "
@@ -245,13 +325,19 @@ class Ledger:
                 logger.warning(_BLIND, name, verdict.step)
             self._known_blind |= blind
             return
-        self.discard()
+        self._give_up()
         raise RuntimeError(
             f"No token was counted in {', '.join(self.layers)} during step {verdict.step}. Tokens "
             "are counted in the backward pass of a model in training mode: call step() once after "
             "each optimizer step, attach before compiling, and give each step at least one real "
             "token. A layer whose output the loss does not use has no backward pass either."
         )
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _send(verdict: Verdict) -> Verdict:

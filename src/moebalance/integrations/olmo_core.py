@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
-from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.gates import Gate, Sigmoid, Softmax, top_experts
 from moebalance.methods.base import Method
 
 _GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
@@ -113,7 +113,8 @@ class _Wrapped:
         if self.reselect:
             preference = layer.preference(logits, None, training=training)
             if preference is not None:
-                experts = preference.view_as(scores).topk(self.router.top_k, dim=-1).indices
+                experts = top_experts(preference, logits.detach(), self.router.top_k)
+                experts = experts.view(*scores.shape[:-1], -1)
                 weights = scores.gather(-1, experts)
         chosen = experts.flatten(0, -2)  # (T,K)
         if training and torch.is_grad_enabled():

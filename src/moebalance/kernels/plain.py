@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.gates import Gate, GroupLimit, Sigmoid, at_least_float32
+from moebalance.gates import Gate, GroupLimit, Sigmoid, at_least_float32, untied
 from moebalance.routing import real_rows
 
 
@@ -82,14 +82,17 @@ def ranking(
     price: Float[Tensor, "E"] | None,
     limit: GroupLimit | None,
 ) -> Int[Tensor, "T E"]:
-    """All experts (T, E), best first: the lowest index first among equals, NaN above all."""
+    """All experts (T, E), best first, NaN above all.
+
+    Of equals the larger logit is first, then the lowest index.
+    """
     if limit is not None and not limit.narrows:
         limit = None
     if price is None and limit is None:
         # Affinities grow with the logits, and logits do not underflow.
         return logits.argsort(dim=-1, descending=True, stable=True)
-    ranks = gate.affinities(logits)
-    ranks = ranks if price is None else ranks - price
+    scores = gate.affinities(logits)
+    ranks = untied(scores if price is None else scores - price, logits)
     order = ranks.argsort(dim=-1, descending=True, stable=True)
     if limit is None:
         return order

@@ -9,8 +9,9 @@ chunks is free, and one over the width stays in a warp. With group-limited choic
 group. Positions without an expert are dead: never chosen and never stored.
 
 Top-k is K rounds of arg-max on integer keys that sort as the floats do, NaN above all numbers. A
-round needs two integer reductions: the largest key, then the lowest expert with it. Each is one
-warp instruction since Ampere; a reduction of floats or of pairs takes five or ten shuffles. 16-bit
+round needs two integer reductions: the largest key, then the lowest expert with it. Under a price
+or in groups one lies between them, for the largest logit among equal keys. Each is one warp
+instruction since Ampere; a reduction of floats or of pairs takes five or ten shuffles. 16-bit
 logits leave room for the expert inside the key, so they need one reduction.
 
 Arithmetic is float32. exp(min(z, 0)) / (1 + exp(−|z|)) is σ(z) without overflow; divided by its
@@ -75,6 +76,8 @@ def choose(
     packs: tl.constexpr = (
         logits.dtype.element_ty.primitive_bitwidth == 16 and not has_price and kept == 0
     )
+    # Logits are ranked as they are. Affinities saturate: of equals the larger logit is ahead.
+    ties: tl.constexpr = has_price or kept > 0
     expert, exists = experts_of(chunks, step, width, num_experts)
     slot = tl.arange(0, slots)[None, :]
     scores = tl.zeros((chunks, block, width), tl.float32)
@@ -92,17 +95,18 @@ def choose(
         tokens += real.to(tl.int32)
         tl.store(normaliser + row, norm, mask=inside)
 
-        rank = z
-        if has_price or kept > 0:
+        key = _key(z)
+        of_equals = key
+        if ties:
             rank = sigmoid_of(z) if sigmoid else score
-        if has_price:
-            rank -= on_every_row(price, chunks, step, width, block, num_experts)
-        key = _key(rank)
+            if has_price:
+                rank -= on_every_row(price, chunks, step, width, block, num_experts)
+            key = _key(rank)
         if packs:
             key = (key & ~LOW) | (LOW - expert)
         key = tl.where(exists, key, DEAD)
         if kept > 0:
-            key = _limit(key, exists, chunks, width, kept, best)
+            key = _limit(key, of_equals, exists, kept, best)
         choice = tl.zeros((block, slots), tl.int32)
         for k in range(top_k):
             largest = tl.max(tl.max(key, axis=0), axis=1)
@@ -110,6 +114,10 @@ def choose(
             if packs:
                 found = LOW - (largest & LOW)
             else:
+                if ties:
+                    ahead = tl.where(best_one, of_equals, TAKEN)
+                    ahead = tl.max(tl.max(ahead, axis=0), axis=1)
+                    best_one = best_one & (of_equals == ahead[None, :, None])
                 found = tl.where(best_one, expert, NOBODY)
                 found = tl.min(tl.min(found, axis=0), axis=1)
                 best_one = expert == found[None, :, None]
@@ -325,25 +333,27 @@ def _float(key):
 
 
 @triton.jit
-def _limit(
-    key, exists, chunks: tl.constexpr, width: tl.constexpr, kept: tl.constexpr, best: tl.constexpr
-):
-    """Keep the experts of the `kept` best chunks, of equals the first; the others die."""
-    lane = tl.arange(0, width)[None, None, :]
+def _limit(key, of_equals, exists, kept: tl.constexpr, best: tl.constexpr):
+    """Keep the experts of the `kept` best chunks, of equals by `of_equals`; the others die."""
+    lane = tl.arange(0, key.shape[2])[None, None, :]
     rest = key
-    largest = tl.max(rest, axis=2, keep_dims=True)
-    worth = _float(largest)
-    for _ in range(best - 1):
-        found = tl.min(tl.where(rest == largest, lane, NOBODY), axis=2, keep_dims=True)
-        rest = tl.where(lane == found, TAKEN, rest)
+    worth = tl.max(key, axis=2, keep_dims=True).to(tl.float32) * 0.0
+    second = worth
+    for _ in range(best):
         largest = tl.max(rest, axis=2, keep_dims=True)
+        ahead = tl.max(tl.where(rest == largest, of_equals, TAKEN), axis=2, keep_dims=True)
+        found = tl.where((rest == largest) & (of_equals == ahead), lane, NOBODY)
+        rest = tl.where(lane == tl.min(found, axis=2, keep_dims=True), TAKEN, rest)
         worth += _float(largest)
-    chunk = tl.arange(0, chunks)[:, None, None]
+        second += _float(ahead)
+    chunk = tl.arange(0, key.shape[0])[:, None, None]
     group = tl.where(tl.max(exists.to(tl.int32), axis=2, keep_dims=True) > 0, _key(worth), DEAD)
+    of_equals = _key(second)
     for _ in range(kept):
         top = tl.max(group, axis=0, keep_dims=True)
-        first = tl.min(tl.where(group == top, chunk, NOBODY), axis=0, keep_dims=True)
-        group = tl.where(chunk == first, TAKEN, group)
+        ahead = tl.max(tl.where(group == top, of_equals, TAKEN), axis=0, keep_dims=True)
+        first = tl.where((group == top) & (of_equals == ahead), chunk, NOBODY)
+        group = tl.where(chunk == tl.min(first, axis=0, keep_dims=True), TAKEN, group)
     return tl.where(group == TAKEN, key, DEAD)
 
 

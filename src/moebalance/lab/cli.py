@@ -318,8 +318,8 @@ def track(
     show: ShowToo = None,
 ) -> None:
     """Send finished runs to experiment trackers."""
-    from moebalance.lab.shown import Show
     from moebalance.lab.trackers import track as send
+    from moebalance.metrics.shown import Show
 
     too = Show() if show is None else Show.of(show.split(","))
     count = sum(len(send(path, to.split(","), folder=folder, show=too)) for path in runs)

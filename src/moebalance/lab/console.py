@@ -66,14 +66,13 @@ def show(runs: list[Run], page: Path) -> None:
     rows = summary_rows(runs)
     # A narrow terminal gets the first columns in full rather than all of them cut short.
     columns = _COLUMNS if console.width >= 150 else _COLUMNS[:7]
-    for batching in {row["batching"]: None for row in rows}:
-        cells = [
-            [_cell(row, key, digits) for _, key, digits in columns]
-            for row in rows
-            if row["batching"] == batching
-        ]
-        _print_table(f"{batching} micro-batches", *_fitting([c[0] for c in columns], cells))
-    for section in summarise(runs):
+    sections = summarise(runs)
+    for section in sections:
+        here = [row for row in rows if row["batching"] == section.batching]
+        told = [c for c in columns if any(row.get(c[1]) is not None for row in here)]
+        cells = [[_cell(row, key, digits) for _, key, digits in told] for row in here]
+        _print_table(section.title, *_fitting([c[0] for c in told], cells))
+    for section in sections:
         words = console.render_str(f"{section.title}: {section.verdict}")
         words.stylize("bold", 0, len(section.title))
         console.print(words)
@@ -277,8 +276,8 @@ def trackers(
     """Send the runs under a folder to trackers, named with commas, while the block runs."""
     if names is None:
         return nullcontext()
-    from moebalance.lab.shown import Show
     from moebalance.lab.trackers import following
+    from moebalance.metrics.shown import Show
 
     return following(
         folder, names.split(","), show=Show() if show is None else Show.of(show.split(","))

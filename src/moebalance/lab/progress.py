@@ -123,10 +123,16 @@ def time_left(done: int, total: int, elapsed_s: float) -> str:
 
     >>> time_left(100, 400, 60.0), time_left(1, 101, 100.0), time_left(0, 400, 60.0)
     ('about 3 min left', 'about 2 h 47 min left', 'time left unknown')
+    >>> time_left(390, 400, 60.0), time_left(400, 400, 60.0)
+    ('under a minute left', 'nothing left')
     """
     if not done:
         return "time left unknown"
+    if done >= total:
+        return "nothing left"
     minutes = round((total - done) * elapsed_s / done / 60)
+    if not minutes:
+        return "under a minute left"
     hours = f"{minutes // 60} h " if minutes >= 60 else ""
     return f"about {hours}{minutes % 60} min left"
 

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moebalance.cleaning import for_path
-from moebalance.lab.shown import (
+from moebalance.lab.shown import layers_of, picture
+from moebalance.metrics.image import png
+from moebalance.metrics.shown import (
     COLUMNS,
     Pace,
     Show,
@@ -35,9 +37,7 @@ from moebalance.lab.shown import (
     extremes,
     markdown,
     percentiles,
-    picture,
 )
-from moebalance.metrics.image import png
 from moebalance.report.estimates import finite
 from moebalance.runlog import LOG_NAME, Row, Run, find_runs
 from moebalance.runlog.rows import parse
@@ -158,7 +158,7 @@ def shown(row: Row, header: Row, show: Show, pace: Pace) -> Shown:
         return Shown(numbers)
     room = "eval" if kind == "eval" else "moe"
     image = picture(row) if show.images else None
-    table = extremes(row, header) if show.tables else []
+    table = extremes(layers_of(row, header)) if show.tables else []
     return Shown(
         numbers,
         {} if image is None else {f"{room}/load": image},
@@ -174,12 +174,14 @@ def scalars(row: Row, header: Row, show: Show = EVERYTHING) -> dict[str, float]:
     """
     kind = row["kind"]
     if kind == "snapshot":
-        spread = percentiles(row, header) if show.percentiles else {}
-        return spread | (by_layer(row, header) if show.layers else {})
+        layers = layers_of(row, header)
+        found = percentiles(layers) if show.percentiles else {}
+        found |= by_layer(layers) if show.layers else {}
+        return {f"moe/{name}": value for name, value in found.items()}
     if kind not in ("step", "eval"):
         return {}
-    found = {key: finite(row, key) for key in row if key not in ("kind", "step")}
-    return {f"{_room(kind, key)}/{key}": x for key, x in found.items() if x is not None}
+    numbers = {key: finite(row, key) for key in row if key not in ("kind", "step")}
+    return {f"{_room(kind, key)}/{key}": x for key, x in numbers.items() if x is not None}
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -230,8 +232,7 @@ class _Logger:
         row: dict[str, Any] = dict(shown.scalars)
         row |= {tag: self._package.Image(pixels) for tag, pixels in shown.images.items()}
         for tag, rows in shown.tables.items():
-            columns = [name or "end" for name in COLUMNS]
-            row[tag] = self._package.Table(columns=columns, data=rows)
+            row[tag] = self._package.Table(columns=list(COLUMNS), data=rows)
         self._run.log(row, step=step)
 
     def close(self, status: str) -> None:

@@ -63,7 +63,8 @@ def make_trainer(
         train_dataset=_training_order(recipe.train, identity, texts.data),
         data_collator=_collate,
         callbacks=[
-            BalanceCallback(balancing, state_file=not spec.sharded),
+            # The log has loads, of which trackers make all else.
+            BalanceCallback(balancing, show=(), state_file=not spec.sharded),
             Journal(log, recipe, balancing, new, old),
             _FollowSchedule(),
         ],

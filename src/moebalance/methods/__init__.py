@@ -7,6 +7,7 @@ from moebalance.methods.global_batch import GlobalBatchLoss
 from moebalance.methods.goals import EntropyDeficit, Gini, Goal, MaxVio, RankVio
 from moebalance.methods.loss_free import LossFree
 from moebalance.methods.none import NoBalancing
+from moebalance.methods.orthogonality import orthogonality
 from moebalance.methods.phi import PhiBalancing
 from moebalance.methods.plug_in import PlugInLoss
 from moebalance.methods.quantile import QuantileBalancing
@@ -45,5 +46,6 @@ __all__ = [
     "charge",
     "inner_methods",
     "observe",
+    "orthogonality",
     "recommended",
 ]

@@ -30,7 +30,8 @@ class LossFree(Selecting):
             probability or sigmoid) or 0.02 nats if not given. Softmax affinities are 1/E in the
             mean: with many experts 0.001 may make loads swing, and nats do not.
         rule: "sign" moves by ±u; "proportional" by u times the relative excess c_e / mean c − 1.
-        recentre: keep the mean of the prices at 0; if not given, for a price in nats.
+        recentre: keep the mean of the prices at 0; if not given, for a price in nats. Without it
+            the sign rule moves the mean too, which changes no choice but makes prices large.
         proportions: (E,) positive, target parts of the load; None for equal parts.
         scale: "affinity" or "nats"; see `Selecting`.
 

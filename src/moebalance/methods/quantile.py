@@ -1,8 +1,8 @@
 """Quantile balancing: set each expert's price so that it admits exactly its part of the tokens.
 
-Let s (T, E) be the affinities or their logarithms, b (E,) the price in force, and α_t the (K+1)-th
-largest of s_t − b: an expert must beat it to be chosen by token t. Expert e admits its part of the
-tokens at
+Let s (T, E) be the affinities or their logarithms, b (E,) the price in force, and α_t the largest
+of s_t − b among the experts that token t did not choose: an expert must beat it to be chosen.
+Expert e admits its part of the tokens at
 
     price_e = b_e + the upper K/E quantile over tokens of (s_te − α_t − b_e).
 
@@ -10,7 +10,7 @@ The price is centred and used in the next step; with memory γ it moves γ of th
 proportions ρ, K ρ_e replaces K/E. (Limits on groups of experts are ignored.)
 
 The quantile comes from a histogram, which adds exactly over micro-batches and ranks. Its bins lie
-around the price in force, spaced as a signed cube: they are finest where the quantile is once the
+around the price in force, spaced as a signed square: they are finest where the quantile is once the
 prices have settled, 1000 bins being as good as the exact quantile (docs/mathematics.md).
 
 Source: J. Su, 2026, kexue.fm/archives/11619, which derives the price from the dual of the balanced
@@ -61,12 +61,16 @@ class QuantileBalancing(Selecting):
 
     def extra(self, state: State, routing: Routing) -> tuple[Tensor, ...]:
         """Histogram over tokens of s − α − b, one row for each expert."""
-        experts, top_k = routing.num_experts, routing.top_k
-        excess = self.ranked(routing.gate, routing.logits) - state.price  # (T,E)
-        bar = excess.topk(min(top_k + 1, experts), dim=-1).values[:, -1:]  # α_t (T,1)
-        position = self._compress(excess - bar) * self.bins
-        bins = position.long().clamp(0, self.bins - 1)
-        cells = bins + self.bins * torch.arange(experts, device=bins.device)
+        experts = routing.num_experts
+        excess = self.priceable(routing.gate, routing.logits.detach()) - state.price  # (T,E)
+        if routing.top_k < experts:
+            others = excess.scatter(-1, routing.experts, float("-inf"))
+            bar = others.amax(dim=-1, keepdim=True)  # α_t (T,1)
+        else:  # every expert is chosen by every token
+            bar = excess.amin(dim=-1, keepdim=True)
+        # The clamp comes after: NaN becomes an integer far outside.
+        bins = self._compress(excess - bar).long().clamp_(0, self.bins - 1)
+        cells = bins.add_(self.bins * torch.arange(experts, device=bins.device))
         weights = routing.token_weights
         ones = excess.new_ones(()) if weights is None else weights.unsqueeze(-1)
         empty = excess.new_zeros(experts * self.bins)
@@ -93,10 +97,12 @@ class QuantileBalancing(Selecting):
         return state._replace(price=where_seen(sums.tokens, price, state.price))
 
     def _compress(self, excess: Tensor) -> Tensor:
-        """[−reach, reach] → [0, 1] by the signed cube root."""
-        root = torch.sign(excess) * (excess.abs() / _REACH[self.scale]).pow(1 / 3)
-        return (root + 1) / 2
+        """[−reach, reach] → [0, bins] by the signed square root, a few cheap passes over (T, E)."""
+        half = self.bins / 2
+        root = excess.abs().mul_(half * half / _REACH[self.scale]).sqrt_()
+        return root.copysign_(excess).add_(half)
 
     def _expand(self, position: Tensor) -> Tensor:
-        """[0, 1] → [−reach, reach], the inverse of `_compress`."""
-        return _REACH[self.scale] * (2 * position - 1).pow(3)
+        """[0, 1] → [−reach, reach], the inverse of `_compress` over `bins`."""
+        root = 2 * position - 1
+        return _REACH[self.scale] * root * root.abs()

@@ -104,9 +104,9 @@ class Selecting(Method):
     ) -> Float[Tensor, "T E"]:
         """The affinities, or their logarithms, less the price."""
         price: Tensor = state.price
-        return self.ranked(gate, logits) - price
+        return self.priceable(gate, logits) - price
 
-    def ranked(self, gate: Gate, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    def priceable(self, gate: Gate, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """The scores from which the price is subtracted."""
         return gate.affinities(logits) if self.scale == "affinity" else gate.log_affinity(logits)
 

@@ -3,6 +3,7 @@
 load.py             how even a load is; the gap between soft and hard load
 specialisation.py   which expert serves which domain; how choices change and go together
 image.py            a load as a small picture
+shown.py            what trackers show of a load: percentiles over layers, the extreme experts
 summary.py          a model's layers in about ten numbers
 expert_parallel.py  the cost of imbalance when experts are spread over ranks; imports no torch
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moebalance.report.methods import display_name
+from moebalance.report.naming import by_setting, names
 from moebalance.runlog import Run
 
 _STATUS = {"no end row": "no end row (killed, or still running)"}
@@ -92,6 +92,7 @@ def differences(runs: Sequence[Run]) -> list[dict[str, str]]:
 def run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """One row a run: what it was, how far it came, how it ended, where its log lies."""
     rows = []
+    known = names(by_setting(runs))
     for run, folder in zip(runs, folders(runs), strict=True):
         planned = run.header.get("steps")
         status = _STATUS.get(run.status, run.status)
@@ -100,12 +101,12 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
         rows.append(
             {
                 "folder": folder,
-                "method": display_name(run.method),
+                "method": str(known[run.method, run.method_repr]),
                 "key": run.method,
                 "method_repr": run.method_repr,
-                "batching": run.batching,
+                "batching": str(run.header.get("batching") or "—"),
                 "seed": "—" if run.seed is None else str(run.seed),
-                "steps": f"{run.last_step} / {planned if planned is not None else '?'}",
+                "steps": f"{run.last_step}{'' if planned is None else f' / {planned}'}",
                 "wall": f"{wall_s:.0f} s" if isinstance(wall_s, int | float) else "—",
                 "status": status
                 + (f": {error}" if error else "")

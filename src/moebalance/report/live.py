@@ -100,6 +100,8 @@ def _waiting(folders: Sequence[Path], problems: Sequence[str], stamp: str) -> st
 
 class _Handler(BaseHTTPRequestHandler):
     server: ReportServer
+    timeout = 10
+    """Seconds that a visitor may be silent; each holds a thread and a socket."""
 
     def do_GET(self) -> None:
         """Answer `/`, `/page` and `/stamp`."""

@@ -14,6 +14,7 @@ from moebalance.report.configuration import run_rows, settings, what_was_run
 from moebalance.report.cost import CostCell
 from moebalance.report.diagnosis import counted, judge
 from moebalance.report.estimates import Estimate, MethodSummary, number
+from moebalance.report.methods import leader
 from moebalance.report.summary import Section, summarise
 from moebalance.runlog import Run
 
@@ -132,6 +133,7 @@ def _section(section: Section) -> dict[str, Any]:
         "findings": _findings(section),
         "floor": None if floor is None else number(floor, 2 if floor >= 0.1 else 3),
         "rows": [_row(method) for method in section.methods],
+        "lead": leader(m.method for m in section.methods),
         "legend": section.methods,
     }
 

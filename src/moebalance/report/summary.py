@@ -32,6 +32,7 @@ _BATCHINGS = {
         "The first half of the run reads half of the domains, the second half reads the others; "
         "the evaluation holds all of them.",
     ),
+    "unspecified": ("Runs", ""),
 }
 
 

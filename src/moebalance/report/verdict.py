@@ -58,53 +58,72 @@ def verdict(methods: Sequence[MethodSummary]) -> str:
     """One sentence on one batching mode.
 
     Methods without a whole run take no part. The recommended method leads if it was run, else
-    φ-balancing. If the leader was run with several settings, the one with the lowest validation
-    loss speaks for it, and the sentence says so.
+    φ-balancing, else the only method that is here. If the leader was run with several settings, the
+    one with the lowest validation loss speaks for it, and the sentence says so.
     """
     known = [m for m in methods if not m.partial and m.estimates]
-    lead = leader(m.method for m in known)
-    settings = [m for m in known if m.method == lead]
-    baseline = next((m for m in known if m.method == "none"), None)
     if not known:
-        return "No run reached its last evaluation, so there is nothing to compare yet."
-    if not settings:
-        return _without_phi(known, baseline)
+        some = any(run.evals for m in methods for run in m.runs)
+        lack = "reached its last evaluation" if some else "was evaluated"
+        return f"No run {lack}, so there is nothing to compare yet."
+    baseline = next((m for m in known if m.method == "none"), None)
+    hero, name = _speaker(known)
+    others = [m for m in known if m is not hero]
+    if hero is None:
+        parts = _level(known, baseline)
+    else:
+        rivals = [m for m in others if m.balances is not False and m is not baseline]
+        parts = [
+            _against_baseline(name, hero, baseline)
+            if baseline and baseline is not hero
+            else _alone(name, hero, others),
+            _against_rivals(hero, rivals),
+            _best_balance(hero, rivals),
+        ]
+    parts.append(_unknown_noise(hero or known[0], others))
+    text = "; ".join(part for part in parts if part) or "There is no number to compare"
+    return f"{text[0].upper() if text[0].isascii() else text[0]}{text[1:]}."
+
+
+def _speaker(known: Sequence[MethodSummary]) -> tuple[MethodSummary | None, str]:
+    """Of whom the sentence speaks, and what it is called; None among several rivals."""
+    balanced = [m for m in known if m.method != "none"]
+    lead = leader(m.method for m in known)
+    if lead is None:
+        hero = next(iter(balanced or known)) if len(balanced) < 2 else None
+        return hero, hero.label if hero else ""
+    settings = [m for m in balanced if m.method == lead]
     hero = min(settings, key=lambda m: _mean(m, "loss"))
-    name = hero.label
-    if len(settings) > 1:
-        name += f" (the best by validation loss of {len(settings)} settings)"
-    rivals = [m for m in known if m.balances is not False and m.method not in ("none", lead)]
-    parts = [
-        _against_baseline(name, hero, baseline) if baseline else _alone(name, hero),
-        _against_rivals(hero, rivals),
-        _best_balance(hero, [m for m in (*settings, *rivals) if m is not hero]),
-    ]
-    return "; ".join(part for part in parts if part) + "."
+    several = f" (the lowest validation loss of its {len(settings)} settings)"
+    return hero, hero.label + (several if len(settings) > 1 and "loss" in hero.estimates else "")
 
 
 def _against_baseline(name: str, hero: MethodSummary, baseline: MethodSummary) -> str:
     balance, loss = _difference("maxvio", hero, baseline), _difference("loss", hero, baseline)
     known = [d for d in (balance, loss) if d is not None]
-    tail = _seeds(max(known, key=lambda d: d.n, default=None))
+    shared = [metric for metric in _WORDS if metric in hero.estimates.keys() & baseline.estimates]
+    if not shared:
+        return f"{name} and no balancing have no measured number in common"
     if all(d.sign is None for d in known):
-        shared = [
-            metric for metric in _WORDS if metric in hero.estimates.keys() & baseline.estimates
-        ]
-        if not shared:
-            return f"{name} and no balancing have no measured number in common"
         parts = [f"{_named(hero, metric)} against {_text(baseline, metric)}" for metric in shared]
-        return f"{name} shows {' and '.join(parts)} without balancing; {tail}"
+        unpaired = (
+            "" if known else "; they share no seed, so their difference cannot be told from noise"
+        )
+        return f"{name} shows {' and '.join(parts)} without balancing{unpaired}"
+    tail = f"over {max(d.n for d in known)} paired seeds"
+    if balance is None or loss is None:
+        words = _loss_words(loss) if loss else _balance_words(hero, baseline, balance)
+        missing = "MaxVio" if loss else "validation loss"
+        return f"{name} {words} {tail}; there is no {missing} to compare"
     first, second = _balance_words(hero, baseline, balance), _loss_words(loss)
-    signs = balance.sign if balance else None, loss.sign if loss else None
-    joint = ", but" if signs in {(-1, 1), (0, -1), (1, -1)} else " and"
+    joint = ", but" if (balance.sign, loss.sign) in {(-1, 1), (0, -1), (1, -1)} else " and"
     return f"{name} {first}{joint} {second} {tail}"
 
 
 def _balance_words(
     hero: MethodSummary, baseline: MethodSummary, difference: Difference | None
 ) -> str:
-    if difference is None:
-        return "has no MaxVio to compare"
+    assert difference is not None
     after, before = _text(hero, "maxvio"), _text(baseline, "maxvio")
     if difference.sign is None:
         return f"shows MaxVio {after} against {before} with no balancing (noise unknown)"
@@ -114,9 +133,7 @@ def _balance_words(
     return f"{verb} MaxVio from {before} (no balancing) to {after}"
 
 
-def _loss_words(difference: Difference | None) -> str:
-    if difference is None:
-        return "has no validation loss to compare"
+def _loss_words(difference: Difference) -> str:
     digits = _loss_digits(difference)
     size = f"{number(abs(difference.mean), digits)} nats/token"
     verb = "lowered" if difference.mean < 0 else "raised"
@@ -130,77 +147,82 @@ def _loss_words(difference: Difference | None) -> str:
     interval = f"95 % interval {number(low, digits)} to {number(high, digits)}"
     if difference.sign == 0:
         change = number(difference.mean, digits)
-        return f"its validation loss stayed within seed noise (change {change}, {interval})"
+        return f"left validation loss within seed noise (change {change}, {interval})"
     return f"{verb} validation loss by {size} ({interval})"
 
 
-def _alone(name: str, hero: MethodSummary) -> str:
+def _alone(name: str, hero: MethodSummary, others: Sequence[MethodSummary]) -> str:
+    """What it shows by itself, and what cannot be said without a run to compare it with."""
     parts = [_named(hero, metric) for metric in _WORDS if metric in hero.estimates]
-    seeds = max(estimate.n for estimate in hero.estimates.values())
-    noise = " (one seed: the noise between seeds is unknown)" if seeds == 1 else ""
-    return (
-        f"{name} reached {' and '.join(parts) or 'no measured number'}{noise}; no run without "
-        "balancing is here, so what balancing itself gains cannot be said"
-    )
+    if hero.balances is False or hero.method in ("none", "trace", "monitor"):
+        missing = "" if others else "there is nothing here to compare it with"
+    else:
+        missing = "no run without balancing is here, so what balancing itself gains cannot be said"
+    shown = f"{name} shows {' and '.join(parts) or 'no measured number'}"
+    return "; ".join(part for part in (shown, missing) if part)
 
 
-def _without_phi(known: Sequence[MethodSummary], baseline: MethodSummary | None) -> str:
-    parts = ["φ-balancing is not among these runs"]
-    balanced = [m for m in known if "maxvio" in m.estimates and m is not baseline]
-    if balanced:
-        best = min(balanced, key=lambda m: _mean(m, "maxvio"))
-        against = ""
-        if baseline and "maxvio" in baseline.estimates:
-            against = f" against {_text(baseline, 'maxvio')} with no balancing"
-        lead = _lead("maxvio", best, balanced)
-        parts.append(f"{lead}, {_text(best, 'maxvio')}{against}" if lead else "")
-    losses = [m for m in known if "loss" in m.estimates]
-    if len(losses) > 1:
-        best = min(losses, key=lambda m: _mean(m, "loss"))
-        lead = _lead("loss", best, losses)
-        parts.append(f"{lead}, {_text(best, 'loss')}" if lead else "")
-        parts.append(_against_rivals(best, [m for m in losses if m is not best], kind="method"))
-    return "; ".join(part for part in parts if part) + "."
+def _level(known: Sequence[MethodSummary], baseline: MethodSummary | None) -> list[str]:
+    """Who is lowest among several methods of which none leads."""
+    balanced = [m for m in known if m is not baseline]
+    balance = _lowest("maxvio", balanced)
+    if balance and baseline and "maxvio" in baseline.estimates:
+        balance += f", against {_text(baseline, 'maxvio')} with no balancing"
+    return [balance, _lowest("loss", known)]
 
 
-def _lead(metric: str, best: MethodSummary, among: Sequence[MethodSummary]) -> str:
+def _lowest(metric: str, methods: Sequence[MethodSummary]) -> str:
     """Who has the lowest: alone only if it is below every other one beyond the noise of seeds."""
-    word = _WORDS[metric][0]
-    signs = [(m, d.sign) for m in among if m is not best if (d := _difference(metric, best, m))]
-    if len(among) == 1:
-        return f"{best.label} has {word}"
-    if any(sign is None for _, sign in signs) or not signs:
+    among = [m for m in methods if metric in m.estimates]
+    if len(among) < 2:
         return ""
-    level = [m.label for m, sign in signs if sign != -1]
+    best = min(among, key=lambda m: _mean(m, metric))
+    signs = [(m, d.sign) for m in among if m is not best if (d := _difference(metric, best, m))]
+    if not signs or any(sign is None for _, sign in signs):
+        return ""
+    word, many = _WORDS[metric][0], f" (95 % each, uncorrected for {len(signs)} comparisons)"
+    caveat = many if len(signs) > 1 else ""
+    level = [m for m, sign in signs if sign != -1]
     if not level:
-        return f"{best.label} has the lowest {word}"
+        return f"{best.label} has the lowest {word}, {_text(best, metric)}{caveat}"
+    words = listed([f"{m.label} ({_text(m, metric)})" for m in (best, *level)])
     if len(level) == len(signs):
-        return f"in {word} the methods are within seed noise of one another: {best.label}"
-    return f"{best.label} has the lowest {word}, within seed noise of {listed(level)}"
+        return f"{words} are within seed noise of one another in {word}{caveat}"
+    return f"{words} have the lowest {word}, within seed noise of one another{caveat}"
 
 
-def _against_rivals(
-    hero: MethodSummary, rivals: Sequence[MethodSummary], kind: str = "balanced method"
-) -> str:
+def _unknown_noise(hero: MethodSummary, others: Sequence[MethodSummary]) -> str:
+    """Said once, where no difference has more than one seed."""
+    if not others:
+        # A trace has no seed, and no second one to tell its noise.
+        alone = hero.seeds == 1 and all(run.seed is not None for run in hero.used)
+        return "with one seed the noise between seeds is unknown" if alone else ""
+    found = [d for m in others for metric in _WORDS if (d := _difference(metric, hero, m))]
+    if not found or any(d.sign is not None for d in found):
+        return ""
+    rivals = [m for m in (hero, *others) if m.method != "none"]
+    order = ", so no order among the methods can be told" if len(rivals) > 1 else ""
+    return f"with one shared seed the noise is unknown{order}"
+
+
+def _against_rivals(hero: MethodSummary, rivals: Sequence[MethodSummary]) -> str:
     found = [(m, d) for m in rivals if (d := _difference("loss", hero, m)) is not None]
     judged = [(m.label, d.sign) for m, d in found if d.sign is not None]
-    if not judged:
-        return "with one shared seed, no order among the methods can be told" if found else ""
     lower = [label for label, sign in judged if sign == -1]
     higher = [label for label, sign in judged if sign == 1]
     level = [label for label, sign in judged if sign == 0]
+    if not judged:
+        return ""
     if not lower and not higher:
         if len(judged) == 1:
             return f"its loss and the loss of {judged[0][0]} differ by no more than seed noise"
-        return (
-            f"against each of the {len(judged)} other {kind}s its loss difference is within "
-            "seed noise"
-        )
+        return f"against each of the {len(judged)} others its loss difference is within seed noise"
     parts = [f"lower than with {listed(lower)}"] if lower else []
     parts += [f"higher than with {listed(higher)}"] if higher else []
     if level:
-        others = level[0] if len(level) == 1 else f"the {len(level)} other {kind}s"
-        parts.append(f"within seed noise of {others}")
+        parts.append(
+            f"within seed noise of {level[0] if len(level) == 1 else f'the {len(level)} others'}"
+        )
     caveat = f" (95 % each, uncorrected for {len(judged)} comparisons)" if len(judged) > 1 else ""
     return f"its loss is {listed(parts)}{caveat}"
 
@@ -217,14 +239,6 @@ def _best_balance(hero: MethodSummary, rivals: Sequence[MethodSummary]) -> str:
 
 def _difference(metric: str, ours: MethodSummary, theirs: MethodSummary) -> Difference | None:
     return paired(ours.values.get(metric, {}), theirs.values.get(metric, {}))
-
-
-def _seeds(difference: Difference | None) -> str:
-    if difference is None:
-        return "they share no seed, so their difference cannot be told from noise"
-    if difference.n == 1:
-        return "with one shared seed the noise is unknown"
-    return f"over {difference.n} paired seeds"
 
 
 def _loss_digits(difference: Difference) -> int:

@@ -168,7 +168,7 @@ def _shade(ratio: float) -> str:
 def _progress(run: Run) -> str:
     planned = run.header.get("steps")
     state = "" if run.status == "no end row" else f" {run.status}"
-    return f"{run.last_step}/{planned if isinstance(planned, int) else '?'}{state}"
+    return f"{run.last_step}{f'/{planned}' if isinstance(planned, int) else ''}{state}"
 
 
 def _left(run: Run) -> str:

@@ -15,7 +15,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from moebalance import methods as methods
-from moebalance.methods import MaxVio, Method, Scheduled, Targeted, Together
+from moebalance.methods import MaxVio, Method, Scheduled, Targeted, Together, inner_methods
 from moebalance.methods.goals import GOALS, Goal
 from moebalance.potentials import POTENTIALS, NegativeEntropy
 from moebalance.words.potentials import build_potential, table_with_proportions
@@ -43,6 +43,16 @@ def word(kind: type) -> str:
     if parts[-1] in ("balancing", "loss") and len("".join(parts[:-1])) > 1:
         parts.pop()
     return "none" if parts == ["no"] else "-".join(parts)
+
+
+def words_of(method: Method) -> str:
+    """The words for a method, without options; a wrapper is called as what it wraps.
+
+    >>> words_of(methods.Together(methods.PhiBalancing(), methods.LossFree()))
+    'phi+loss-free'
+    """
+    inner = inner_methods(method)
+    return "+".join(words_of(each) for each in inner) if inner else word(type(method))
 
 
 def method_classes() -> dict[str, type[Method]]:
@@ -205,6 +215,11 @@ def _scheduled(method: Method, value: Any) -> Method:
 
 def _build_goal(value: Any) -> Goal:
     """`0.3` is a MaxVio; else a table such as `{name = "Gini", at_most = 0.1, load = "soft"}`."""
+    if isinstance(value, bool | str):
+        raise TypeError(
+            f"target={value!r}: must be a number, the MaxVio that you want, or a table such as "
+            '{name = "Gini", at_most = 0.1}.'
+        )
     if not isinstance(value, Mapping):
         return MaxVio(value)
     table = table_with_proportions(value)

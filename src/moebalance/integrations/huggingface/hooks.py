@@ -112,6 +112,7 @@ def _tie(
         )
         hooks.append(hook)
         balancing.on_detach(site.router.register_forward_hook(hook.after_router).remove)
+        balancing.on_detach(hook.stand_in())
         if native:
             carried.append(BiasPrice(site, layer))
         elif method.traits.has_selection_price:

@@ -1,9 +1,10 @@
 """Let a Hugging Face Trainer drive a monitor."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from moebalance.core.handle import Balancing
-from moebalance.integrations.huggingface.reporting import Reporting
+from moebalance.integrations.huggingface.reporting import SHOWN, Reporting
 
 
 class Recorder(Protocol):
@@ -24,10 +25,22 @@ class MonitorCallback(Reporting):
     Args:
         monitor: what `moebalance.monitor` returned.
         prefix: put before each metric's name in the trainer's logs.
+        show: what its reporters show next to the metrics, as for `BalanceCallback`.
+
+    Raises:
+        ValueError: a word of `show` is unknown.
     """
 
-    def __init__(self, monitor: Recorder, *, prefix: str = "moe/") -> None:
-        self.monitor, self.prefix = monitor, prefix
+    def __init__(
+        self, monitor: Recorder, *, prefix: str = "moe/", show: Iterable[str] = SHOWN
+    ) -> None:
+        super().__init__(prefix, show)
+        self.monitor = monitor
+
+    @property
+    def balancing(self) -> Balancing:
+        """The handle under the monitor."""
+        return self.monitor.balancing
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the step; where the trainer is about to log, its loss is waited for."""
@@ -35,10 +48,9 @@ class MonitorCallback(Reporting):
         if not control.should_log:
             self.monitor.record()
 
-    def complete(self, state: Any, logs: dict[str, Any]) -> None:
-        """Add the metrics to a training log entry, and the entry's loss to the run log."""
-        found = self.monitor.record(loss=float(logs["loss"]))
-        logs.update({self.prefix + name: value for name, value in found.items()})
+    def measured(self, logs: dict[str, Any]) -> dict[str, float]:
+        """The metrics of the step; the entry's loss goes to the run log with them."""
+        return self.monitor.record(loss=float(logs["loss"]))
 
     def on_evaluate(
         self,

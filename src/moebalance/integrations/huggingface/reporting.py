@@ -1,4 +1,4 @@
-"""Complete a Trainer's log entries before its reporters read them.
+"""Complete a Trainer's log entries before its reporters read them, and hand them pictures.
 
 A Trainer calls its reporters (TensorBoard, W&B, …) before the callbacks that it is given, and tells
 a callback nothing of the others. So a callback that adds metrics takes a place in front of them,
@@ -6,19 +6,53 @@ for log entries alone: every other event stays in the order of the Trainer.
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from moebalance.core.handle import Balancing
+from moebalance.integrations.huggingface.pictures import send
+from moebalance.metrics.image import load_image
+from moebalance.metrics.shown import (
+    Pace,
+    Show,
+    Shown,
+    by_layer,
+    extremes,
+    multiples,
+    percentiles,
+)
+
+SHOWN = ("percentiles", "images", "tables")
+
 
 class Reporting(TrainerCallback):
-    """A callback that adds metrics to training log entries, for every reporter of the Trainer."""
+    """A callback that adds metrics to training log entries, for every reporter of the Trainer.
 
-    _completed: dict[str, Any] | None = None
+    Args:
+        prefix: put before each metric's name in the logs.
+        show: what reporters show next to them, of `percentiles`, `images`, `tables` and `layers`.
 
-    def complete(self, state: Any, logs: dict[str, Any]) -> None:
-        """Add the metrics to one training log entry."""
+    Raises:
+        ValueError: a word of `show` is unknown.
+    """
+
+    def __init__(self, prefix: str, show: Iterable[str]) -> None:
+        words = show.split(",") if isinstance(show, str) else show
+        self.prefix, self.show = prefix, Show.of(words)
+        self._completed: dict[str, Any] | None = None
+        self._pace: Pace | None = None
+        self._sends = self.show != Show.of(())
+
+    @property
+    def balancing(self) -> Balancing:
+        """The handle on the layers that are reported."""
+        raise NotImplementedError
+
+    def measured(self, logs: dict[str, Any]) -> dict[str, float]:
+        """The metrics of the step that one training log entry is about."""
         raise NotImplementedError
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -27,6 +61,7 @@ class Reporting(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the place in front, if this callback was added after the Trainer was made."""
+        self._pace = None
         _lead(self)
 
     def on_log(
@@ -36,7 +71,29 @@ class Reporting(TrainerCallback):
         if logs is None or "loss" not in logs or logs is self._completed:
             return
         self._completed = logs
-        self.complete(state, logs)
+        found = {self.prefix + name: value for name, value in self.measured(logs).items()}
+        for entry in (logs, *state.log_history[-1:]):
+            entry.update(found)
+        if found and self._sends and state.is_world_process_zero:
+            trainer = calling_trainer(self)
+            self._sends = trainer is None or send(trainer, self._shown(state), state.global_step)
+
+    def _shown(self, state: Any) -> Shown:
+        """What goes to the Trainer's reporters themselves; a picture and a table if one is due."""
+        self._pace = self._pace or Pace(state.max_steps)
+        due = self._pace.due("step", state.global_step)
+        layers = multiples({n: hard.cpu() for n, (hard, _) in self.balancing.loads().items()})
+        scalars = percentiles(layers) if self.show.percentiles else {}
+        scalars |= by_layer(layers) if self.show.layers else {}
+        # `train/`, where the reporters put the numbers of the same entry.
+        room = f"train/{self.prefix}"
+        image = load_image([load for _, load in layers]) if self.show.images and due else None
+        table = extremes(layers) if self.show.tables and due else None
+        return Shown(
+            {room + name: value for name, value in scalars.items()},
+            {} if image is None else {f"{room}load": image},
+            {} if table is None else {f"{room}extremes": table},
+        )
 
 
 class _InFront(TrainerCallback):

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebalance.core.autograd import choose
 from moebalance.core.layer import LayerBalance
+from moebalance.gates import top_experts
 from moebalance.integrations.huggingface.forward import Forward
+from moebalance.integrations.huggingface.instead import form_of
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.tokens import Layout, pack
 
@@ -40,22 +43,24 @@ class RouterHook:
         self.layer, self.site, self.forward = layer, site, forward
         self.stack, self.reselect, self.by_sequence = stack, reselect, by_sequence
         self.calls = 0
+        self.form = form_of(site) if reselect else None
+        self.answered = False
 
     def after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Choose again if the method says so, and inject in training."""
+        if self.answered:  # by `instead`
+            self.answered = False
+            return output
         logits, carrier, experts = self.site.read(output)
         if logits.is_meta:  # shapes alone are asked for
             return output
-        if not torch.compiler.is_compiling():
-            self.calls += 1
-            if self.layer.running.device != logits.device:
-                self.place({self.layer.name: logits.device})
+        self._follow(logits)
         training = router.training and torch.is_grad_enabled()
         layout = self._layout(logits, strict=training)
         if self.reselect and not self.forward.reference:
             preference = self.layer.preference(logits, layout.mask, training=router.training)
             if preference is not None:
-                experts = preference.topk(experts.shape[-1], dim=-1).indices
+                experts = top_experts(preference, logits.detach(), experts.shape[-1])
                 carrier = self.site.weigh(logits, experts).to(carrier.dtype)
         if training:
             carrier = self._inject(carrier, logits, experts, layout)
@@ -63,20 +68,88 @@ class RouterHook:
             self.layer.watch(logits, experts, mask=layout.mask)
         return self.site.convention.write(output, carrier, experts)
 
+    def stand_in(self) -> Callable[[], None]:
+        """Route in the router's place from now on, if it can be done; returns how to stop."""
+        state = vars(self.site.router)
+        if self.form is None:
+            return lambda: None
+        # A bound method, so that a copy of the model routes by the copied weights.
+        state["forward"] = self.route
+        return lambda: state.pop("forward", None)
+
+    def route(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What stands in for the router's `forward`."""
+        router, found = self.site.router, None
+        if not (args or kwargs or hidden_states.is_meta or self.forward.reference):
+            found = self._instead(router, hidden_states)
+        if found is None:
+            return type(router).forward(router, hidden_states, *args, **kwargs)
+        return found
+
+    def _instead(self, router: nn.Module, hidden: Tensor) -> Any:
+        """Logits, weights and experts as the router would give them under the price."""
+        layer, rule, form = self.layer, self.site.rule, self.form
+        assert rule is not None
+        assert form is not None
+        logits = form.logits(router, hidden)
+        self._follow(logits)
+        training = router.training and torch.is_grad_enabled()
+        layout = self._layout(logits, strict=training)
+        preference = layer.preference(logits, layout.mask, training=router.training)
+        if preference is None:  # as Sinkhorn in evaluation
+            return None
+        if self._in_one_node(logits, training=training):
+            how = layer.pass_for(
+                top_k=self.site.top_k, normalize=rule.normalized, weight=self._weight(logits)
+            )
+            weights, experts = choose(logits, how, preference=preference, mask=layout.mask)
+            weights = weights * rule.scaling if rule.scaling != 1 else weights
+        else:
+            experts = top_experts(preference, logits.detach(), self.site.top_k)
+            weights = rule.weigh(logits, experts)
+        weights = weights.to(form.dtype or logits.dtype)
+        if not router.training:
+            layer.watch(logits, experts, mask=layout.mask)
+        elif training and not self._in_one_node(logits, training=training):
+            weights = self._inject(weights, logits, experts, layout)
+        self.answered = True
+        return logits, weights, experts
+
+    def _in_one_node(self, logits: Tensor, *, training: bool) -> bool:
+        """Whether choosing, counting and charging can be one node of the graph."""
+        layer = self.layer
+        return (
+            training
+            and layer.traits.from_sums
+            and layer.weighing is None
+            and logits.requires_grad
+            and not self.by_sequence
+        )
+
+    def _follow(self, logits: Tensor) -> None:
+        """Note the call, and move the state to the logits."""
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            if self.layer.running.device != logits.device:
+                self.place({self.layer.name: logits.device})
+
+    def _weight(self, logits: Tensor) -> Tensor | None:
+        weight = self.forward.context.weight
+        return None if weight is None else weight.to(logits.device)
+
     def _inject(self, carrier: Tensor, logits: Tensor, experts: Tensor, layout: Layout) -> Tensor:
         mask, rows = layout.mask, layout.rows
         if self.by_sequence and layout.starts is not None:
             index, mask, rows = pack(layout)
             index, mask = index.to(logits.device), mask.to(logits.device)
             logits, experts = logits[index], experts[index]
-        weight = self.forward.context.weight
         return self.layer.tie(
             carrier,
             logits,
             experts,
             mask=mask,
             sequences=rows,
-            weight=None if weight is None else weight.to(logits.device),
+            weight=self._weight(logits),
         )
 
     def _layout(self, logits: Tensor, *, strict: bool) -> Layout:

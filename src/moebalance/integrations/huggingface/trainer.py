@@ -1,7 +1,7 @@
 """Follow a Hugging Face Trainer: step, log, save next to its checkpoints and resume with it."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface.hooks import attach, hooks_of
 from moebalance.integrations.huggingface.model_hooks import ModelHooks
 from moebalance.integrations.huggingface.native_loss import silence_native_loss
-from moebalance.integrations.huggingface.reporting import Reporting, calling_trainer
+from moebalance.integrations.huggingface.reporting import SHOWN, Reporting, calling_trainer
 from moebalance.integrations.huggingface.resuming import follow_best, resume, save_beside
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import transformers_model
@@ -40,6 +40,10 @@ class BalanceCallback(Reporting):
         balancing: what `moebalance.attach` returned; or a method, to be attached to the trainer's
             model when the trainer is made. It stays attached after training.
         prefix: put before each metric's name in the logs.
+        show: what the trainer's TensorBoard, W&B and trackio show next to them. `percentiles`
+            are of MaxVio, Gini and the dead fraction over layers, `layers` MaxVio and the dead
+            fraction of each; `images` (layer × expert, coloured by load) and `tables` (the hottest
+            and coldest experts) are sent when steps have grown by 5 %. `()` shows nothing more.
         resume_from: folder of the checkpoint to resume from; found by itself where the trainer's
             arguments name it as `resume_from_checkpoint`, or in the trainer's own output folder.
         state_file: whether to save the state as a file next to each checkpoint; False where the
@@ -47,6 +51,7 @@ class BalanceCallback(Reporting):
 
     Raises:
         TypeError: `balancing` is neither.
+        ValueError: a word of `show` is unknown.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class BalanceCallback(Reporting):
         balancing: Balancing | Method,
         *,
         prefix: str = "moe/",
+        show: Iterable[str] = SHOWN,
         resume_from: str | Path | None = None,
         state_file: bool = True,
     ) -> None:
@@ -62,9 +68,9 @@ class BalanceCallback(Reporting):
                 f"BalanceCallback({balancing!r}): give what moebalance.attach(model, …) returned, "
                 "or a Method such as PhiBalancing(strength=1e-3)."
             )
+        super().__init__(prefix, show)
         self._method = balancing if isinstance(balancing, Method) else None
         self._balancing = balancing if isinstance(balancing, Balancing) else None
-        self.prefix = prefix
         self.resume_from = None if resume_from is None else Path(resume_from)
         self.state_file = state_file
         self._epoch = Epoch(None, 1)
@@ -150,12 +156,9 @@ class BalanceCallback(Reporting):
         self.balancing.step()
         self._epoch.step += 1
 
-    def complete(self, state: Any, logs: dict[str, Any]) -> None:
-        """Add the metrics to a training log entry."""
-        found = {self.prefix + name: value for name, value in self.balancing.metrics().items()}
-        logs.update(found)
-        if state.log_history:
-            state.log_history[-1].update(found)
+    def measured(self, logs: dict[str, Any]) -> dict[str, float]:
+        """The metrics of the step."""
+        return self.balancing.metrics()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state next to the checkpoint just written."""

@@ -9,6 +9,7 @@ from megatron.core.utils import get_model_config  # type: ignore[import-not-foun
 from torch import nn
 
 from moebalance.core.handle import Balancing
+from moebalance.integrations.megatron import packed
 from moebalance.integrations.megatron.router import BalancedTopKRouter
 from moebalance.methods import NoBalancing
 
@@ -52,6 +53,9 @@ def attach(model: nn.Module | list[nn.Module], *, step_by_hand: bool = False) ->
         balancing.on_step(router.publish_price)
         if method.traits.has_selection_price and router.expert_bias is None:
             balancing.price_outside.add(name)
+    if first.balance.by_sequence:
+        for remove in packed.follow(chunks, routers.values()):
+            balancing.on_detach(remove)
     balancing.on_detach(boundary.remove)
     balancing.on_detach(lambda: _let_go(routers))
     return balancing

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from moebalance.core.distributed import start_sum
 from moebalance.core.layer import LayerBalance
+from moebalance.core.sequences import packed
+from moebalance.integrations.megatron.packed import bounds
 from moebalance.integrations.megatron.refusals import (
     check_config,
     gate_of,
@@ -73,6 +75,8 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         """Raises if nothing ends the steps of this router; set by `attach`."""
         self.on_reset: Callable[[BalancedTopKRouter], None] | None = None
         """Called when Megatron ends a step by `reset_global_aux_loss_tracker`."""
+        self.packed_seq_params: Any = None
+        """Megatron's, of the micro-batch in progress; told by the layer, see `packed.py`."""
         self._replayed = False
 
     def routing(
@@ -155,8 +159,12 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         layout: tuple[int, int],
     ) -> Tensor:
         """Tie counting and charge to the weights' backward pass."""
-        factor = self._factor(logits, real)
-        if layout[1] > 1:
+        factor, sequences, ends = self._factor(logits, real), layout[1], bounds(self)
+        if ends is not None:
+            lay = packed(ends, len(logits), real, rows=True, name=self.balance.name)
+            logits, experts, real = lay.arranged(logits, experts)
+            sequences = lay.sequences
+        elif sequences > 1:
             # Megatron lays tokens out position by position, methods read sequence by sequence.
             logits, experts = _by_sequence(logits, layout), _by_sequence(experts, layout)
             real = None if real is None else _by_sequence(real, layout)
@@ -165,7 +173,7 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
             logits,
             experts,
             mask=real,
-            sequences=layout[1],
+            sequences=sequences,
             weight=factor,
             replayed=self._replays(),
         )
@@ -195,7 +203,7 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         if self.calculate_per_token_loss:
             return tokens / calls
         # Padding is spread unevenly: one number is summed, as Megatron sums E of them.
-        (total,) = start_sum([tokens.reshape(1)], self.tp_cp_group).wait()
+        (total,) = start_sum([tokens.reshape(1)], self.tp_cp_group, "their tokens").wait()
         return tokens / total.squeeze(0).clamp(min=1) / calls
 
     def _calls(self) -> int:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from moebalance.core.state import bare_name
 from moebalance.gates import Gate, GroupLimit, Softmax
+from moebalance.integrations.named.places import members
 from moebalance.methods.base import Method
 
 Routers = str | Sequence[str | nn.Module] | Callable[[str], bool]
-"""A glob pattern over the names of modules, a list of names and modules, or a test of the name."""
+"""A glob pattern over names, a list of names and modules, or a test of the name.
+
+Names are those of modules; where none fits, those of methods and parameters.
+"""
 
 
 class Rule(NamedTuple):
@@ -26,6 +31,7 @@ class Rule(NamedTuple):
         limit: the groups of experts that a token may choose from; None for all experts.
         num_experts: E; None to read it off each module.
         mask: the argument of the model's forward that says which tokens are real.
+        cu_seqlens: the argument that says where packed sequences begin and end.
     """
 
     top_k: int
@@ -34,20 +40,30 @@ class Rule(NamedTuple):
     limit: GroupLimit | None = None
     num_experts: int | None = None
     mask: str | None = None
+    cu_seqlens: str | None = None
 
 
 class Named(NamedTuple):
-    """A module that returns logits.
+    """Where logits come from.
 
     Attributes:
         name: in the bare model.
-        module: itself.
+        module: the module that returns logits, or that has the member.
         num_experts: E.
+        member: the method that returns logits, or the parameter that they are made with; None for
+            the module itself.
     """
 
     name: str
     module: nn.Module
     num_experts: int
+    member: str | None = None
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """What the logits are made with, as far as it is known."""
+        own = self.module._parameters.get(self.member or "")
+        return list(self.module.parameters()) if own is None else [own]
 
 
 def rule(top_k: int | None, gate: Gate | None, **more: Any) -> Rule:
@@ -74,7 +90,7 @@ def rule(top_k: int | None, gate: Gate | None, **more: Any) -> Rule:
 
 
 def find(model: nn.Module, routers: Routers, how: Rule, method: Method) -> list[Named]:
-    """Find the modules, in the model's order.
+    """Find the routers, in the model's order.
 
     Raises:
         ValueError: a name, pattern or test that matches nothing, a module whose number of experts
@@ -86,8 +102,12 @@ def find(model: nn.Module, routers: Routers, how: Rule, method: Method) -> list[
     wanted = _wanted(model, modules, routers)
     found = []
     for name, module in modules:
-        if id(module) in wanted:
+        if (id(module), None) in wanted:
             found.append(Named(name or "router", module, _experts(name, module, how)))
+        for full, own in members(name, module):
+            if (id(module), own) in wanted:
+                wanted.remove((id(module), own))  # a method of two classes is one
+                found.append(Named(full, module, _told(full, how), own))
     _refuse_nested(found)
     if isinstance(routers, str) or callable(routers):
         _refuse_mixture(found, routers, how)
@@ -112,10 +132,14 @@ def suggestion(model: nn.Module) -> str:
     )
 
 
+_Place = tuple[int, str | None]
+"""The identity of a module, and the name of its member or None."""
+
+
 def _wanted(
     model: nn.Module, modules: Sequence[tuple[str, nn.Module]], routers: Routers
-) -> set[int]:
-    """Identities of the modules that are meant."""
+) -> set[_Place]:
+    """What is meant."""
     if isinstance(routers, nn.Module) or not (
         isinstance(routers, str | Sequence) or callable(routers)
     ):
@@ -124,26 +148,43 @@ def _wanted(
             "a function of the name."
         )
     if callable(routers):
-        return _some({id(m) for n, m in modules if routers(n)}, repr(routers), modules)
-    wanted: set[int] = set()
+        return _some(_places(modules, routers), repr(routers), modules)
+    wanted: set[_Place] = set()
     for one in [routers] if isinstance(routers, str) else routers:
         if isinstance(one, nn.Module):
-            matches = {id(module) for _, module in modules if module is one}
+            matches: set[_Place] = {(id(m), None) for _, m in modules if m is one}
             shown = type(one).__name__
         else:
-            matches = {id(module) for name, module in modules if fnmatchcase(name, one)}
-            shown = repr(one)
+            matches, shown = _places(modules, partial(_fits, one)), repr(one)
         wanted |= _some(matches, shown, modules)
     return _some(wanted, "[]", modules)
 
 
-def _some(matches: set[int], shown: str, modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
+def _fits(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern)
+
+
+def _places(modules: Sequence[tuple[str, nn.Module]], fits: Callable[[str], bool]) -> set[_Place]:
+    """The modules whose name fits; where there is none, their methods and parameters."""
+    found: set[_Place] = {(id(module), None) for name, module in modules if fits(name)}
+    return found or {
+        (id(module), own)
+        for name, module in modules
+        for full, own in members(name, module)
+        if fits(full)
+    }
+
+
+def _some(
+    matches: set[_Place], shown: str, modules: Sequence[tuple[str, nn.Module]]
+) -> set[_Place]:
     if matches:
         return matches
     like = [name for name, module in modules if _rows(module)]
     raise ValueError(
-        f"routers={shown} names none of the model's {len(modules)} modules. Those with a weight of "
-        f"two axes are called {', '.join(map(repr, like[:8])) or 'nothing: there are none'}"
+        f"routers={shown} names none of the model's {len(modules)} modules, and no method or "
+        "parameter of theirs. Modules with a weight of two axes are called "
+        f"{', '.join(map(repr, like[:8])) or 'nothing: there are none'}"
         f"{', …' if len(like) > 8 else ''}. A pattern must fit the whole name: '*.gate'."
     )
 
@@ -179,8 +220,17 @@ def _experts(name: str, module: nn.Module, how: Rule) -> int:
     return read
 
 
+def _told(name: str, how: Rule) -> int:
+    if how.num_experts is None:
+        raise ValueError(
+            f"{name} is a method or a parameter, and nothing says how many experts its logits are "
+            "for: also give num_experts."
+        )
+    return how.num_experts
+
+
 def _refuse_nested(found: Sequence[Named]) -> None:
-    for outer in found:
+    for outer in (one for one in found if one.member is None):
         inside = {id(module) for module in outer.module.modules()} - {id(outer.module)}
         for inner in found:
             if id(inner.module) in inside:
@@ -210,7 +260,7 @@ def _check(one: Named, how: Rule, method: Method) -> None:
         )
     if how.limit is not None:
         how.limit.check(one.num_experts, how.top_k)
-    weights = list(one.module.parameters())
+    weights = one.weights
     if method.traits.charges and weights and not any(w.requires_grad for w in weights):
         raise ValueError(
             f"{method!r} works through the gradient of the router, but {one.name} is frozen. "

@@ -11,6 +11,8 @@ logits that are left are unchanged, and so are the K weights that follow from th
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +22,17 @@ from torch import Tensor, nn
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
+from moebalance.core.sequences import Lay, packed
+from moebalance.gates import top_experts
 from moebalance.integrations.named.evidence import Witness
 from moebalance.integrations.named.finding import Named, Rule
+from moebalance.integrations.named.places import listen
 from moebalance.integrations.named.surround import Surround
 from moebalance.integrations.reminders import StepReminder
 from moebalance.methods.base import Method, sees_sequences
+
+_BALANCED: weakref.WeakKeyDictionary[nn.Module, set[str | None]] = weakref.WeakKeyDictionary()
+"""What is balanced of each module: itself (None), methods, parameters."""
 
 _INSTEAD = (
     "Take BalancedRouter for the layer, which returns weights and experts; or take a method that "
@@ -45,23 +53,25 @@ def attach(
     check_weights(method, how)
     _refuse_second(routers)
     _refuse_compiled(model)
-    surround = Surround(model, how.mask)
+    surround = Surround(model, how.mask, how.cu_seqlens)
     layers = {}
     for one in routers:
         layer = LayerBalance(method, one.num_experts, gate=how.gate, fused=fused, name=one.name)
-        device = next((weight.device for weight in one.module.parameters()), None)
+        device = next((weight.device for weight in one.weights), None)
         layers[one.name] = layer if device is None else layer.to(device)
     balancing = Balancing(method, layers, group=group)
-    if how.mask or sees_sequences(method):
+    if how.mask or how.cu_seqlens or sees_sequences(method):
         for remove in surround.hook(model):
             balancing.on_detach(remove)
-    trained = [w for one in routers for w in one.module.parameters() if w.requires_grad]
+    trained = [w for one in routers for w in one.weights if w.requires_grad]
     reminder = StepReminder(trained[0] if trained else None)
     balancing.on_step(reminder.saw_step)
     for place, one in enumerate(routers):
         counts = reminder if place == 0 else None
         hook = LogitHook(balancing, layers[one.name], how, surround, counts)
-        balancing.on_detach(one.module.register_forward_hook(hook.after).remove)
+        _BALANCED.setdefault(one.module, set()).add(one.member)
+        balancing.on_detach(partial(_BALANCED[one.module].discard, one.member))
+        balancing.on_detach(listen(one.module, one.member, one.num_experts, hook.after))
         if method.traits.selects:
             balancing.price_outside.add(one.name)
     return balancing
@@ -119,14 +129,15 @@ class LogitHook:
         self._follow(router, logits)
         flat = logits.reshape(-1, self.layer.num_experts)  # (T,E)
         training = router.training and torch.is_grad_enabled()
-        mask = self._mask(flat, strict=training)
+        lay = self._lay(logits, flat, strict=training)
+        mask = lay.mask
         experts = self._choose(flat, mask, training=router.training)
         new = flat
         if self.layer.traits.selects:
             new = flat.masked_fill(_others(flat, experts), float("-inf"))
         if training:
-            rows = self._rows(logits)
-            new = self.layer.tie(new, flat, experts, mask=mask, sequences=rows)
+            own, chosen, real = lay.arranged(flat, experts)
+            new = self.layer.tie(new, own, chosen, mask=real, sequences=lay.sequences)
             if not self.layer.traits.selects:
                 self.witness.listen(new, experts, mask)
         elif not router.training:
@@ -163,14 +174,22 @@ class LogitHook:
         self, flat: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
     ) -> Int[Tensor, "T K"]:
         """The choice that the layer will make."""
-        layer, ranked = self.layer, None
+        layer, order = self.layer, None
         if layer.traits.selects:
-            ranked = layer.preference(flat, mask, training=training)
-        if ranked is None:  # every gate keeps the order of the logits
-            ranked = flat if self.how.limit is None else layer.gate.affinities(flat)
-        if self.how.limit is not None:
-            ranked = self.how.limit.within(ranked)
-        return ranked.topk(self.how.top_k, dim=-1, sorted=False).indices
+            order = layer.preference(flat, mask, training=training)
+        if order is None and self.how.limit is None:
+            order = flat  # every gate keeps the order of the logits
+        elif order is None:
+            order = layer.gate.affinities(flat)
+        return top_experts(order, flat, self.how.top_k, self.how.limit)
+
+    def _lay(self, logits: Tensor, flat: Float[Tensor, "T E"], *, strict: bool) -> Lay:
+        """Which tokens are real, and where sequences begin and end."""
+        mask, bounds = self._mask(flat, strict=strict), self.surround.now.bounds
+        if bounds is not None:
+            rows = self.layer.by_sequence and strict
+            return packed(bounds, len(flat), mask, rows=rows, name=self.layer.name)
+        return Lay(mask, self._rows(logits) if strict else 1)
 
     def _mask(self, flat: Float[Tensor, "T E"], *, strict: bool) -> Bool[Tensor, "T"] | None:
         mask = self.surround.now.mask
@@ -199,7 +218,8 @@ class LogitHook:
                 f"{self.layer.method!r} needs to know where sequences end, but {self.layer.name} "
                 f"returned {tokens} tokens in one row, and the model was not given a tensor (B, S) "
                 "of as many. Let the router return (B, S, E), call the model with tokens (B, S), "
-                "or take a method whose coupling is not 'sequence'."
+                "name the argument with the boundaries of packed text as cu_seqlens=…, or take a "
+                "method whose coupling is not 'sequence'."
             )
         return rows
 
@@ -219,12 +239,11 @@ def _replaced(output: Any, logits: Tensor) -> Any:
 
 def _refuse_second(routers: list[Named]) -> None:
     for one in routers:
-        for hook in one.module._forward_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), LogitHook):
-                raise ValueError(
-                    f"{one.name} is balanced already: detach() the first Balancing before "
-                    "attaching again."
-                )
+        if one.member in _BALANCED.get(one.module, ()):
+            raise ValueError(
+                f"{one.name} is balanced already: detach() the first Balancing before "
+                "attaching again."
+            )
 
 
 def _refuse_compiled(model: nn.Module) -> None:

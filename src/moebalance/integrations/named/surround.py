@@ -1,8 +1,9 @@
-"""Which tokens are real, and how many sequences they are, as the call of the model tells.
+"""Which tokens are real, and how they lie in sequences, as the call of the model tells.
 
-A router sees rows of hidden states. The model around it is called with tokens (B, S) and perhaps
-with a mask of the same shape. Both are noted when the model is entered. Activation checkpointing
-runs layers again in backward: then they are noted again, for the forward that the backward is of.
+A router sees rows of hidden states. The model around it is called with tokens (B, S), perhaps with
+a mask of the same shape, or with the boundaries of packed sequences. All are noted when the model
+is entered. Activation checkpointing runs layers again in backward: then they are noted again, for
+the forward that the backward is of.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -29,10 +30,12 @@ class Call(NamedTuple):
     Attributes:
         mask: (B, S) or (T,), True for real tokens; None if all are.
         shapes: (B, S) of each tensor that it was given.
+        bounds: (N + 1,) where packed sequences begin and end; None if it was not told.
     """
 
     mask: Bool[Tensor, "*tokens"] | None = None
     shapes: tuple[tuple[int, int], ...] = ()
+    bounds: Int[Tensor, "bounds"] | None = None
 
 
 class Surround:
@@ -41,21 +44,23 @@ class Surround:
     Args:
         model: the model.
         mask: name of the argument that holds the mask; None for none.
+        cu_seqlens: name of the argument that holds the boundaries; None for none.
 
     Raises:
         ValueError: the model's forward has no such argument.
     """
 
-    def __init__(self, model: nn.Module, mask: str | None) -> None:
-        self.mask, self.now = mask, Call()
+    def __init__(self, model: nn.Module, mask: str | None, cu_seqlens: str | None = None) -> None:
+        self.mask, self.cu_seqlens, self.now = mask, cu_seqlens, Call()
         parameters = inspect.signature(model.forward).parameters
         self._names = tuple(parameters)
         kinds = {parameter.kind for parameter in parameters.values()}
-        if mask and mask not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise ValueError(
-                f"mask={mask!r}: {type(model).__name__}.forward has no such argument; it has "
-                f"{', '.join(self._names) or 'none'}."
-            )
+        for told, name in (("mask", mask), ("cu_seqlens", cu_seqlens)):
+            if name and name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+                raise ValueError(
+                    f"{told}={name!r}: {type(model).__name__}.forward has no such argument; it has "
+                    f"{', '.join(self._names) or 'none'}."
+                )
         masks = [name for name in self._names if "mask" in name]
         if masks and not mask:
             logger.warning(
@@ -80,18 +85,26 @@ class Surround:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         given = [one for one in named.values() if isinstance(one, Tensor) and one.dim() >= 2]
         shapes = tuple((one.shape[0], one.shape[1]) for one in given)
-        self.now = Call(self._read(named), shapes)
+        mask = self._read(
+            named, self.mask, "mask", "the mask must be a tensor, True for real tokens"
+        )
+        bounds = self._read(
+            named, self.cu_seqlens, "cu_seqlens", "the boundaries must be a tensor (N + 1,)"
+        )
+        if mask is not None:
+            mask = real_tokens(mask, str(self.mask))
+        self.now = Call(mask, shapes, bounds)
 
-    def _read(self, named: dict[str, Any]) -> Tensor | None:
-        mask = named.get(self.mask) if self.mask else None
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor):
+    def _read(
+        self, named: dict[str, Any], name: str | None, argument: str, wanted: str
+    ) -> Tensor | None:
+        value = named.get(name) if name else None
+        if value is not None and not isinstance(value, Tensor):
             raise TypeError(
-                f"{self.mask}={type(mask).__name__}: the mask must be a tensor, True for real "
-                "tokens. Name another argument as mask=…, or mask=None to count all tokens."
+                f"{name}={type(value).__name__}: {wanted}. Name another argument as {argument}=…, "
+                f"or {argument}=None."
             )
-        return real_tokens(mask, str(self.mask))
+        return value
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, self.now = self.now, Call()

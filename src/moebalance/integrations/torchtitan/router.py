@@ -17,7 +17,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter  # type: ignore[i
 from torchtitan.protocols.module import Module  # type: ignore[import-not-found]
 
 from moebalance.core.layer import LayerBalance
-from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.gates import Gate, Sigmoid, Softmax, top_experts
 from moebalance.methods.base import Method
 
 STATE = "balance"
@@ -114,10 +114,10 @@ class BalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
     ) -> tuple[Float[Tensor, "B L K"], Int[Tensor, "B L K"], Float[Tensor, "B L E"]]:
         softmax = self.score_func == "softmax"
         affinities = logits.softmax(dim=-1) if softmax else logits.sigmoid()
-        ranked = self._ranked(logits, affinities.detach(), bias)
+        order = self._order(logits, affinities.detach(), bias)
         if self.num_expert_groups is not None:
-            ranked = self._get_node_limited_routing_scores(ranked)
-        experts = ranked.topk(self.top_k, dim=-1, sorted=False).indices
+            order = self._get_node_limited_routing_scores(order)
+        experts = top_experts(order, logits.detach(), self.top_k)
         weights = affinities.gather(-1, experts)
         if self.route_norm:
             # 1e-20: all chosen sigmoids of a token may underflow to 0.
@@ -133,7 +133,7 @@ class BalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
             self.balance.watch(flat, chosen)
         return weights, experts, affinities
 
-    def _ranked(
+    def _order(
         self,
         logits: Float[Tensor, "B L E"],
         affinities: Float[Tensor, "B L E"],
@@ -147,7 +147,9 @@ class BalancedTopKRouter(TokenChoiceTopKRouter):  # type: ignore[misc]
         preference = self.balance.preference(flat, None, training=self.training)
         if preference is not None:
             return preference.view_as(affinities)
-        return affinities if bias is None else affinities + bias
+        if bias is not None:
+            return affinities + bias
+        return affinities if self.num_expert_groups is not None else logits.detach()
 
 
 def local(tensor: Any) -> Any:

@@ -136,7 +136,7 @@ def _variants(
                 method, case.experts, case.top_k, case.rule, fused=False
             )
             plain.router.to(device)
-        if method.traits.charges and not method.traits.selects:
+        if method.traits.charges or method.traits.selects:
             found[f"{name}, attached"] = attached = Attached(
                 method, case.experts, case.top_k, case.rule
             )

@@ -47,6 +47,7 @@ def interleaved(
     repeats: int = 1,
     device: str = "cpu",
     seed: int = 0,
+    clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> dict[str, Timing]:
     """Time every variant once a round, in an order drawn anew for each.
 
@@ -56,8 +57,9 @@ def interleaved(
         repeats: calls timed together as one, for short kernels.
         device: "cpu" or a CUDA device, whose own clock is read.
         seed: of the orders.
+        clock: seconds of a call that is repeated so often; the device's own by default.
     """
-    clock = _cuda_time_s if device.startswith("cuda") else _host_time_s
+    clock = clock or (_cuda_time_s if device.startswith("cuda") else _host_time_s)
     order, times = list(variants), {name: list[float]() for name in variants}
     shuffle = random.Random(seed).shuffle
     for turn in range(rounds + 2):

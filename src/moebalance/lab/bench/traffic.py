@@ -33,7 +33,7 @@ class Traffic:
         large: names of the kernels that touched a tensor of at least as many elements as tokens.
         small: names of all others.
         bytes: read and written by the large ones; a broadcast operand counts as what it occupies,
-            a scatter as the places that it touches.
+            a gather or scatter as the places that it touches.
     """
 
     large: list[str] = field(default_factory=list)
@@ -64,6 +64,8 @@ class _Watch(TorchDispatchMode):
         if name in _SPARSE:
             index, *source = given[1:]  # the source may be a number
             self.seen.bytes += _occupied(index) + 2 * sum(map(_occupied, source))
+        elif name == "aten::gather":
+            self.seen.bytes += _occupied(given[-1]) + 2 * sum(map(_occupied, made))
         else:
             self.seen.bytes += sum(map(_occupied, given)) + sum(map(_occupied, made))
         return result

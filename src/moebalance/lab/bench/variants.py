@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebalance.core.autograd import choose
 from moebalance.core.layer import LayerBalance
-from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.gates import Gate, Sigmoid, Softmax, top_experts
+from moebalance.integrations import rule as recognised
 from moebalance.methods import Method
 from moebalance.router import BalancedRouter
 
@@ -84,10 +86,19 @@ class Attached:
         self.bare = BareRouter(rule, top_k)
         gate: Gate = Sigmoid() if self.bare.sigmoid else Softmax()
         self.layer = LayerBalance(method, experts, gate=gate, fused=fused)
+        self.rule = recognised.Rule(gate, self.bare.normalized, 1.0, plain_top_k=True)
 
     def __call__(self, logits: Tensor) -> Outputs:
-        """Weights, charged on the way back."""
-        _, weights, experts = self.bare.route(logits)
+        """Weights, of another choice if the method has one, charged on the way back."""
+        preference = self.layer.preference(logits, None, training=True)
+        if preference is None:
+            _, weights, experts = self.bare.route(logits)
+        elif self.layer.traits.from_sums:  # the router's own choice is not made
+            how = self.layer.pass_for(top_k=self.bare.top_k, normalize=self.bare.normalized)
+            return choose(logits, how, preference=preference)[0], None
+        else:
+            experts = top_experts(preference, logits.detach(), self.bare.top_k)
+            weights = self.rule.weigh(logits, experts)
         return self.layer.tie(weights, logits, experts), None
 
 

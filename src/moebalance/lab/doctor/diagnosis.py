@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moebalance.integrations.huggingface.routers import Site, find_sites
 from moebalance.integrations.huggingface.scan import Weights, open_weights
+from moebalance.lab.console import counted
 from moebalance.lab.doctor.advice import check_levers, check_native_loss, in_float32
 from moebalance.lab.doctor.build import build, configuration
 from moebalance.lab.doctor.native_loss import TrainerUse, trainer_uses
@@ -21,6 +22,7 @@ from moebalance.lab.doctor.state import check_state, read_state
 from moebalance.lab.doctor.weights import (
     Finding,
     Severity,
+    and_more,
     check_biases,
     check_resuming,
     check_routers,
@@ -186,8 +188,8 @@ def _check_folder(
         findings.append(
             Finding(
                 Severity.ERROR,
-                f"The index names {len(weights.absent)} files that are not there, the first "
-                f"{weights.absent[0]}.",
+                f"The index names {counted(len(weights.absent), 'file')} that cannot be found: "
+                f"{and_more(weights.absent)}.",
                 "Copy or download the rest of the checkpoint.",
             )
         )

@@ -12,6 +12,7 @@ from moebalance.core.state import check_fit, check_values
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
 from moebalance.integrations.huggingface.state_file import STATE_FILE, read
+from moebalance.lab.console import counted
 from moebalance.lab.doctor.weights import Finding, Severity, and_more
 from moebalance.words.reprs import method_of
 
@@ -77,7 +78,7 @@ def _fit(state: Mapping[str, Any], sites: Sequence[Site]) -> Finding:
         ValueError: it would be refused, with the words of the refusal.
     """
     check_values(state)
-    about = f"Balanced by {state['method_repr']} for {state['steps']} steps"
+    about = f"Balanced by {state['method_repr']} for {counted(state['steps'], 'step')}"
     method = method_of(state["method_repr"])
     if method is None:
         return Finding(

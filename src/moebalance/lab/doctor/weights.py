@@ -16,6 +16,7 @@ from moebalance.gates import Sigmoid, Softmax
 from moebalance.integrations.huggingface.exporting import USUAL_RATE, rounding
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
+from moebalance.lab.console import counted
 
 
 class Severity(StrEnum):
@@ -157,9 +158,9 @@ def _check_values(sites: Sequence[Site], biases: Mapping[str, Tensor]) -> list[F
         findings.append(
             Finding(
                 Severity.WARNING,
-                f"In {len(unreachable)} routers the bias of some experts lies so far below the "
-                f"others' that no token can choose them (most: {count} in {name}). Affinities lie "
-                "between 0 and 1.",
+                f"In {counted(len(unreachable), 'router')} the bias of some experts lies so far "
+                f"below the others' that no token can choose them (most: {count} in {name}). "
+                "Affinities lie between 0 and 1.",
                 "Lower the rate of the method that trained it, or recentre and train on.",
             )
         )

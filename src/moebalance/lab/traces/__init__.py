@@ -2,6 +2,7 @@
 
     load.py       counts of a layer; loads of steps → a run
     megatron.py   Megatron-Core's router traces, `router_trace_rank*.jsonl`
+    sidecars.py   what lies next to such a trace: logits, and the dumped routers
     rollouts.py   `routed_experts` of rollouts, as vLLM, SGLang and RL trainers give them
     logits.py     Transformers' `output_router_logits`, saved
     find.py       which of them a file is

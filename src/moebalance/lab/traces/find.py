@@ -17,6 +17,7 @@ from moebalance.lab.traces.logits import KEY as LOGITS
 from moebalance.lab.traces.logits import holds_logits, read_logits
 from moebalance.lab.traces.megatron import PATTERN, read_megatron
 from moebalance.lab.traces.rollouts import KEY, holds_rollouts, lines_of, read_rollouts
+from moebalance.lab.traces.sidecars import trace_of
 from moebalance.runlog import LOG_NAME, Run
 
 _ARRAYS, _TENSORS = (".npy", ".npz"), (".pt", ".pth", ".safetensors")
@@ -40,6 +41,8 @@ def is_trace(path: Path) -> bool:
         return next(path.rglob(LOG_NAME), None) is None and any(path.glob(PATTERN))
     if not path.is_file() or path.name == LOG_NAME:
         return False
+    if trace_of(path) is not None:
+        return True  # refused with the name of its trace
     if path.suffix == ".jsonl":
         first = _first_row(path)
         return "top_indices" in first or holds_rollouts(first)
@@ -67,6 +70,11 @@ def _read(path: Path, missing: Missing) -> tuple[Run, str]:
         if "top_indices" in _first_row(path):
             return read_megatron([path], missing)
         return read_rollouts(path, lines_of(path), missing)
+    if (trace := trace_of(path)) is not None:
+        raise ValueError(
+            f"{path} belongs to a router trace of Megatron-Core and says no choices: give "
+            f"{trace}, or the folder. What is next to the trace is read with it."
+        )
     held = _held(path)
     if holds_rollouts(held):
         return read_rollouts(path, iter([held]), missing)

@@ -109,7 +109,8 @@ def as_run(path: Path, source: str, steps: Mapping[int, Loads], top_k: int | Non
         "format": FORMAT,
         "name": path.name,
         "method": "trace",
-        "method_repr": "",
+        # Traces of two files are two rows of a report, as two settings of a method are.
+        "method_repr": f"Trace(file={str(path)!r})",
         "seed": None,
         "steps": last,
         "trace": source,

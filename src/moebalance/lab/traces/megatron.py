@@ -2,7 +2,8 @@
 
 A line is one call of one router: `step`, `block` and `layer` (and `mtp_idx`), `topk`, and
 `top_indices`, the experts of each token. Calls of a layer in one step (micro-batches, ranks) are
-added up. The number of experts stands in `logit_shape`, if logits were captured too.
+added up. The number of experts stands in `logit_shape`, if logits were captured too, or in the
+dumped routers; logits and dump together give the soft load (`sidecars.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from moebalance.files import loads
 from moebalance.lab.traces.load import Load, Missing, as_run, counted
+from moebalance.lab.traces.sidecars import has_logits, read_scores, read_state
 from moebalance.runlog import Run
 
 PATTERN = "router_trace_rank*.jsonl"
@@ -28,22 +30,34 @@ def read_megatron(files: Sequence[Path], missing: Missing) -> tuple[Run, str]:
         ValueError: a line is not a record of a trace.
     """
     records = [record for file in files for record in _records(file)]
-    said = {record["logit_shape"][-1] for record in records if record.get("logit_shape")}
+    states = [read_state(file) for file in files]
+    said = {state.experts for state in states if state.experts}
+    said |= {record["logit_shape"][-1] for record in records if record.get("logit_shape")}
+    gate = next((state.gate for state in states if state.gate), None)
     largest = max((int(r["_experts"].max()) for r in records if r["_experts"].numel()), default=0)
     experts = missing.experts or (max(said) if said else largest + 1)
     names = _names({record["_layer"] for record in records})
     steps: dict[int, dict[str, Load]] = {}
     for record in sorted(records, key=lambda r: r["_layer"]):
         chosen = record["_experts"]
-        load = Load(counted(chosen, experts), len(chosen))
+        scores = read_scores(record["_file"], record, gate) if gate else None
+        load = Load(counted(chosen, experts), len(chosen), scores)
         # Megatron counts steps from 0; step 0 of a run log is the time before training.
         step = steps.setdefault(int(record["step"]) + 1, {})
         name = names[record["_layer"]]
         step[name] = step[name].plus(load) if name in step else load
     top_k = missing.top_k or max((r["_experts"].shape[-1] for r in records), default=None)
     run = as_run(files[0], "a router trace of Megatron-Core", steps, top_k)
-    note = "" if missing.experts or said else _guess(files[0], experts)
-    return run, note
+    if not gate and any(map(has_logits, files)):
+        return run, _unread(files[0])
+    return run, "" if missing.experts or said else _guess(files[0], experts)
+
+
+def _unread(path: Path) -> str:
+    return (
+        f"The logits captured with {path.name} are not used: how they become scores stands in the "
+        "dump of --moe-routing-trace-dump-weights, which is not next to it."
+    )
 
 
 def _guess(path: Path, experts: int) -> str:
@@ -61,6 +75,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = loads(line)
                 chosen = torch.tensor(record["top_indices"], dtype=torch.long)
+                record["_file"] = file
                 record["_experts"] = chosen.reshape(len(chosen), -1) if len(chosen) else chosen
                 mtp = int(record.get("mtp_idx", -1))
                 record["_layer"] = ("mtp" if mtp >= 0 else "decoder", mtp, int(record["layer"]))

@@ -19,7 +19,7 @@ from moebalance.runlog import Run
 _CAUSES = (
     *("unfinished", "not-finite", "diverged", "never-acted", "overshoot", "oscillation"),
     *("soft-hard-gap", "price-too-slow", "slow-recovery", "target-out-of-reach", "one-layer"),
-    *("uneven", "dead", "drift", "pinned", "costs-loss", "spikes", "too-short"),
+    *("uneven", "dead", "drift", "pinned", "costs-loss", "spikes", "too-short", "few-rows"),
 )
 """Of findings that are as bad, the cause first: what comes later may be gone once it is mended."""
 _MOST = 4
@@ -103,6 +103,10 @@ def _advice(findings: Sequence[Finding], method: MethodSummary) -> str:
     first = asking[0]
     if first.wish and Wish.LESS in wishes and wishes & {Wish.MORE, Wish.OTHER}:
         return _between(method)
+    # What a short run shows may pass: it is too early to change the pressure.
+    early = [finding for finding in asking if finding.rule == "too-short"]
+    if early and first.wish and method.balances is not False:
+        return early[0].do
     # A larger strength does not reach what another lever is needed for.
     other = [finding for finding in asking if finding.wish is Wish.OTHER]
     return other[0].do if other and first.wish is Wish.MORE else first.do
@@ -177,10 +181,12 @@ def _heading(method: MethodSummary) -> str:
     runs = method.runs
     seeds = [str(run.seed) for run in runs if run.seed is not None]
     steps = sorted({run.last_step for run in runs})
-    span = f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
+    count = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    span = f"{count} step{'' if steps == [1] else 's'}"
     seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
     where = str(runs[0].path.parent) if len(runs) == 1 else ""
-    return ", ".join(filter(None, (method.label, runs[0].batching, seed, span, where)))
+    batching = runs[0].header.get("batching")
+    return ", ".join(str(word) for word in (method.label, batching, seed, span, where) if word)
 
 
 def _wrapped(head: str, text: str, width: int) -> list[str]:

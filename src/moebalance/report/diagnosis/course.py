@@ -61,7 +61,7 @@ def too_short(log: Reading) -> Iterator[Finding]:
             "The log has hardly any step rows: only its end is judged.",
             "Ask about the original log, not an archived one.",
             f"{rows} rows about {last} steps",
-            "too-short",
+            "few-rows",
         )
 
 

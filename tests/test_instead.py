@@ -1,0 +1,162 @@
+"""Where a price replaces a router's choice anyway, our pass stands in for the router's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import families
+from family_checks import checkpoint_activations
+from moebalance import NoBalancing, PhiBalancing, attach
+from moebalance.integrations.huggingface import find_sites
+from moebalance.integrations.huggingface.instead import form_of
+from moebalance.methods import LossFree, Sinkhorn, SwitchLoss, Together
+
+RECOMMENDED = Together(PhiBalancing(strength=1.0), LossFree(scale="nats", speed=0.3))
+METHODS = {
+    "recommended": RECOMMENDED,
+    "loss-free": LossFree(speed=0.05),
+    "switch + loss-free": Together(SwitchLoss(strength=1.0), LossFree(speed=0.05)),
+    "sinkhorn": Sinkhorn(),
+}
+STOOD_IN = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "minimax"]
+
+
+def trained(family, method, *, stood_in, dtype=torch.float32, prepare=lambda model: None):
+    """Sums, routers' gradients and losses of three steps, and the losses of an evaluation."""
+    model = families.tiny(family).to(dtype)
+    losses, counts, gradients = [], [], []
+    with attach(model, method) as balancing:
+        if not stood_in:
+            for module in model.modules():
+                vars(module).pop("forward", None)
+        prepare(model)
+        for step in range(3):
+            loss = families.loss(model, families.tokens(seed=step))
+            loss.backward()
+            balancing.step()
+            losses.append(loss.detach())
+            counts += [layer.last_sums.counts for layer in balancing.layers.values()]
+            gradients += [
+                model.get_submodule(name).weight.grad.clone() for name in balancing.layers
+            ]
+            model.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            losses.append(families.loss(model, families.tokens(seed=9)))
+    return losses, counts, gradients
+
+
+def same(mine, theirs, **tolerance):
+    for one, other in zip(mine, theirs, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("family", STOOD_IN)
+def test_a_router_that_we_know_whole_is_stood_in_for(family):
+    model = families.tiny(family)
+    before = families.loss(model, families.tokens())
+    with attach(model, RECOMMENDED) as balancing:
+        routers = [model.get_submodule(name) for name in balancing.layers]
+        assert all("forward" in vars(router) for router in routers)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(families.loss(model, families.tokens()), before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", STOOD_IN)
+def test_it_counts_charges_and_answers_as_the_router_and_a_second_choice_do(family, name):
+    method = METHODS[name]
+    mine = trained(family, method, stood_in=True)
+    theirs = trained(family, method, stood_in=False)
+    same(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_keeps_the_dtypes_of_the_router():
+    router = find_sites(families.tiny("mixtral").bfloat16())[0].router
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    expected = [each.dtype for each in router(x)]
+    model = families.tiny("mixtral").bfloat16()
+    with attach(model, RECOMMENDED) as balancing:
+        found = model.get_submodule(next(iter(balancing.layers)))(x)
+        assert [each.dtype for each in found] == expected
+    mine = trained("qwen3_moe", RECOMMENDED, stood_in=True, dtype=torch.bfloat16)
+    theirs = trained("qwen3_moe", RECOMMENDED, stood_in=False, dtype=torch.bfloat16)
+    same(mine[:2], theirs[:2], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_are_counted_once(reentrant):
+    def prepare(model):
+        checkpoint_activations(model, {"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+
+    plain = trained("qwen3_moe", RECOMMENDED, stood_in=True)
+    same(trained("qwen3_moe", RECOMMENDED, stood_in=True, prepare=prepare), plain)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's, of every kind
+def test_a_compiled_model_is_stood_in_for_alike():
+    torch._dynamo.reset()
+    plain = trained("qwen3_moe", RECOMMENDED, stood_in=True)
+    compiled = trained(
+        "qwen3_moe",
+        RECOMMENDED,
+        stood_in=True,
+        prepare=lambda model: model.compile(backend="eager", fullgraph=True),
+    )
+    same(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_copy_of_the_model_routes_by_its_own_weights():
+    model, ids = families.tiny("qwen3_moe"), families.tokens()
+    with attach(model, RECOMMENDED) as balancing:
+        twin = copy.deepcopy(model)
+        name = next(iter(balancing.layers))
+        torch.nn.init.zeros_(model.get_submodule(name).weight)
+        x = torch.randn(5, 32)
+        logits, *_ = twin.get_submodule(name)(x)
+        assert torch.equal(logits, x @ twin.get_submodule(name).weight.mT)
+        assert logits.abs().max() > 0
+    assert families.loss(model, ids).isfinite()
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "jamba", "llama4_text", "gemma4_text"])
+def test_a_router_that_does_more_is_left_to_itself(family):
+    assert form_of(find_sites(families.tiny(family))[0]) is None
+
+
+def test_a_router_whose_forward_was_replaced_is_left_to_itself():
+    model = families.tiny("mixtral")
+    router = find_sites(model)[0].router
+    router.forward = copy.copy(router.forward)
+    assert form_of(find_sites(model)[0]) is None
+
+
+def test_a_method_that_leaves_the_choice_alone_leaves_the_forward_alone():
+    for method in (PhiBalancing(), NoBalancing()):
+        model = families.tiny("mixtral")
+        with attach(model, method):
+            assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_padding_and_a_share_of_the_step_count_as_before():
+    def with_mask(stood_in):
+        model, ids = families.tiny("qwen3_moe"), families.tokens()
+        mask = torch.ones_like(ids)
+        mask[1, 7:] = 0
+        with attach(model, RECOMMENDED) as balancing:
+            if not stood_in:
+                for module in model.modules():
+                    vars(module).pop("forward", None)
+            families.loss(model, ids, attention_mask=mask).backward()
+            balancing.step()
+            sums = [layer.last_sums for layer in balancing.layers.values()]
+            weights = [model.get_submodule(n).weight.grad for n in balancing.layers]
+        assert all(each.tokens == 19 for each in sums)
+        return [each.counts for each in sums], weights
+
+    same(with_mask(True), with_mask(False), rtol=1e-4, atol=1e-6)
