@@ -23,8 +23,8 @@ from moebalance.lab.bench.page import draw, table
 from moebalance.lab.console import Terminal
 from moebalance.lab.progress import Bars, follow_log
 from moebalance.lab.recipe import Recipe
-from moebalance.lab.shown import markdown
 from moebalance.lab.workers import Job
+from moebalance.metrics.shown import markdown
 from moebalance.report import write_figure, write_figures, write_report
 from moebalance.report.markdown import write_markdown
 from moebalance.runlog import LOG_NAME, Run, RunLog, archive, find_runs
