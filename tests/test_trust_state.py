@@ -133,6 +133,11 @@ LIMITED = {
 }
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A saved load below 0, a multiplier above its λ, fewer than 0 tokens",
+    "refused: with layer, tensor and limit",
+)
 @pytest.mark.parametrize("case", LIMITED)
 def test_a_value_that_no_training_leaves_behind_is_refused(case):
     name, key, value = LIMITED[case]
@@ -200,6 +205,11 @@ def test_a_trainer_refuses_such_a_state_before_it_asks_of_which_step_it_is(tmp_p
         resume(handle(), args, SimpleNamespace(global_step=1), given=None, state_file=True)
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A model's own selection bias is NaN, infinite or huge",
+    "refused: with the layer",
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e14, -1e14])
 def test_a_models_own_selection_bias_that_no_choice_can_be_made_under_is_refused(value):
     layer = handle(LossFree()).layers["a"]
