@@ -57,6 +57,11 @@ def nothing_ran(stranger: Path) -> None:
     assert sys.stdin.read() == "y\n" * 9
 
 
+@pytest.mark.survives(
+    "Files of strangers",
+    "A model brings its own code, and stdin says yes",
+    "refused: the code does not run",
+)
 def test_the_doctor_neither_asks_nor_runs_the_code_of_a_model_that_it_does_not_know(
     stranger: Path,
 ) -> None:
@@ -189,6 +194,11 @@ def place(name: object, offset: object, length: object) -> Metadata:
     return Metadata({}, None, {MetadataIndex("w"): _StorageInfo(name, offset, length)})
 
 
+@pytest.mark.survives(
+    "Files of strangers",
+    "A distributed checkpoint's table of contents calls a function",
+    "refused: with the function; it is not called",
+)
 @pytest.mark.parametrize("case", HOSTILE_TABLES)
 def test_a_table_of_contents_with_anything_that_torch_does_not_write_is_refused(
     tmp_path: Path, case: str
@@ -212,6 +222,11 @@ def test_a_table_of_contents_that_is_cut_off_anywhere_is_refused(tmp_path: Path)
             read_contents(folder)
 
 
+@pytest.mark.survives(
+    "Files of strangers",
+    "A value in a distributed checkpoint calls a function",
+    "refused: it is not called",
+)
 def test_a_value_in_a_distributed_checkpoint_runs_no_code(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     folder = written(tmp_path / "d", Runs(open, str(mark), "w"))
@@ -221,6 +236,11 @@ def test_a_value_in_a_distributed_checkpoint_runs_no_code(tmp_path: Path) -> Non
     assert not mark.exists()
 
 
+@pytest.mark.survives(
+    "Files of strangers",
+    "`--resume` meets a checkpoint that would run code",
+    "warned: and passed over",
+)
 def test_resuming_passes_over_a_checkpoint_that_would_run_code_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -254,6 +274,11 @@ HOSTILE_REPRS = [
 ]
 
 
+@pytest.mark.survives(
+    "Files of strangers",
+    "The method in a state file is a piece of code",
+    "goes on: it is read and not evaluated",
+)
 @pytest.mark.parametrize("text", HOSTILE_REPRS, ids=range(len(HOSTILE_REPRS)))
 def test_a_method_in_a_state_file_is_read_and_never_evaluated(text: str) -> None:
     assert method_of(text) is None

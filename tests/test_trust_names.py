@@ -23,8 +23,8 @@ from moebalance.lab.bench.page import draw, table
 from moebalance.lab.console import Terminal
 from moebalance.lab.progress import Bars, follow_log
 from moebalance.lab.recipe import Recipe
-from moebalance.lab.shown import markdown
 from moebalance.lab.workers import Job
+from moebalance.metrics.shown import markdown
 from moebalance.report import write_figure, write_figures, write_report
 from moebalance.report.markdown import write_markdown
 from moebalance.runlog import LOG_NAME, Run, RunLog, archive, find_runs
@@ -81,6 +81,11 @@ def test_a_name_in_a_terminal_is_seen_and_does_nothing(name: str) -> None:
         assert printed(where) == f"{name}\n{name}\n"
 
 
+@pytest.mark.survives(
+    "Names of strangers",
+    "Escape sequences and markup in names, in a terminal",
+    "goes on: they are seen and do nothing",
+)
 @GLYPHS
 def test_reports_and_watching_print_hostile_names_and_nothing_acts(
     runs: list[Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -177,6 +182,11 @@ def test_a_name_in_markdown_stands_for_itself(name: str) -> None:
     assert title.tags == {"h2"}
 
 
+@pytest.mark.survives(
+    "Names of strangers",
+    "HTML, links and pipes in names, in Markdown",
+    "goes on: as plain text",
+)
 def test_a_markdown_report_of_hostile_names_holds_titles_tables_and_text_alone(
     runs: list[Run], tmp_path: Path
 ) -> None:
@@ -207,6 +217,11 @@ def test_a_name_leaves_a_page_without_characters_that_xml_forbids(name: str) -> 
     for_page(name).encode("utf-8")
 
 
+@pytest.mark.survives(
+    "Names of strangers",
+    "Control characters and scripts in names, in SVG",
+    "goes on: the files are well formed",
+)
 @GLYPHS
 def test_figures_of_hostile_names_are_well_formed_and_run_nothing(
     runs: list[Run], tmp_path: Path
@@ -259,6 +274,11 @@ def test_different_names_keep_different_paths() -> None:
     assert for_path("mixed") == "mixed"
 
 
+@pytest.mark.survives(
+    "Names of strangers",
+    "`../../x` as a name, in a path",
+    "goes on: in the folder that you named",
+)
 def test_an_archive_of_hostile_names_stays_in_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     for i, name in enumerate(NAMES):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cases import METHODS, plain_top_k
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import check_values
+from moebalance.integrations.huggingface import STATE_FILE, state_file
+from moebalance.integrations.huggingface.resuming import resume
 from moebalance.methods import LossFree, MaxVio, PhiBalancing, Targeted, Together
 from moebalance.routing import measure
 
@@ -128,6 +133,11 @@ LIMITED = {
 }
 
 
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A saved load below 0, a multiplier above its λ, fewer than 0 tokens",
+    "refused: with layer, tensor and limit",
+)
 @pytest.mark.parametrize("case", LIMITED)
 def test_a_value_that_no_training_leaves_behind_is_refused(case):
     name, key, value = LIMITED[case]
@@ -183,6 +193,23 @@ def test_a_long_run_of_lopsided_batches_leaves_a_state_that_loads(name):
     assert new.steps == 60
 
 
+@pytest.mark.parametrize("change", [{"steps": "x"}, {"steps": None}, {"method": 3}])
+def test_a_trainer_refuses_such_a_state_before_it_asks_of_which_step_it_is(tmp_path, change):
+    folder = tmp_path / "checkpoint-1"
+    state_file.save(trained(), folder)
+    described = json.dumps({**state_file.read(folder), "layers": None, **change})
+    tensors = load_file(folder / STATE_FILE)
+    save_file(tensors, folder / STATE_FILE, metadata={"moebalance": described})
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+    with pytest.raises(ValueError, match="refused"):
+        resume(handle(), args, SimpleNamespace(global_step=1), given=None, state_file=True)
+
+
+@pytest.mark.survives(
+    "Damaged and foreign states",
+    "A model's own selection bias is NaN, infinite or huge",
+    "refused: with the layer",
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e14, -1e14])
 def test_a_models_own_selection_bias_that_no_choice_can_be_made_under_is_refused(value):
     layer = handle(LossFree()).layers["a"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moebalance.core.handle import Balancing
+from moebalance.core.state import check_values
 from moebalance.integrations.huggingface.state_file import STATE_FILE, read, save
 
 logger = logging.getLogger("moebalance")
@@ -34,7 +35,7 @@ def resume(
 
     Raises:
         FileNotFoundError: there is no state.
-        ValueError: it is another step's, or does not fit.
+        ValueError: it is another step's, does not fit, or cannot be trained with.
     """
     folder = given or _named_folder(args) or _own_folder(args, state)
     steps = balancing.steps
@@ -42,6 +43,7 @@ def resume(
     if by_hand and not (folder / STATE_FILE).is_file():
         return
     saved = read(folder)
+    check_values(saved)
     _check_step(saved, folder, state.global_step, given=given is not None)
     balancing.load_state_dict(saved)
 

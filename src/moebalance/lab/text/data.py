@@ -254,7 +254,9 @@ def _read_cache(path: Path | None) -> dict[str, Any] | None:
         return None
     try:
         content: dict[str, Any] = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if not isinstance(content, dict) or {"tokenizer", "train", "validation"} - content.keys():
+            raise ValueError("it holds something else")
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         _log.warning("%s is damaged (%s); tokenising again", path, error)
         return None
     return content
