@@ -231,12 +231,12 @@ def page(results: dict[str, Any]) -> str:
         most = max(row["largest"], key=row["largest"].get)
         yes = "yes" if row["finite"] else "NO"
         lines.append(
-            f"| {name}{also} | {yes} | {row['largest'][most]:.3g} ({most}) | "
+            f"| {name}{also} | {yes} | {_shown(row['largest'][most])} ({most}) | "
             f"{row['drift'][worst]:.1e} ({worst}) |"
         )
         for kind, prices in row["prices"].items():
             if kind in ("skewed", "extremes in turn", *CLOSED):
-                numbers = " | ".join(f"{price:.3g}" for price in prices)
+                numbers = " | ".join(map(_shown, prices))
                 growth.append(f"| {name} | {kind} | {numbers} |")
     text = (ROOT / "benchmarks" / "long_life.md").read_text(encoding="utf-8")
     return text.format(
@@ -245,6 +245,10 @@ def page(results: dict[str, Any]) -> str:
         lives="\n".join(lines),
         growth="\n".join(growth),
     )
+
+
+def _shown(number: float) -> str:
+    return f"{number:.3g}" if not 1000 <= number < 1e6 else f"{number:,.0f}"
 
 
 def main() -> None:
