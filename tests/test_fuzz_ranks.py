@@ -24,9 +24,8 @@ def plans(draw: st.DrawFn) -> Plan:
         plan.batches = {(r, s): number for r in range(ranks) for s in range(steps + CALM)}
     fault = st.builds(Fault, st.sampled_from(FAULTS), st.integers(0, 3), st.sampled_from(INSERTED))
     # Two faults may make up for each other: on one rank a step() too few and one too many, and
-    # before the first optimizer step a step() too few here and a batch too many there.
-    sure = plan.optimizer and "before" not in plan.style
-    at_fault = st.sets(st.integers(0, ranks - 1), max_size=2 if sure else 1)
+    # without an optimizer a step() too few here and a batch too many there.
+    at_fault = st.sets(st.integers(0, ranks - 1), max_size=2 if plan.optimizer else 1)
     plan.faults = {(r, draw(st.integers(0, steps - 1))): draw(fault) for r in draw(at_fault)}
     if draw(st.integers(0, 3)) == 0:  # all ranks alike
         plan.faults = {(r, 0): each for each in plan.faults.values() for r in range(ranks)}
