@@ -18,11 +18,11 @@ from training import Rows, arguments, light_collections
 
 
 def texts(diagnosis: Diagnosis, severity: Severity) -> list[str]:
-    return [finding.text for finding in diagnosis.findings if finding.severity is severity]
+    return [finding.what for finding in diagnosis.findings if finding.severity is severity]
 
 
 def worst(diagnosis: Diagnosis) -> tuple[Severity, str]:
-    return diagnosis.findings[0].severity, diagnosis.findings[0].text
+    return diagnosis.findings[0].severity, diagnosis.findings[0].what
 
 
 def saved(folder: Path, family: str, biases: Callable[[Tensor], Tensor] | None = None) -> Path:

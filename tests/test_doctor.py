@@ -69,8 +69,8 @@ def test_experts_that_compute_nothing_need_shares(family: str) -> None:
     found = diagnose(family)
     assert not found.failed
     (warning,) = [f for f in found.findings if f.severity is Severity.WARNING]
-    assert "equal use of all would" in warning.text
-    assert "a method without shares is refused" in warning.remedy
+    assert "equal use of all would" in warning.what
+    assert "a method without shares is refused" in warning.do
 
 
 def test_a_dense_model_is_an_error() -> None:
@@ -181,8 +181,8 @@ def test_the_text_says_everything_and_keeps_its_width() -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
     flat = " ".join(text.split())
     for finding in found.findings:
-        assert " ".join(finding.text.split()) in flat
-        assert finding.remedy in flat
+        assert " ".join(finding.what.split()) in flat
+        assert finding.do in flat
     for use in found.trainers:
         assert use.trainer in text
         assert use.why in flat

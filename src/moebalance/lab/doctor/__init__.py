@@ -3,7 +3,7 @@
 from moebalance.lab.doctor.diagnosis import Diagnosis, RouterGroup, diagnose
 from moebalance.lab.doctor.native_loss import TrainerUse
 from moebalance.lab.doctor.text import render
-from moebalance.lab.doctor.weights import Finding, Severity
+from moebalance.report.diagnosis.finding import Finding, Severity
 
 __all__ = [
     "Diagnosis",

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from moebalance.integrations.huggingface.exporting import USUAL_RATE, rounding
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.lab.doctor.native_loss import native_loss, trainer_uses
-from moebalance.lab.doctor.weights import Finding, Severity
+from moebalance.report.diagnosis.finding import Finding, Severity
 
 
 def check_levers(model: PreTrainedModel, sites: Sequence[Site]) -> list[Finding]:

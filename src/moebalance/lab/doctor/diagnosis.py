@@ -20,13 +20,12 @@ from moebalance.lab.doctor.build import build, configuration
 from moebalance.lab.doctor.native_loss import TrainerUse, trainer_uses
 from moebalance.lab.doctor.state import check_state, read_state
 from moebalance.lab.doctor.weights import (
-    Finding,
-    Severity,
     and_more,
     check_biases,
     check_resuming,
     check_routers,
 )
+from moebalance.report.diagnosis.finding import Finding, Severity
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
 from moebalance.integrations.huggingface.state_file import STATE_FILE, read
 from moebalance.lab.console import counted
-from moebalance.lab.doctor.weights import Finding, Severity, and_more
+from moebalance.lab.doctor.weights import and_more
+from moebalance.report.diagnosis.finding import Finding, Severity
 from moebalance.words.reprs import method_of
 
 

@@ -4,7 +4,7 @@ import textwrap
 
 from moebalance.lab.doctor.diagnosis import Diagnosis, RouterGroup
 from moebalance.lab.doctor.native_loss import TrainerUse
-from moebalance.lab.doctor.weights import Finding
+from moebalance.report.diagnosis.finding import Finding
 
 _INDENT = " " * 12
 
@@ -43,9 +43,9 @@ def _trainer(use: TrainerUse, width: int) -> list[str]:
 
 
 def _finding(finding: Finding, width: int) -> list[str]:
-    lines = _wrapped(f"  {finding.severity:<8}  ", finding.text, width)
-    if finding.remedy:
-        lines += _wrapped(f"{_INDENT}→ ", finding.remedy, width)
+    lines = _wrapped(f"  {finding.severity:<8}  ", finding.what, width)
+    if finding.do:
+        lines += _wrapped(f"{_INDENT}→ ", finding.do, width)
     return lines
 
 

@@ -5,8 +5,6 @@ low precision has rounded, makes a model route otherwise than in training and sh
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -17,24 +15,7 @@ from moebalance.integrations.huggingface.exporting import USUAL_RATE, rounding
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
 from moebalance.lab.console import counted
-
-
-class Severity(StrEnum):
-    """How bad a finding is."""
-
-    OK = "ok"
-    NOTE = "note"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing found, and what to do about it; `remedy` is empty where there is nothing to do."""
-
-    severity: Severity
-    text: str
-    remedy: str = ""
+from moebalance.report.diagnosis.finding import Finding, Severity
 
 
 def check_biases(sites: Sequence[Site], weights: Weights) -> list[Finding]:
