@@ -8,7 +8,7 @@ import torch
 from cases import skewed_state
 from kernel_processes import caller, process
 from moebalance import BalancedRouter, kernels
-from moebalance.core.autograd import Pass, Tally, _settle
+from moebalance.core.autograd import Pass, Tally, settle
 from moebalance.gates import Softmax
 from moebalance.kernels import price as launched
 from moebalance.kernels import router as passes
@@ -48,7 +48,7 @@ def charged(
     tally = Tally(running, torch.tensor(last_step).float(), torch.tensor(0.7), torch.zeros(()))
     state = skewed_state(method, experts)
     how = Pass(method, method.traits, Softmax(), state, tally, fused)
-    price = _settle(how, packed, 0, torch.ones(1))
+    price = settle(how, packed, 0, torch.ones(1))
     assert price is not None
     return price, running
 
