@@ -110,7 +110,7 @@ def test_a_checkpoint_of_megatrons_own_router_starts_a_new_memory_and_hands_over
     stock = make_tower(make_config(**BIAS))
     stock.layers[1].router.expert_bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     ours = make_tower(make_config(**BIAS), BOTH)
-    ours.layers[0].router.balance.state[0].mean.fill_(0.5)
+    ours.layers[0].router.balance.state[0].mean.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     with caplog.at_level("INFO", "moebalance"):
         ours.load_state_dict(stock.state_dict())
     assert "starts anew" in caplog.text
