@@ -42,6 +42,7 @@ SITUATIONS = {
         ("LoRA + DPO, router frozen", "LoRA + DPO, routers frozen"),
     ),
 }
+# ruff: noqa: E501
 HEAD = """\
 # Clients: real runs
 
@@ -60,7 +61,9 @@ not part of `make test`.
 |---|---|---|---|---|---:|---:|---:|---:|---|---:|
 """
 FOOT = """
-ms-swift packs under flash attention only, which needs a GPU. In its two packed rows another attention
+axolotl was run partly frozen only; its packed and LoRA + DPO runs have not been recorded yet.
+
+ms-swift packs under flash attention only, which needs a GPU. In its packed rows another attention
 answers to that name; what is packed and what is counted is the same.
 """
 
@@ -98,7 +101,10 @@ def train(client: str, situation: str) -> dict[str, Any]:
 def releases(client: str) -> dict[str, str]:
     """The client's release, and that of Transformers."""
     (packages,) = (ENVIRONMENTS / client).glob("lib/python*/site-packages")
-    found = {each.name: each.version for each in distributions(path=[str(packages)])}
+    found = {
+        each.name.lower().replace("_", "-"): each.version
+        for each in distributions(path=[str(packages)])
+    }
     return {"release": found[PACKAGES[client]], "transformers": found["transformers"]}
 
 
