@@ -13,7 +13,7 @@ RUN_PEERS := $(PEERS)/bin/python -m pytest -n 2 --dist loadfile --timeout 900
 
 NEWEST_MEGATRON := 0.19.2
 
-.PHONY: demo test slow fuzz lint shapes peers megatron frameworks docs corpora clean
+.PHONY: demo test slow fuzz lint shapes peers megatron frameworks clients docs corpora clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
@@ -53,6 +53,11 @@ frameworks: export RECORD := build/frameworks
 frameworks: peers megatron
 	$(PEERS)/bin/python tests/peers/frameworks.py
 
+# docs/clients.md, from a run of each client in an environment of its own. Ten minutes, once they are built.
+clients: $(READY)
+	$(BIN)/python tests/clients/build.py $(CLIENTS)
+	$(BIN)/python tests/clients/run.py $(CLIENTS)
+
 # The site, in build/docs; it needs no network, to build or to read.
 docs: $(READY)
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/docs
@@ -91,4 +96,4 @@ $(PEERS_READY): $(READY) constraints-peers.txt
 	@touch $(PEERS_READY)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .venv-clients build dist .mypy_cache .pytest_cache .ruff_cache

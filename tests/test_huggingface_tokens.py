@@ -154,6 +154,23 @@ FLAT = DataCollatorWithFlattening(return_flash_attn_kwargs=False)
 FLASH = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
 
+@pytest.mark.parametrize("kind", ["ones", "none", "numbers"])
+@pytest.mark.situation(
+    "Tokens",
+    "Packs filled up under a mask of ones (LLaMA-Factory's `packing`)",
+    "works: what fills them has neither position nor label, and is left out",
+)
+def test_what_fills_a_pack_is_left_out_whatever_the_mask_says(kind: str) -> None:
+    batch = packed(tail=4)
+    numbers = batch.pop("numbers")
+    masks = {"ones": torch.ones_like(numbers), "none": None, "numbers": numbers}
+    found = of({**batch, "attention_mask": masks[kind]}, pad=PAD)
+    assert found.mask is not None
+    assert found.mask.tolist() == [True] * REAL + [False] * 4
+    labelled = {**batch, "labels": torch.zeros_like(numbers), "attention_mask": masks["ones"]}
+    assert of(labelled, pad=PAD).mask is None
+
+
 @pytest.mark.parametrize("collate", [FLAT, FLASH], ids=["position_ids", "cu_seq_lens"])
 @pytest.mark.parametrize(
     "make",

@@ -11,8 +11,12 @@ The sources are asked in this order, and the first that knows is believed:
 5. the padding token at the ends of rows, where `labels`, if there are some, say -100 too;
 6. `labels` of -100 at the end of a row, in a model without a padding token.
 
-Where none of them is there, all tokens are counted, with a warning. Packed sequences in one row are
-told apart by `cu_seq_lens_q`, `seq_idx`, `position_ids`, or the masks of 1 and 2.
+Where none of them is there, all tokens are counted, with a warning. Whatever a mask says, tokens at
+the end of a row are padding where all have position 0 and label -100: LLaMA-Factory fills its packs
+so, under a mask of ones.
+
+Packed sequences in one row are told apart by `cu_seq_lens_q`, `seq_idx`, `position_ids`, or the
+masks of 1 and 2.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,6 +121,9 @@ def layout(
     known = real is not None
     if real is None:
         real, known = _by_content(sources, batch, length, pad, decodes=decodes)
+    filled = _filled(sources, batch, length)
+    if filled is not None:
+        real = ~filled if real is None else real & ~filled.to(real.device)
     images = _fitting(sources, "moe_mm_token_type_ids", batch, length)
     starts = _starts(sources, masks, batch, length) if packed else None
     return Layout(
@@ -224,6 +231,16 @@ def _by_content(
         # One row alone has nothing to be padded to.
         return real, real is not None or batch == 1
     return ~padding if real is None else real & ~padding.to(real.device), True
+
+
+def _filled(sources: Sequence[Source], batch: int, length: int) -> Tensor | None:
+    """The end of a row where no token has a position or a label, if both are given."""
+    labels = _fitting(sources, "labels", batch, length, plain=True)
+    places = _fitting(sources, "position_ids", batch, length)
+    if labels is None or places is None:
+        return None
+    filled = _leading(((places == 0) & (labels == _IGNORED).to(places.device)).flip(1)).flip(1)
+    return filled & ~filled.all(dim=1, keepdim=True)
 
 
 def _starts(sources: Sequence[Source], masks: _Masks, batch: int, length: int) -> Tensor | None:

@@ -1,0 +1,58 @@
+"""LLaMA-Factory's three kinds of run: `run_exp` with a callback, as docs/integrations.md says."""
+
+import json
+import sys
+from pathlib import Path
+
+from llamafactory.train.tuner import run_exp  # before torch is set up by others
+from spy import Spy
+
+import moebalance as mb
+
+PACKED = {"stage": "sft", "finetuning_type": "full", "packing": True, "cutoff_len": 128}
+LORA = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4}
+SITUATIONS = {
+    "packing": PACKED,
+    "neat packing": {**PACKED, "neat_packing": True},
+    "partly frozen": {"stage": "sft", "finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    "LoRA + DPO": {"stage": "dpo", **LORA, "additional_target": "gate"},
+    "LoRA + DPO, router frozen": {"stage": "dpo", **LORA},
+}
+
+
+def _datasets(folder: Path) -> None:
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
+    tags = {**tags, "assistant_tag": "assistant"}
+    sft = {"file_name": "sft.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}}
+    columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+    dpo = {"file_name": "dpo.jsonl", "formatting": "sharegpt", "ranking": True, "columns": columns}
+    info = {"sft": {**sft, "tags": tags}, "dpo": {**dpo, "tags": tags}}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+
+def main(situation: str, folder: Path) -> None:
+    """Train once."""
+    _datasets(folder)
+    settings = {
+        "model_name_or_path": str(folder),
+        "dataset_dir": str(folder),
+        "template": "default",
+        "do_train": True,
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "cutoff_len": 256,
+        **SITUATIONS[situation],
+    }
+    settings["dataset"] = settings["stage"]
+    balance = mb.huggingface.BalanceCallback(mb.PhiBalancing(strength=0.01))
+    run_exp(settings, callbacks=[balance, Spy()])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
