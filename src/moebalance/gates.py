@@ -213,6 +213,7 @@ class SqrtSoftplus(Gate):
 
 _TINY = torch.finfo(torch.float32).tiny
 _TIE = 1e-10  # what a logit weighs where scores are ranked: only equals ever feel it
+_MILD = 8.0  # below this logits that matter differ in their affinities too
 _SMALL = 1e-20  # an affinity below this has an even smaller derivative
 _UNDERFLOW = -15.0  # below this softplus(z) = e^z to float32's precision
 
@@ -318,6 +319,8 @@ def top_experts(
         return order.topk(top_k, dim=-1, sorted=False).indices
     values, experts = order.topk(top_k, dim=-1, sorted=False)
     if order is logits or order.device.type != "cpu" or torch.compiler.is_compiling():
+        return experts
+    if not logits.numel() or all(abs(float(end)) < _MILD for end in logits.aminmax()):
         return experts
     last = values.amin(dim=-1, keepdim=True)
     if int((order >= last).sum()) > experts.numel():  # some of the best are as good as others
