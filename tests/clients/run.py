@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENVIRONMENTS, PAGE = ROOT / ".venv-clients", ROOT / "docs" / "clients.md"
 RECORDS = HERE / "records.json"
+LIMIT_S = 600
+"""How long one run may take; most take half a minute."""
 CLIENTS = {"llamafactory": "LLaMA-Factory", "swift": "ms-swift", "axolotl": "axolotl"}
 PACKAGES = {"llamafactory": "llamafactory", "swift": "ms-swift", "axolotl": "axolotl"}
 SITUATIONS = {
@@ -87,9 +89,17 @@ def train(client: str, situation: str) -> dict[str, Any]:
         options: dict[str, Any] = {"env": environment, "cwd": folder, "text": True}
         subprocess.run([python, "-c", make, name], check=True, capture_output=True, **options)
         run = [python, str(HERE / f"{client}_runs.py"), situation, name]
-        done = subprocess.run(
-            run, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
-        )
+        try:
+            done = subprocess.run(
+                run,
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT_S,
+                **options,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"TimeoutError: no end within {LIMIT_S} s on a CPU"}
         if record.exists() and not done.returncode:
             return dict(json.loads(record.read_text("utf-8")))
     errors = [line for line in done.stdout.splitlines() if "Error: " in line and line[0] != " "]
