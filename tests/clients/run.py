@@ -63,10 +63,9 @@ not part of `make test`.
 |---|---|---|---|---|---:|---:|---:|---:|---|---:|
 """
 FOOT = """
-axolotl was run partly frozen only; its packed and LoRA + DPO runs have not been recorded yet.
-
 ms-swift packs under flash attention only, which needs a GPU. In its packed rows another attention
-answers to that name; what is packed and what is counted is the same.
+answers to that name; what is packed and what is counted is the same. LLaMA-Factory imports
+torchaudio, for which an empty module stands in.
 """
 
 
