@@ -15,10 +15,10 @@ from PIL import Image
 from transformers import Trainer
 
 pytest.importorskip("wandb")
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 import moebalance as mb
-import wandb
 from families import tiny
 from moebalance.lab.trackers import track
 from moebalance.metrics.image import load_image
