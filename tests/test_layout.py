@@ -91,7 +91,7 @@ def one():
 
 @pytest.fixture(scope="module")
 def two():
-    return run(pair, 2)
+    return run(pair, 2, limit_s=240)
 
 
 def compare(sides, one, name: str, layout: Layout, method: str) -> Difference:
