@@ -105,7 +105,7 @@ def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit_from_its_last_checkpoin
     for number, moment in enumerate(MOMENTS):
         folders.append(tmp_path / str(number))
         folders[-1].mkdir()
-        survivor, killed = outcomes(session, 2, folders[-1], moment, limit_s=3 * COLLECTIVE_S)
+        survivor, killed = outcomes(session, 2, folders[-1], moment, limit_s=6 * COLLECTIVE_S)
         assert killed.endswith(f"(ended with {-signal.SIGKILL})")
         # The other rank does not go on alone, nor does it wait for ever.
         assert isinstance(survivor, Failure)
