@@ -124,6 +124,21 @@ def test_a_copy_of_the_model_routes_by_its_own_weights():
     assert families.loss(model, ids).isfinite()
 
 
+def test_a_call_of_forward_itself_does_not_hide_the_next_call_from_the_hook():
+    """No hook runs for it; the next call may be left to the router, as Sinkhorn does."""
+    model = families.tiny("qwen3_moe")
+    with attach(model, Sinkhorn()) as balancing:
+        name = next(iter(balancing.layers))
+        router, x = model.get_submodule(name), torch.randn(6, 32)
+        (hook,) = (h.__self__ for h in router._forward_hooks.values() if hasattr(h, "__self__"))
+        router.forward(x)  # answered, and no hook ran
+        router.eval()
+        balancing.layers[name].start_watching()
+        router(x)
+        assert balancing.layers[name].watched.tokens == 6
+        assert hook.calls == 1
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "jamba", "llama4_text", "gemma4_text"])
 def test_a_router_that_does_more_is_left_to_itself(family):
     assert form_of(find_sites(families.tiny(family))[0]) is None

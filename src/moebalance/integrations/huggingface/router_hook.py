@@ -48,12 +48,14 @@ class RouterHook:
 
     def after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Choose again if the method says so, and inject in training."""
-        if self.answered:  # by `instead`
+        if self.answered:  # by `route`
             self.answered = False
+            self._called()
             return output
         logits, carrier, experts = self.site.read(output)
         if logits.is_meta:  # shapes alone are asked for
             return output
+        self._called()
         self._follow(logits)
         training = router.training and torch.is_grad_enabled()
         layout = self._layout(logits, strict=training)
@@ -82,6 +84,8 @@ class RouterHook:
         router, found = self.site.router, None
         if not (args or kwargs or hidden_states.is_meta or self.forward.reference):
             found = self._instead(router, hidden_states)
+        # Set at every call: who calls `forward` itself runs no hook that would take it back.
+        self.answered = found is not None
         if found is None:
             return type(router).forward(router, hidden_states, *args, **kwargs)
         return found
@@ -98,7 +102,10 @@ class RouterHook:
         preference = layer.preference(logits, layout.mask, training=router.training)
         if preference is None:  # as Sinkhorn in evaluation
             return None
-        if self._in_one_node(logits, training=training):
+        # Choosing, counting and charging can be one node of the graph.
+        at_once = training and layer.traits.from_sums and not self.by_sequence
+        at_once = at_once and layer.weighing is None and logits.requires_grad
+        if at_once:
             how = layer.pass_for(
                 top_k=self.site.top_k, normalize=rule.normalized, weight=self._weight(logits)
             )
@@ -110,28 +117,18 @@ class RouterHook:
         weights = weights.to(form.dtype or logits.dtype)
         if not router.training:
             layer.watch(logits, experts, mask=layout.mask)
-        elif training and not self._in_one_node(logits, training=training):
+        elif training and not at_once:
             weights = self._inject(weights, logits, experts, layout)
-        self.answered = True
         return logits, weights, experts
 
-    def _in_one_node(self, logits: Tensor, *, training: bool) -> bool:
-        """Whether choosing, counting and charging can be one node of the graph."""
-        layer = self.layer
-        return (
-            training
-            and layer.traits.from_sums
-            and layer.weighing is None
-            and logits.requires_grad
-            and not self.by_sequence
-        )
-
-    def _follow(self, logits: Tensor) -> None:
-        """Note the call, and move the state to the logits."""
+    def _called(self) -> None:
         if not torch.compiler.is_compiling():
             self.calls += 1
-            if self.layer.running.device != logits.device:
-                self.place({self.layer.name: logits.device})
+
+    def _follow(self, logits: Tensor) -> None:
+        """Move the state to the logits."""
+        if not torch.compiler.is_compiling() and self.layer.running.device != logits.device:
+            self.place({self.layer.name: logits.device})
 
     def _weight(self, logits: Tensor) -> Tensor | None:
         weight = self.forward.context.weight
