@@ -109,6 +109,17 @@ def test_only_the_affinities_of_these_very_logits_are_taken():
     assert formed.find(z.softmax(dim=1).topk(2).values * 2 + 1, z, Softmax()) is not None
 
 
+@pytest.mark.parametrize("name", ["_current_node", "_packing_hooks"])
+def test_a_release_of_torch_without_its_inner_functions_forms_affinities_anew(name, monkeypatch):
+    monkeypatch.setattr(formed, name, None)
+    own = LayerBalance(PhiBalancing(strength=1.0), EXPERTS)
+    z = logits()
+    weights, experts = mixtral(z)
+    assert formed.find(weights, z, Softmax()) is None
+    own.tie(weights, z, experts).sum().backward()
+    assert own.running[-1] == 1
+
+
 def test_a_weight_that_gets_no_gradient_of_its_own_is_charged():
     own = LayerBalance(PhiBalancing(strength=1.0), EXPERTS)
     z = logits()

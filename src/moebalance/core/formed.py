@@ -30,6 +30,9 @@ _NODES: dict[type[Gate], str] = {Softmax: "SoftmaxBackward0", Sigmoid: "SigmoidB
 _FRESH = ("TopkBackward0", "GatherBackward0")
 """What takes the chosen affinities out. Its gradient is a new tensor, which may be added to."""
 _CASTS = ("ToCopyBackward0",)
+# Not public in torch: where a release lacks one of them, affinities are formed anew.
+_current_node = getattr(torch._C, "_current_autograd_node", None)
+_packing_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _FAR = 16
 """Nodes to look at between the weights and the affinities: a scale, a sum, a division, casts."""
 
@@ -77,7 +80,8 @@ def _charging(
 ) -> Callable[[tuple[Tensor | None, ...]], tuple[Tensor, ...] | None]:
     @torch.no_grad()
     def charge(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-        affinities: Tensor = _node_at_work()._saved_result  # (T,E)
+        assert _current_node is not None  # or `find` had found nothing
+        affinities: Tensor = _current_node()._saved_result  # (T,E)
         device = affinities.device.type
         exact = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if exact else nullcontext():
@@ -96,14 +100,11 @@ def _charging(
     return charge
 
 
-def _node_at_work() -> Any:
-    """The node whose gradient is being handed over."""
-    return torch._C._current_autograd_node()
-
-
 def _kept_elsewhere() -> bool:
     """Whether saved tensors are packed by hooks, as in checkpointing: they unpack only once."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if _current_node is None or _packing_hooks is None:
+        return True
+    return _packing_hooks(False) is not None
 
 
 def _taken(node: Any) -> bool:
