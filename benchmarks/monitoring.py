@@ -1,8 +1,8 @@
 """What it costs to see: whole training steps with a monitor, next to none.
 
 A small Qwen3-MoE trains on random tokens. Its twins share the parameters; each is watched in
-another way, and every round times all of them in an order drawn anew. Next to the bare one stands
-itself again, as a null control. Time is that of the processor, which other programs disturb less.
+another way, and every round times all of them in a new random order. The bare one runs twice, as a
+null control. Processor time is measured, which other programs disturb less.
 
     PYTHONPATH=src python benchmarks/monitoring.py    # benchmarks/results/, docs/cost_monitoring.md
     PYTHONPATH=src python benchmarks/monitoring.py counting_ms    # that part again, the rest kept

@@ -1,4 +1,4 @@
-"""The pages of situations and faults are those that the tests' markers make."""
+"""The pages of situations and faults are made from the tests' markers."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class Runs:
 
 
 class Holds:
-    """What a checkpoint holds beside tensors."""
+    """What a checkpoint holds that is no tensor."""
 
     def __init__(self, value: object) -> None:
         self.value, self.loaded = value, None

@@ -108,7 +108,7 @@ def train(client: str, situation: str) -> dict[str, Any]:
 
 
 def releases(client: str) -> dict[str, str]:
-    """The client's release, and that of Transformers."""
+    """The releases of the client and of Transformers."""
     (packages,) = (ENVIRONMENTS / client).glob("lib/python*/site-packages")
     found = {
         each.name.lower().replace("_", "-"): each.version

@@ -1,4 +1,4 @@
-"""Watch one run from beside the balancing: count tokens by hand and write down what was seen.
+"""Watch one run without the balancing: count tokens by hand and write down what was seen.
 
 A token counts by hand where it is not the padding token, in each forward that is trained on. The
 padding token is in no text.

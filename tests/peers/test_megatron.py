@@ -121,7 +121,7 @@ def test_a_prediction_layer_that_is_called_twice_is_charged_once(per_token, monk
         config = make_config(**settings, **more)
         config.mtp_use_repeated_layer = True
         towers.append(make_tower(config, method, is_mtp_layer=True))
-    monkeypatch.setattr(*empty_log())  # whose length is that of the models before
+    monkeypatch.setattr(*empty_log())  # it is as long as the models before had layers
     expected, found = (wrap(tower) for tower in towers)
     attach(found)
     plain = gradients(SwitchLoss(STRENGTH), calculate_per_token_loss=per_token)
