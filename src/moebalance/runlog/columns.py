@@ -18,7 +18,29 @@ Column = Any
 """An array of numbers of one type; or a list, where other values came along."""
 
 
-class Rows(Sequence[Row]):
+class _Held(Sequence[Row]):
+    """Rows that are made anew when they are asked for, as a list would give them."""
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Row]: ...
+    def __getitem__(self, at: int | slice) -> Row | Sequence[Row]:
+        places = range(len(self))
+        if isinstance(at, slice):
+            return Chosen(self, places[at])
+        return self._row(places[at])  # raises as a list does
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _row(self, place: int) -> Row:
+        raise NotImplementedError
+
+
+class Rows(_Held):
     """Rows that were appended one by one, kept by columns.
 
     >>> rows = Rows([{"step": 1, "loss": 2.5}, {"step": 2, "load": [[0.5, 0.5]]}])
@@ -59,23 +81,11 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, at: int) -> Row: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Row]: ...
-    def __getitem__(self, at: int | slice) -> Row | Sequence[Row]:
-        if isinstance(at, slice):
-            return Chosen(self, range(self._count)[at])
-        place = range(self._count)[at]  # raises as a list does
+    def _row(self, place: int) -> Row:
         return {key: _plain(self._columns[key][place]) for key in self._keys[place]}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
-
-class Chosen(Sequence[Row]):
+class Chosen(_Held):
     """Some of the rows, made anew when they are asked for."""
 
     def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
@@ -89,19 +99,8 @@ class Chosen(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, at: int) -> Row: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Row]: ...
-    def __getitem__(self, at: int | slice) -> Row | Sequence[Row]:
-        if isinstance(at, slice):
-            return Chosen(self._rows, self._places[at])
-        return self._rows[self._places[at]]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
+    def _row(self, place: int) -> Row:
+        return self._rows[self._places[place]]
 
 
 def column(rows: Sequence[Row], key: str) -> Sequence[Any]:
