@@ -144,6 +144,18 @@ def test_a_router_that_does_more_is_left_to_itself(family):
     assert form_of(find_sites(families.tiny(family))[0]) is None
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(8, 32).to(torch.float8_e4m3fn), torch.empty(0)],
+    ids=["quantised", "partitioned"],
+)
+def test_a_router_whose_weight_is_not_plainly_there_is_left_to_itself(weight):
+    site = find_sites(families.tiny("mixtral"))[0]
+    assert form_of(site) is not None
+    site.router.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert form_of(site) is None
+
+
 def test_a_router_whose_forward_was_replaced_is_left_to_itself():
     model = families.tiny("mixtral")
     router = find_sites(model)[0].router

@@ -6,9 +6,8 @@ With W (E, D), one row an expert, and Ŵ its rows of length one,
     cosine   mean_ij (Ŵ Ŵᵀ − I)_ij²      ERNIE 4.5
 
 This is a third lever. A price in the loss and a price before top-k act on what tokens do; this acts
-on the weight itself and reads no token, so it needs no state and is no `Method`. It does not even
-out the load: experts of unlike rows see unlike tokens, and few experts die. It composes with every
-method.
+on the weight itself and reads no token, so it needs no state and is no `Method`. It makes experts
+look for unlike tokens and does not even out the load. It composes with every method.
 
 Sources: SimBal, arXiv 2506.14038, strength 0.1 in marin; Baidu, 2025, ERNIE 4.5 technical report,
 strength 0.01.

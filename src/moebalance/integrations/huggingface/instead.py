@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moebalance.integrations.huggingface.conventions import COMMON
-from moebalance.integrations.huggingface.probe import NATIVE_BIAS, stand_in
+from moebalance.integrations.huggingface.probe import NATIVE_BIAS, PLAIN_DTYPES, stand_in
 from moebalance.integrations.huggingface.routers import Site
 
 Linear = Callable[[nn.Module, Tensor], Tensor]
@@ -45,7 +45,9 @@ def form_of(site: Site) -> Form | None:
     plain = site.convention is COMMON and site.rule is not None and site.rule.plain_top_k
     if not plain or "forward" in vars(router) or not isinstance(weight, Tensor):
         return None
-    if not held <= {"weight", "bias", *NATIVE_BIAS} or weight.dim() != 2:
+    if not held <= {"weight", "bias", *NATIVE_BIAS}:
+        return None
+    if weight.dim() != 2 or weight.dtype not in PLAIN_DTYPES:  # partitioned, or quantised
         return None
     for logits in (_as_it_is, _in_float32):
         try:

@@ -22,7 +22,7 @@ NATIVE_BIAS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """Names under which Transformers' routers keep a selection bias."""
 
 _TOKENS = 64
-_PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -140,7 +140,7 @@ def _stand_in_part(module: nn.Module, random: torch.Generator) -> nn.Module:
     if not (isinstance(rows, int) and isinstance(columns, int)):
         return stand_in(module, random)
     weight = getattr(module, "weight", None)
-    plain = isinstance(weight, Tensor) and weight.dtype in _PLAIN_DTYPES
+    plain = isinstance(weight, Tensor) and weight.dtype in PLAIN_DTYPES
     if plain and whole_shape(cast(Tensor, weight)) == (rows, columns) and not module._modules:
         return stand_in(module, random)
     # Quantised, or with adapters around it: what it stands for is a linear map.
