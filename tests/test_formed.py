@@ -120,6 +120,19 @@ def test_a_release_of_torch_without_its_inner_functions_forms_affinities_anew(na
     assert own.running[-1] == 1
 
 
+def test_affinities_in_half_precision_are_formed_anew_and_counted_beyond_256():
+    own = LayerBalance(PhiBalancing(), EXPERTS)
+    z = torch.zeros(1000, EXPERTS, dtype=torch.bfloat16)
+    z[:, 0] = 5.0
+    z.requires_grad_()
+    weights, experts = z.softmax(dim=-1).topk(1)
+    assert formed.find(weights, z, Softmax()) is None
+    own.tie(weights, z, experts).sum().backward()
+    own.commit()
+    assert own.last_sums.counts[0] == 1000
+    assert own.last_sums.counts.dtype == torch.float32
+
+
 def test_a_weight_that_gets_no_gradient_of_its_own_is_charged():
     own = LayerBalance(PhiBalancing(strength=1.0), EXPERTS)
     z = logits()

@@ -30,7 +30,8 @@ _NODES: dict[type[Gate], str] = {Softmax: "SoftmaxBackward0", Sigmoid: "SigmoidB
 _FRESH = ("TopkBackward0", "GatherBackward0")
 """What takes the chosen affinities out. Its gradient is a new tensor, which may be added to."""
 _CASTS = ("ToCopyBackward0",)
-# Not public in torch: where a release lacks one of them, affinities are formed anew.
+# Not public in torch, like a node's `_input_metadata`: where a release lacks one of them,
+# affinities are formed anew.
 _current_node = getattr(torch._C, "_current_autograd_node", None)
 _packing_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _FAR = 16
@@ -102,7 +103,7 @@ def _charging(
 
 def _kept_elsewhere() -> bool:
     """Whether saved tensors are packed by hooks, as in checkpointing: they unpack only once."""
-    if _current_node is None or _packing_hooks is None:
+    if _current_node is None or _packing_hooks is None or not hasattr(Node, "_input_metadata"):
         return True
     return _packing_hooks(False) is not None
 
@@ -121,6 +122,9 @@ def _source(tensor: Tensor) -> Any:
 def _forms(node: Any, source: Any, dims: int) -> bool:
     """Whether a softmax over the last axis, or a sigmoid, is of the tensor that `source` names."""
     if hasattr(node, "_saved_dim") and node._saved_dim not in (dims - 1, 2**64 - 1):
+        return False
+    # In half precision a count stops at 256; such affinities are formed anew, in float32.
+    if node._input_metadata[0].dtype not in (torch.float32, torch.float64):
         return False
     before = _before_casts(node.next_functions[0][0])
     return before is not None and getattr(before, "variable", before) is source
