@@ -177,9 +177,8 @@ def test_verdict_when_balance_costs_loss():
 def test_verdict_within_noise():
     noisy = {"loss": [1.60, 1.66, 1.64], "maxvio": [4.6, 4.0, 4.3]}
     text = sentence(made(phi=noisy, none=NONE))
-    assert (
-        "left MaxVio within seed noise (4.30 ± 0.30 against 4.30 ± 0.20 with no balancing)" in text
-    )
+    said = "shows MaxVio 4.30 ± 0.30 against 4.30 ± 0.20 with no balancing"
+    assert f"{said} (3 seeds cannot tell this from noise) and left" in text
     assert "left validation loss within seed noise (change −0.002, 95 % interval −0.0" in text
     assert "over 3 paired seeds" in text
 

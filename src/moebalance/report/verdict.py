@@ -128,7 +128,8 @@ def _balance_words(
     if difference.sign is None:
         return f"shows MaxVio {after} against {before} with no balancing (noise unknown)"
     if difference.sign == 0:
-        return f"left MaxVio within seed noise ({after} against {before} with no balancing)"
+        unsure = f"({difference.n} seeds cannot tell this from noise)"
+        return f"shows MaxVio {after} against {before} with no balancing {unsure}"
     verb = "cut" if difference.sign < 0 else "raised"
     return f"{verb} MaxVio from {before} (no balancing) to {after}"
 
