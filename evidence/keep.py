@@ -26,7 +26,7 @@ from moebalance.runlog import Row, Run, archive, find_runs
 
 HERE = Path(__file__).parent
 RECIPES, RESULTS = HERE / "recipes", HERE / "results"
-TABLES = ("demo", "defaults", "longer", "finetune-strengths", "finetune")
+TABLES = ("demo",)
 """Studies whose run logs are kept themselves, because a page in docs/ is the report of them."""
 CURVES = ("loss", "maxvio", "gini", "soft_maxvio", "rate", "multiplier")
 _POINTS = 40

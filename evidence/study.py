@@ -81,6 +81,10 @@ class Study:
         """The settings that were run, in the recipe's order."""
         return list(dict.fromkeys(result.setting for result in self.results))
 
+    def families(self) -> list[str]:
+        """The methods that were run, without their strengths, in the recipe's order."""
+        return list(dict.fromkeys(map(family, self.settings())))
+
     def seeds(self) -> list[int]:
         """The seeds that were run."""
         return sorted({result.seed for result in self.results})

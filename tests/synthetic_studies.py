@@ -28,7 +28,8 @@ GRID = (
     "plug-in(window='step', strength=0.003)",
     "phi(strength=0.003)",
     "loss-free(speed=0.001)",
-    "phi(strength=0.001)+loss-free",
+    "smebu",
+    "phi(strength=0.001)+loss-free(scale='nats')",
 )
 _FINAL = {
     "loss": 2.0,
@@ -95,6 +96,7 @@ def study(
         "commits": ["0" * 40],
         "versions": {"moebalance": "0"},
         "model": {"active_parameters": 1000},
+        "steps": 200,
         "recipe": {"train": {"batch_size": 8, "accumulation": 1}, "data": {"seq_len": 128}},
     }
     return Study(name, {**common, **(about or {})}, tuple(results))

@@ -128,13 +128,16 @@ def test_the_page_about_targets_shows_the_runs_that_the_law_was_chosen_on():
 def test_gap_recommends_what_balances_at_no_loss():
     def plant(setting: str, seed: int, batching: str):
         noise = 0.001 * ((seed + len(setting)) % 3 - 1)
-        hard = {"phi": 1.0, "phi+loss-free": 0.2, "phi(load='hard')": 0.1}
+        hard = {"phi": 1.0, rivals.RECOMMENDED: 0.2, "phi(load='hard')": 0.1}
         costs = 0.1 if family(setting) == "phi(load='hard')" else 0.0
         return {"maxvio": hard.get(family(setting), 0.5) + noise, "loss": 2.0 + costs + noise}
 
     found = gap.chapter({name: study(name, GRID, plant) for name in rivals.TEXTS})
     assert found.verdict is Verdict.HOLDS
-    assert "The recommendation is `phi(strength=0.001)+loss-free`: MaxVio 0.20" in found.because
+    assert (
+        "The recommendation is `phi(strength=0.001)+loss-free(scale='nats')`: MaxVio 0.20"
+        in found.because
+    )
 
 
 @pytest.mark.parametrize(

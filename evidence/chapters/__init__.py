@@ -4,6 +4,7 @@ from evidence.chapter import Claim
 from evidence.chapters import (
     finetuning,
     gap,
+    length,
     memory,
     population,
     potentials,
@@ -31,4 +32,5 @@ CHAPTERS: tuple[Claim, ...] = (
     proportions.chapter,
     memory.chapter,
     recommended.chapter,
+    length.chapter,
 )

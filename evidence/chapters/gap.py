@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from evidence.chapter import Finding, Verdict, change, claim, noise, settings_table, sign, text
-from evidence.chapters.rivals import there
+from evidence.chapters.rivals import RECOMMENDED, TEXTS
 from evidence.figures import GUIDE, Panel, Series, draw, points
 from evidence.study import Studies, Study
 
-_SHOWN = ("none", "phi", "phi(load='hard')", "phi+loss-free", "loss-free", "switch")
+_SHOWN = ("none", "phi", "phi(load='hard')", RECOMMENDED, "loss-free", "switch")
 _METRICS = ("loss", "soft_maxvio", "maxvio", "soft_hard_gap", "mi")
 
 
@@ -21,7 +21,7 @@ _METRICS = ("loss", "soft_maxvio", "maxvio", "soft_hard_gap", "mi")
     rule="*holds* if MaxVio of the hard load is more than 2 times MaxVio of the soft load. "
     "Recommended is the setting with φ of lowest mean MaxVio whose loss is not higher than under φ "
     "alone beyond seed noise.",
-    needs=("rivals",),
+    needs=tuple(TEXTS),
 )
 def chapter(studies: Studies) -> Finding:
     """From the runs against the rivals."""
@@ -44,7 +44,7 @@ def chapter(studies: Studies) -> Finding:
             *(
                 f"### Micro-batches: {words}\n\n"
                 + settings_table(studies[name], _METRICS, studies[name].of(_SHOWN))
-                for name, words in there(studies)
+                for name, words in TEXTS.items()
             )
         ),
         figures={"gap": (_figure(study), "Soft against hard MaxVio; on the line there is no gap.")},
@@ -56,7 +56,7 @@ def recommended(study: Study) -> str | None:
     phi = study.setting("phi")
     free = [
         setting
-        for setting in study.of(["phi(load='hard')", "phi+loss-free"])
+        for setting in study.of(["phi(load='hard')", RECOMMENDED])
         if sign(study.less(setting, phi, "loss")) in (-1, 0)
         and sign(study.less(setting, phi, "maxvio")) == -1
     ]
@@ -64,7 +64,7 @@ def recommended(study: Study) -> str | None:
 
 
 def _figure(study: Study) -> Any:
-    ends, settings = [0.05, 5], study.settings()
+    ends, settings = [0.05, 5], study.of(_SHOWN)
     series = [Series(None, ends, ends, {"color": GUIDE, "linewidth": 1})]
     series += points(study, settings, "soft_maxvio", "maxvio", label=lambda _: None)
     panel = Panel("Soft and hard load, mixed text", "soft MaxVio", "hard MaxVio", series, log="xy")

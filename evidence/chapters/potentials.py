@@ -46,11 +46,12 @@ def chapter(studies: Studies) -> Finding:
         f"{rank[1]}, and they lie within {spread[1]:.2f}.",
         noise=noise({"mixed": study}, *_METRICS),
         body=text(
-            "*Equal strength* is 0.01 in the paper's unit, `unit='paper'`. There a potential "
+            "*Equal strength* is 0.0003125 in the paper's unit, `unit='paper'`. There a potential "
             "pushes in proportion to its slope at the uniform load, d∇φ/dm at 1/E: E = 32 for "
             "negative entropy, 1 for Euclidean, 0.25 for softplus. So it compares strengths, not "
-            "potentials. *Equal slope* is strength 0.32 in the default unit, which divides by the "
-            "slope. For negative entropy both are one setting. Mixed micro-batches, 400 steps.",
+            "potentials. *Equal slope* is the default, a strength of 0.01 in the unit that "
+            "divides by the slope. For negative entropy both are one setting, run twice. Mixed "
+            "micro-batches, 2000 steps.",
             table(["Potential", *columns], rows),
         ),
         figures={"curves": (_figure(study, sides), "MaxVio of training batches, mean over seeds.")},

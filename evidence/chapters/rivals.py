@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,23 +22,24 @@ from evidence.chapter import (
     table,
     text,
 )
-from evidence.choose import Cell, cell
+from evidence.choose import Cell, cell, choose
 from evidence.figures import Panel, Series, draw, points
 from evidence.study import METRICS, Studies, Study, family
 from moebalance.report.canvas import look
 from moebalance.report.methods import display_name
 from moebalance.report.verdict import Difference, paired
 
-TEXTS = {"rivals": "mixed", "grid": "one-domain", "corpora": "one-domain, other text"}
-"""Studies of φ and its rivals, with words for their micro-batches; the last may be missing."""
-SWEEPS = {"grid": "sweep", "rivals": "sweep_mixed"}
-"""All strengths in the micro-batches of a study; those of mixed ones may be missing."""
+TEXTS = {"rivals": "mixed", "one_domain": "one domain each"}
+"""Studies of φ and its rivals at their defaults, with words for their micro-batches."""
+CELL, STRENGTHS = "recommend_e32", "strengths"
+"""Studies of the defaults, and of other strengths, on one seed that no report uses."""
+RECOMMENDED = "phi+loss-free(scale='nats')"
 _METRICS = ("loss", "maxvio", "soft_maxvio", "mi", "dead_experts")
 _EFFECTS = ("loss", "maxvio", "soft_maxvio", "mi")
 _RIVALS = ("switch", "loss-free")
 _SHOWN = (
-    *("none", "switch", "global-batch", "ema-switch"),
-    *("loss-free", "phi", "phi(load='hard')", "phi+loss-free"),
+    *("none", "switch", "global-batch", "ema-switch", "loss-free", "smebu"),
+    *("phi", "phi(load='hard')", RECOMMENDED),
 )
 _INGREDIENTS = {
     "soft instead of hard": ("load", "soft", "hard"),
@@ -53,62 +55,69 @@ _INGREDIENTS = {
     text="φ-balancing reaches better balance and lower validation loss than Switch-style losses "
     "and the loss-free bias (paper, Fig. 2 and Table 2).",
     rule="*holds* if φ is better beyond seed noise in every comparison, *in part* if in some.",
-    needs=("rivals", "grid", "sweep"),
+    needs=(*TEXTS, CELL, STRENGTHS),
 )
 def chapter(studies: Studies) -> Finding:
-    """From the sweeps of strengths, and the studies of `TEXTS`."""
+    """From the studies of `TEXTS`, and from other strengths on another seed."""
     verdict, because = _judge(studies)
-    each = there(studies)
     return Finding(
         verdict,
         because,
-        noise=noise({words: studies[name] for name, words in each}, "loss", "maxvio", "mi"),
+        noise=noise({words: studies[name] for name, words in TEXTS.items()}, *_METRICS[:2], "mi"),
         body=text(
+            "Every run has 2000 steps of 1024 bytes. Every method runs at its defaults, the same "
+            "in both texts. *Mixed* is one micro-batch a step with text of all domains. *One "
+            "domain each* is four micro-batches a step, each with text of one domain.",
             differences(pairs(studies), ("loss", "maxvio"), head="φ − rival, 95 % interval"),
-            "These runs stop at 400 steps, when the models have learnt little. Every method after "
-            "2000 steps, at its defaults, is in [chapter 13](#13-one-default-for-all).",
-            "Strengths were chosen on seeds 100 and 101 in one-domain micro-batches, by the rule "
-            "of `evidence/choose.py`: of the settings of a method within 0.01 nats of its lowest "
-            "loss, the one with the lowest MaxVio. The runs below have other seeds. The same "
-            "setting is used everywhere, and every run has the same tokens, steps and model. "
-            "*Other text* is seven domains of [corpora](corpora.md) instead of the text of Python "
-            "(`evidence/recipes/corpora.toml`).",
+            "The same for the recommended method:",
+            differences(
+                pairs(studies, RECOMMENDED, (*_RIVALS, "phi")),
+                ("loss", "maxvio"),
+                head=f"`{RECOMMENDED}` − rival, 95 % interval",
+            ),
             *(
-                f"### Micro-batches: {words}, {len(studies[name].seeds())} seeds\n\n"
+                f"### Micro-batches: {words}\n\n{seeds_of(studies[name])}\n\n"
                 + settings_table(studies[name], _METRICS)
-                for name, words in each
+                for name, words in TEXTS.items()
             ),
+            "### What a default costs",
+            _regrets(studies[CELL], studies[STRENGTHS]),
             "### Which ingredient helps",
-            _grid(studies["sweep"]),
-            *(
-                _effects(studies[sweep], TEXTS[name])
-                for name, sweep in SWEEPS.items()
-                if sweep in studies
-            ),
+            _grid(studies["one_domain"]),
         ),
         figures={
             "pareto": (
                 _figure(studies),
-                "Loss against MaxVio. Marks are the chosen strengths, mean ± sd over seeds. Lines "
-                "connect every strength of the sweeps, which have two other seeds: read their "
-                "shape, not their level.",
+                "Loss against MaxVio at the defaults, mean ± sd over seeds. Lines connect other "
+                "strengths of a method on one other seed: read their shape, not their level.",
             )
         },
     )
 
 
-def there(studies: Studies) -> list[tuple[str, str]]:
-    """Name and words of each of `TEXTS` whose results are committed."""
-    return [(name, words) for name, words in TEXTS.items() if name in studies]
+def seeds_of(study: Study) -> str:
+    """How many seeds a study's settings have, in a sentence.
+
+    Long runs are dear: some settings have fewer seeds than others.
+    """
+    counts = {setting: len(study.runs(setting)) for setting in study.settings()}
+    most = max(counts.values())
+    fewer = sorted({count for count in counts.values() if count < most})
+    if not fewer:
+        return f"Each setting has {most} seeds."
+    some = ", ".join(f"`{s}`" for s, count in counts.items() if count < most)
+    return f"Each setting has {most} seeds, but these have {fewer[0]}: {some}."
 
 
-def pairs(studies: Studies) -> list[tuple[str, Study, str, str]]:
-    """Words, study, φ and a rival."""
+def pairs(
+    studies: Studies, ours: str = "phi", rivals: Sequence[str] = _RIVALS
+) -> list[tuple[str, Study, str, str]]:
+    """Words, study, our setting and a rival's."""
     return [
-        (f"{words}, {display_name(rival)}", study, study.setting("phi"), study.setting(rival))
-        for name, words in there(studies)
+        (f"{words}, {display_name(rival)}", study, study.setting(ours), study.setting(rival))
+        for name, words in TEXTS.items()
         for study in [studies[name]]
-        for rival in _RIVALS
+        for rival in rivals
     ]
 
 
@@ -122,25 +131,51 @@ def _judge(studies: Studies) -> tuple[Verdict, str]:
     verdict = Verdict.IN_PART if won else Verdict.NOT_HERE
     return (
         Verdict.HOLDS if won == total else verdict,
-        f"Of {total} comparisons (loss and MaxVio, two rivals, {len(there(studies))} studies) φ is "
+        f"Of {total} comparisons (loss and MaxVio, two rivals, {len(TEXTS)} texts) φ is "
         f"better in {won}, worse in {lost}, within seed noise in {total - won - lost}.",
     )
 
 
-def _grid(sweep: Study) -> str:
-    grids = matched(sweep)
-    middle = sorted(grids[len(grids) // 2].items(), key=lambda item: str(item[0]))
-    rows = [[str(c), f"`{s}`", *cells(sweep, s, _METRICS)] for c, s in middle]
+def _regrets(defaults: Study, others: Study) -> str:
+    """Each method's default against the best setting that was tried, by the rule of `choose.py`."""
+    both = replace(defaults, results=(*defaults.results, *others.results))
+    rows = []
+    for name, best in choose(both).items():
+        if name not in others.families():
+            continue
+        plain, count = defaults.setting(name), sum(family(s) == name for s in both.settings())
+        numbers = [cells(both, s, ("loss", "maxvio")) for s in (plain, best)]
+        lost = both.mean(plain, "loss") - both.mean(best, "loss")
+        rows.append([f"`{name}`", str(count), *numbers[0], f"`{best}`", *numbers[1], f"{lost:.3f}"])
+    heads = ["Method", "Settings", "Loss", "MaxVio", "Best", "Its loss", "Its MaxVio", "Regret"]
+    seeds = ", ".join(map(str, both.seeds()))
+    return text(
+        f"Other strengths and speeds on seed {seeds}, mixed text. *Best* is found with hindsight: "
+        "of a method's settings within 0.01 nats of its lowest loss, the one with the lowest "
+        "MaxVio. *Regret* is the loss of the default less the loss of the best. One seed differs "
+        "from another by about as much as most regrets here.",
+        table(heads, rows),
+    )
+
+
+def _grid(study: Study) -> str:
+    (grid,) = matched(study)
+    ordered = sorted(grid.items(), key=lambda item: str(item[0]))
+    rows = [[str(c), f"`{s}`", *cells(study, s, _METRICS)] for c, s in ordered]
+    effects = [
+        [words, *(in_words(effect(study, [grid], *swap, m), METRICS[m][1]) for m in _EFFECTS)]
+        for words, swap in _INGREDIENTS.items()
+    ]
     return text(
         "A price in the loss has three ingredients: the load (hard or soft), its memory (batch, "
         "step or moving average, EMA) and the potential (linear or log). *Linear* is the Euclidean "
-        "potential and *log* is negative entropy. Equal strengths push alike. The table has all "
-        f"twelve cells at the middle one of {len(grids)} strengths, in one-domain micro-batches, "
-        f"{len(sweep.seeds())} seeds.",
+        "potential and *log* is negative entropy. Equal strengths push alike. All twelve cells at "
+        "the default strength, each micro-batch of one domain:",
         table(["Cell", "Setting", *heads(_METRICS)], rows),
-        "The next tables show the effect of one ingredient: the mean difference of all pairs of "
-        "cells that differ in nothing else, over all strengths, paired over seeds, with its 95 % "
-        "interval. Two seeds make these intervals wide.",
+        "The effect of one ingredient is the mean difference of all pairs of cells that differ in "
+        "nothing else, paired over seeds, with its 95 % interval. "
+        f"{len(study.seeds())} seeds make these intervals wide.",
+        table(["Ingredient", *heads(_EFFECTS)], effects),
     )
 
 
@@ -152,15 +187,6 @@ def matched(sweep: Study) -> list[dict[Cell, str]]:
             ladder.setdefault(where, []).append(setting)
     levels = min(map(len, ladder.values()))
     return [{where: settings[i] for where, settings in ladder.items()} for i in range(levels)]
-
-
-def _effects(study: Study, batching: str) -> str:
-    grids = matched(study)
-    rows = [
-        [words, *(in_words(effect(study, grids, *swap, m), METRICS[m][1]) for m in _EFFECTS)]
-        for words, swap in _INGREDIENTS.items()
-    ]
-    return table([f"Ingredient, {batching}", *heads(_EFFECTS)], rows)
 
 
 def effect(
@@ -182,10 +208,10 @@ def effect(
 
 def _figure(studies: Studies) -> Any:
     shown = []
-    for name, batching in there(studies):
-        study, sweep = studies[name], studies.get(SWEEPS.get(name, ""))
+    for name, words in TEXTS.items():
+        study = studies[name]
         settings = study.of(_SHOWN)
-        series = _fronts(sweep, settings, study) if sweep else []
+        series = _fronts(studies, settings, study) if name == "rivals" else []
         series += points(
             study,
             settings,
@@ -194,8 +220,8 @@ def _figure(studies: Studies) -> Any:
             hollow=list(filter(_hard, settings)),
         )
         axes = ("MaxVio, log scale", "validation loss, nats/byte")
-        shown.append(Panel(batching, *axes, series, log="x"))
-    return draw(shown, columns=7, height=3.4, width=9.4)
+        shown.append(Panel(words, *axes, series, log="x"))
+    return draw(shown, columns=5, height=3.6, width=9.4)
 
 
 def _label(study: Study, setting: str) -> str:
@@ -206,12 +232,16 @@ def _hard(setting: str) -> bool:
     return "load='hard'" in setting
 
 
-def _fronts(sweep: Study, shown: Sequence[str], study: Study) -> list[Series]:
+def _fronts(studies: Studies, shown: Sequence[str], study: Study) -> list[Series]:
     """A line through all strengths of each method."""
     found = []
     for setting in shown:
-        settings = [s for s in sweep.settings() if family(s) == family(setting)]
-        front = sorted((sweep.mean(s, "maxvio"), sweep.mean(s, "loss")) for s in settings)
+        front = sorted(
+            (each.mean(s, "maxvio"), each.mean(s, "loss"))
+            for each in (studies[CELL], studies[STRENGTHS])
+            for s in each.settings()
+            if family(s) == family(setting)
+        )
         style = {"color": look(study.method(setting))["color"], "linewidth": 1, "alpha": 0.6}
         if len(front) > 1:
             x, y = zip(*front, strict=True)

@@ -6,12 +6,13 @@ import statistics
 from typing import Any
 
 from evidence.chapter import Finding, Verdict, cells, claim, noise, table, text
+from evidence.chapters.rivals import RECOMMENDED
 from evidence.figures import GUIDE, Panel, Series, draw
 from evidence.study import Result, Studies, Study
 from moebalance.report.canvas import look
 from moebalance.report.methods import display_name
 
-_SHOWN = ("none", "switch", "loss-free", "phi", "phi+loss-free")
+_SHOWN = ("none", "switch", "loss-free", "phi", RECOMMENDED)
 
 
 @claim(
@@ -27,26 +28,27 @@ def chapter(studies: Studies) -> Finding:
     """From the curves of the rivals, and from runs whose text changes half-way."""
     steady, shifted = studies["rivals"], studies["shift"]
     gini = {name: steady.mean(steady.setting(name), "gini") for name in _SHOWN}
-    lowest = min((name for name in gini if name != "phi+loss-free"), key=gini.__getitem__)
+    lowest = min((name for name in gini if name != RECOMMENDED), key=gini.__getitem__)
     verdict = Verdict.HOLDS if lowest == "phi" else Verdict.NOT_HERE
     if verdict is Verdict.NOT_HERE and gini["phi"] < gini["none"] / 2:
         verdict = Verdict.IN_PART
     said = ", ".join(f"{display_name(name)} {value:.3f}" for name, value in gini.items())
     return Finding(
         verdict,
-        f"Gini of the load at the end, mixed text: {said}. Runs here have 400 steps, not 10 000.",
+        f"Gini of the load at the end, mixed text: {said}. Runs here have "
+        f"{steady.about['steps']} steps, not 10 000.",
         noise=noise({"mixed": steady}, "gini"),
         body=text(
             "### Churn",
             "Churn is the fraction of held-out tokens whose set of experts changed since the "
-            "evaluation 100 steps before. Mixed text:",
+            "evaluation 500 steps before. Mixed text:",
             _churn(steady),
             "### A change of text",
             "Half-way the text changes from code and prose to tables and names. The table has "
             "MaxVio of training batches, each a mean over a fortieth of the run: before the "
             "change, at the peak within 200 steps after it, and at the end. *Steps to recover* "
             "says when MaxVio is back within a quarter of the value before, – if never. Churn is "
-            "that of the last 100 steps.",
+            "that of the last 500 steps.",
             _change(shifted),
         ),
         figures={
