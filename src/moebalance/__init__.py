@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from moebalance.methods import recommended as recommended
     from moebalance.monitoring import Monitor as Monitor
     from moebalance.monitoring import monitor as monitor
+    from moebalance.per_class import PerClassRouter as PerClassRouter
     from moebalance.potentials import Euclidean as Euclidean
     from moebalance.potentials import NegativeEntropy as NegativeEntropy
     from moebalance.router import BalancedRouter as BalancedRouter
@@ -77,6 +78,7 @@ _HOME = {
         "recommended",
     ],
     "moebalance.monitoring": ["Monitor", "monitor"],
+    "moebalance.per_class": ["PerClassRouter"],
     "moebalance.potentials": ["Euclidean", "NegativeEntropy"],
     "moebalance.router": ["BalancedRouter", "CountAndCharge"],
 }
