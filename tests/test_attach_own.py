@@ -38,6 +38,13 @@ def test_a_second_attachment_to_own_routers_is_refused_until_the_first_is_gone()
     assert second.metrics()["tokens"] == 6
 
 
+def test_the_method_that_the_routers_carry_may_be_named_again_and_no_other() -> None:
+    own = model(mb.SwitchLoss(strength=0.1))
+    with pytest.raises(ValueError, match=r"carry \{SwitchLoss\(strength=0\.1\)\}: call attach"):
+        mb.attach(own, mb.SwitchLoss(strength=0.2))
+    assert mb.attach(own, mb.SwitchLoss(strength=0.1)).method == mb.SwitchLoss(strength=0.1)
+
+
 def test_detaching_stops_counting_and_charging_and_restores_fused() -> None:
     own = model(mb.PhiBalancing(strength=0.5))
     own[1].fused = False

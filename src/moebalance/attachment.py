@@ -56,7 +56,7 @@ def attach(
     Args:
         model: a Transformers MoE model (PEFT-wrapped or not), or any module with `BalancedRouter`s.
         method: the method; None for the `recommended` one, in the form that suits the routers.
-            Leave it out for a model of `BalancedRouter`s, which carry their own.
+            A model of `BalancedRouter`s carries its own: leave it out, or give the same.
         layers: which routers, by name: a glob pattern such as `"*.layers.[0-3].*"`, a list of
             them, or a function of the name; None for all. A router that is frozen while others
             train is left out anyway, with a warning.
@@ -174,10 +174,10 @@ def _own(
             f"{taken[0]} is balanced already: detach() the first Balancing before attaching again."
         )
     methods = {router.method for router in routers.values()}
-    if method is not None:
+    if method is not None and methods != {method}:
         raise ValueError(
-            f"This model's BalancedRouters carry {methods} already: call attach(model) without a "
-            f"method, or build them with {method!r}."
+            f"This model's BalancedRouters carry {methods}: call attach(model) without a method, "
+            f"or build them with {method!r}."
         )
     if len(methods) > 1:
         raise ValueError(f"One handle steps one method, but the routers carry {methods}.")
