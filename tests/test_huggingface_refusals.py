@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +160,47 @@ def test_a_router_adapted_by_lora_is_balanced_and_a_frozen_one_refused() -> None
     assert {layer.loss_scale.item() for layer in balancing.layers.values()} == {3.0}
     balancing.step()
     assert balancing.metrics()["tokens"] == ids.numel()
+
+
+class MoEGate(nn.Module):
+    """As the remote code of DeepSeek-V2 and its kin: experts first, then weights, no logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.weight = 2, nn.Parameter(torch.randn(8, 16) / 4)
+
+    def forward(self, hidden: Tensor) -> Any:
+        scores = nn.functional.linear(hidden.flatten(0, -2), self.weight).sigmoid()
+        weights, experts = scores.topk(self.top_k, dim=-1)
+        return experts, weights / weights.sum(-1, keepdim=True), None
+
+
+class Remote(transformers.PreTrainedModel):
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(transformers.PretrainedConfig())
+        self.gate = MoEGate()
+        self.post_init()
+
+    def forward(self, hidden: Tensor) -> Any:
+        return self.gate(hidden)[1].sum()
+
+
+def test_remote_code_whose_gate_returns_no_logits_is_balanced_by_its_weight_as_told() -> None:
+    model = Remote().train()
+    said = r"attach\(…, routers=\['gate\.weight'\], num_experts=…, top_k=…, gate=…\)"
+    with pytest.raises(ValueError, match=said):
+        mb.attach(model, mb.PhiBalancing())
+    method = mb.SwitchLoss(strength=1.0)
+    rule = {"num_experts": 8, "top_k": 2, "gate": mb.Sigmoid(), "normalize": True}
+    balancing = mb.attach(model, method, routers=["gate.weight"], **rule)
+    hidden = torch.randn(2, 5, 16)
+    (0 * model(hidden)).backward()
+    balancing.step()
+    assert balancing.metrics()["tokens"] == 10
+    logits = (hidden.flatten(0, 1) @ model.gate.weight.detach().T).requires_grad_()
+    alone = mb.BalancedRouter(method, 8, 2, gate=mb.Sigmoid())
+    (0 * alone(logits)[0].sum()).backward()
+    expected = logits.grad.T @ hidden.flatten(0, 1)
+    torch.testing.assert_close(model.gate.weight.grad, expected)

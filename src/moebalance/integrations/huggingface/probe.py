@@ -131,7 +131,9 @@ def unknown(name: str, router: nn.Module, why: str) -> ValueError:
     return ValueError(
         f"{name} ({type(router).__name__}) is a router of a kind moebalance does not know: {why}. "
         "Supported are routers that return (logits, weights, experts) with softmax or sigmoid "
-        "affinities. To balance the other routers alone, name them: attach(…, layers=[…])."
+        "affinities. If this one makes its logits with a single weight, name the weight and say "
+        f"its rule: attach(…, routers=['{name}.weight'], num_experts=…, top_k=…, gate=…). To "
+        "balance the other routers alone, name them: attach(…, layers=[…])."
     )
 
 
