@@ -98,6 +98,10 @@ class Study:
         found = tuple(result for result in self.results if result.batching == batching)
         return replace(self, results=found)
 
+    def only_setting(self, setting: str) -> Study:
+        """The study of one setting."""
+        return replace(self, results=tuple(self.runs(setting)))
+
     def runs(self, setting: str) -> list[Result]:
         """The runs of a setting."""
         return [result for result in self.results if result.setting == setting]

@@ -17,7 +17,6 @@ from moebalance.report.canvas import CYCLE
 from moebalance.report.diagnosis.oscillation import Swing
 
 _CLAIMED = (0.6, 0.7)
-_BATCHINGS = ("mixed", "one-domain")
 _METRICS = ("maxvio", "loss", "dead_experts")
 
 
@@ -62,12 +61,12 @@ class Sweep:
     text="η between 0.6 and 0.7 works best (paper, ablation, at two million tokens a step).",
     rule="*holds* if the rate with the lowest mean MaxVio is at least 0.3 everywhere, *does not* "
     "if it is below 0.6 everywhere.",
-    needs=("rate",),
+    needs=("rate", "rivals"),
 )
 def chapter(studies: Studies) -> Finding:
     """From rates against strengths."""
     study = studies["rate"]
-    sweeps = {batching: Sweep(study.only(batching)) for batching in _BATCHINGS}
+    sweeps = {batching: Sweep(study.only(batching)) for batching in study.batchings()}
     best = {(name, a): each.best(a) for name, each in sweeps.items() for a in each.strengths}
     verdict = Verdict.NOT_HERE if max(best.values()) < min(_CLAIMED) else Verdict.IN_PART
     if min(best.values()) >= 0.3:
@@ -77,9 +76,10 @@ def chapter(studies: Studies) -> Finding:
         verdict,
         f"The rate with the lowest mean MaxVio at {study.tokens_a_step()} tokens a step: {named}. "
         "Rates next to each other differ by little more than seed noise: read the trend.",
-        noise=noise({name: sweep.study for name, sweep in sweeps.items()}, *_METRICS),
+        noise=noise({"φ of chapter 2": studies["rivals"].only_setting("phi")}, *_METRICS),
         body=text(
-            "In one-domain runs a whole step has text of one domain.",
+            f"Mixed micro-batches, 2000 steps, seeds {', '.join(map(str, study.seeds()))}. The "
+            "default is a memory of 10,000 tokens, a rate of 0.1 here.",
             *(_map(name, sweep) for name, sweep in sweeps.items()),
             "### Oscillation",
             _oscillation(sweeps),
@@ -133,7 +133,7 @@ def _oscillation(sweeps: dict[str, Sweep]) -> str:
 
 def _memory(study: Study) -> str:
     tokens, rows = study.tokens_a_step(), []
-    for batching in _BATCHINGS:
+    for batching in study.batchings():
         sweep = Sweep(study.only(batching))
         for strength in sweep.strengths:
             best = sweep.best(strength)

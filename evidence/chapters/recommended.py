@@ -20,7 +20,6 @@ from evidence.chapter import (
     change,
     claim,
     differences,
-    noise,
     settings_table,
     table,
     text,
@@ -106,9 +105,8 @@ def chapter(studies: Studies) -> Finding:
         f"It reaches the goal in {sum(reached)} of {len(cells)} cells. Its loss is at most "
         f"{worst:.3f} above the lowest of any candidate in a cell. On other seeds its loss less "
         f"the loss without balancing is {change(studies[REPORT], chosen, 'none', 'loss')}.",
-        noise=noise({words: cells[name] for name, words in CELLS.items()}, "loss", "maxvio")
-        if len(next(iter(cells.values())).seeds()) > 1
-        else f"About {NOISE} nats of loss between two seeds of one method. Each cell has one seed.",
+        noise=f"About {NOISE} nats of loss between two seeds of one method. "
+        + " ".join(f"{words}: {_seeds(cells[name])}." for name, words in CELLS.items()),
         body=text(
             "Every candidate runs at its defaults for 2000 steps of 1024 bytes in one batch. The "
             "two with SMEBU were added after the first choice, and the rule was applied again. Two "
@@ -135,6 +133,11 @@ def chapter(studies: Studies) -> Finding:
         ),
         figures={"cells": (_figure(cells), "Loss against MaxVio, a mark for each candidate.")},
     )
+
+
+def _seeds(cell: Study) -> str:
+    count = len(cell.seeds())
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def _figure(cells: Mapping[str, Study]) -> Any:

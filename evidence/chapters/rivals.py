@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from evidence.chapter import (
     table,
     text,
 )
-from evidence.choose import Cell, cell, choose
+from evidence.choose import cell, choose
 from evidence.figures import Panel, Series, draw, points
 from evidence.study import METRICS, Studies, Study, family
 from moebalance.report.canvas import look
@@ -159,11 +158,10 @@ def _regrets(defaults: Study, others: Study) -> str:
 
 
 def _grid(study: Study) -> str:
-    (grid,) = matched(study)
-    ordered = sorted(grid.items(), key=lambda item: str(item[0]))
-    rows = [[str(c), f"`{s}`", *cells(study, s, _METRICS)] for c, s in ordered]
+    grid = sorted((str(found), s) for s in study.settings() if (found := cell(s)))
+    rows = [[name, f"`{s}`", *cells(study, s, _METRICS)] for name, s in grid]
     effects = [
-        [words, *(in_words(effect(study, [grid], *swap, m), METRICS[m][1]) for m in _EFFECTS)]
+        [words, *(in_words(effect(study, *swap, m), METRICS[m][1]) for m in _EFFECTS)]
         for words, swap in _INGREDIENTS.items()
     ]
     return text(
@@ -173,37 +171,22 @@ def _grid(study: Study) -> str:
         "the default strength, each micro-batch of one domain:",
         table(["Cell", "Setting", *heads(_METRICS)], rows),
         "The effect of one ingredient is the mean difference of all pairs of cells that differ in "
-        "nothing else, paired over seeds, with its 95 % interval. "
-        f"{len(study.seeds())} seeds make these intervals wide.",
+        "nothing else, with a 95 % interval over these pairs.",
         table(["Ingredient", *heads(_EFFECTS)], effects),
     )
 
 
-def matched(sweep: Study) -> list[dict[Cell, str]]:
-    """The sweep's grids of equal push: the weakest setting of every cell, then the next."""
-    ladder: dict[Cell, list[str]] = {}
-    for setting in sweep.settings():
-        if (where := cell(setting)) is not None:
-            ladder.setdefault(where, []).append(setting)
-    levels = min(map(len, ladder.values()))
-    return [{where: settings[i] for where, settings in ladder.items()} for i in range(levels)]
-
-
-def effect(
-    study: Study, grids: Sequence[dict[Cell, str]], part: str, to: str, of: str, metric: str
-) -> Difference | None:
-    """Mean difference over all pairs of cells that differ in one part only, paired over seeds."""
-    sides: tuple[dict[int, list[float]], dict[int, list[float]]] = ({}, {})
-    for grid in grids:
-        for where, setting in grid.items():
-            if getattr(where, part) != to:
-                continue
+def effect(study: Study, part: str, to: str, of: str, metric: str) -> Difference | None:
+    """Mean difference over all pairs of cells that differ in one part only, and over seeds."""
+    grid = {found: s for s in study.settings() if (found := cell(s))}
+    ours, theirs = {}, {}
+    for where, setting in grid.items():
+        if getattr(where, part) == to:
             twin = next(c for c in grid if vars(c) == {**vars(where), part: of})
-            for side, name in zip(sides, (setting, grid[twin]), strict=True):
+            for side, name in ((ours, setting), (theirs, grid[twin])):
                 for seed, value in study.by_seed(name, metric).items():
-                    side.setdefault(seed, []).append(value)
-    means = [{seed: statistics.fmean(v) for seed, v in side.items()} for side in sides]
-    return paired(*means)
+                    side[where, seed] = value
+    return paired(ours, theirs)
 
 
 def _figure(studies: Studies) -> Any:
