@@ -9,20 +9,10 @@ import pytest
 from documents import ROOT, name_of
 from english import AVOIDED, count, modules, occurrences, pages, prose
 
-STILL_TO_DO: set[str] = {
-    "docs/cost.md",
-    "docs/cost_gpu.md",
-    "docs/demo.md",
-    "docs/evidence.md",
-    "docs/results.md",
-}
-"""Files that are being rewritten; empty it with the last of them."""
-
 
 @pytest.mark.parametrize("file", [*pages(ROOT), *modules(ROOT)], ids=name_of)
 def test_a_page_and_a_docstring_are_in_plain_english(file: Path) -> None:
-    if name_of(file) not in STILL_TO_DO:
-        assert [found for name in AVOIDED for found in occurrences(prose(file), name)] == []
+    assert [found for name in AVOIDED for found in occurrences(prose(file), name)] == []
 
 
 def test_code_and_private_docstrings_are_not_counted(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def chapter(studies: Studies) -> Finding:
             "Half-way the text changes from code and prose to tables and names. The table has "
             "MaxVio of training batches, each a mean over a fortieth of the run: before the "
             "change, at the peak within 200 steps after it, and at the end. *Steps to recover* "
-            "says when MaxVio is back within a quarter of the value before, – if never. Churn is "
-            "that of the last 500 steps.",
+            "says when MaxVio is back within a quarter of the value before; a dash says never. "
+            "Churn is that of the last 500 steps.",
             _change(shifted),
         ),
         figures={

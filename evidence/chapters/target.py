@@ -86,8 +86,8 @@ class Mix:
     "and text, at no more loss than the best fixed strength.",
     rule=f"*holds* if on every mix of model and text mean MaxVio lies within {TOLERANCE:.0%} of "
     "the target, and the loss exceeds the loss of the best fixed strength by at most its standard "
-    "deviation over seeds. The best fixed strength is found with hindsight: of those that keep the "
-    "target the one of lowest mean loss, else the most even one.",
+    "deviation over seeds. The best fixed strength is found with hindsight: the one "
+    "with the lowest mean loss of all that keep the target, else the most even one.",
     needs=STUDIES,
 )
 def chapter(studies: Studies) -> Finding:

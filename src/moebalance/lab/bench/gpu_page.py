@@ -49,9 +49,9 @@ def write_gpu_page(results: Mapping[str, Any], path: Path | str) -> Path:
 
 def _router(rows: list[Any]) -> str:
     text = (
-        "## One router\n\nForward and backward, beside a bare router. *Device* is a replay of a "
-        "CUDA graph, the work without the host that starts it; *eager* is one call after the "
-        "other from Python, which takes the longer of device and host."
+        "## One router\n\nForward and backward, compared with a bare router. *Device* is a "
+        "replay of a CUDA graph: the work without the host that starts it. *Eager* is one call "
+        "after the other from Python. It takes as long as the slower of device and host."
     )
     return "\n\n".join([text, *(f"### {row['case']}\n\n{_variants(row)}" for row in rows)])
 
@@ -70,8 +70,8 @@ def _variants(row: Any) -> str:
 def _on(rows: list[Any]) -> str:
     text = (
         "## φ on or off in the fused router\n\nReplays of a CUDA graph, φ over counting alone. "
-        "Where weights are normalised, a router without a price need not read the logits again on "
-        "the way back; with one it must."
+        "With normalised weights and no price, the backward pass need not read the logits again. "
+        "With a price it must."
     )
     return f"{text}\n\n{_ratios(rows)}"
 
@@ -82,7 +82,7 @@ def _step(rows: list[Any]) -> str:
 
 
 def _ratios(rows: list[Any]) -> str:
-    """φ over the bare variant of each case, beside the null control."""
+    """φ over the bare variant of each case, and the null control."""
     lines = []
     for row in rows:
         null, phi = row["variants"][NULL], row["variants"]["φ"]
@@ -95,9 +95,9 @@ def _ratios(rows: list[Any]) -> str:
 
 def _speed(rows: list[Any]) -> str:
     text = (
-        "## Bandwidth\n\nLogits read, and where there is one their gradient written, over the time "
-        "of the pass; the choice, the weights and the sums move besides. Batches in turn, so that "
-        "none is found in the cache."
+        "## Bandwidth\n\nBytes of logits read, and of their gradient written, over the time of the "
+        "pass. The choice, the weights and the sums move too and are not counted. Batches take "
+        "turns, so that none is found in the cache."
     )
     lines = [
         [row["case"], *(f"{row[p]['us']:.0f} µs, {row[p]['tb_per_s']:.1f} TB/s" for p in _PASSES)]
