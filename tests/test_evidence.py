@@ -273,10 +273,11 @@ def test_a_default_is_held_against_the_best_setting_of_its_method():
 
 
 def test_settings_with_fewer_seeds_are_named():
-    whole = study("s", ("none", "phi"), lambda *_: {}, seeds=3)
-    assert rivals.seeds_of(whole) == "Each setting has 3 seeds."
-    part = replace(whole, results=whole.results[:-1])
-    assert rivals.seeds_of(part) == "Each setting has 3 seeds, but these have 2: `phi`."
+    whole = study("s", ("none", "phi", "switch"), lambda *_: {}, seeds=3)
+    assert rivals.seeds_of(whole) == "3 seeds each."
+    kept = [r for r in whole.results if r.seed < {"none": 3, "phi": 2, "switch": 1}[r.setting]]
+    part = replace(whole, results=tuple(kept))
+    assert rivals.seeds_of(part) == "3 seeds each, but 2 for `phi`; 1 for `switch`."
 
 
 def test_the_effect_of_an_ingredient_is_the_difference_of_its_twins():

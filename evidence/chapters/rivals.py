@@ -95,17 +95,17 @@ def chapter(studies: Studies) -> Finding:
 
 
 def seeds_of(study: Study) -> str:
-    """How many seeds a study's settings have, in a sentence.
+    """How many seeds a study's settings have, in a sentence: not all have the most."""
+    groups: dict[int, list[str]] = {}
+    for setting in study.settings():
+        groups.setdefault(len(study.runs(setting)), []).append(f"`{setting}`")
+    most, *fewer = sorted(groups, reverse=True)
+    rest = "; ".join(f"{count} for {', '.join(groups[count])}" for count in fewer)
+    return f"{_count(most)} each{f', but {rest}' if rest else ''}."
 
-    Long runs are dear: some settings have fewer seeds than others.
-    """
-    counts = {setting: len(study.runs(setting)) for setting in study.settings()}
-    most = max(counts.values())
-    fewer = sorted({count for count in counts.values() if count < most})
-    if not fewer:
-        return f"Each setting has {most} seeds."
-    some = ", ".join(f"`{s}`" for s, count in counts.items() if count < most)
-    return f"Each setting has {most} seeds, but these have {fewer[0]}: {some}."
+
+def _count(seeds: int) -> str:
+    return "One seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def pairs(
