@@ -1,11 +1,14 @@
 """One training step's tokens, laid out over micro-batches and ranks in every way that people do.
 
-`python tests/layouts.py` prints the table of docs/layout.md.
+`python tests/layouts.py` prints the table of docs/layout.md, `… phi switch` the rows of those two.
+On a busy machine a row may need more than 150 seconds: LIMIT_S=600 gives it ten minutes.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -252,14 +255,19 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def table() -> str:
+def table(rows: Sequence[str]) -> str:
     """Markdown: each method's difference from one process under each layout."""
-    one = train_all({"one": ONE["all"]}, ROWS)
-    sides = [train_all(ALONE, ROWS)], run(train_all, 2, PAIRS, ROWS), run(train_all, 4, QUADS, ROWS)
+    one = train_all({"one": ONE["all"]}, rows)
+    limit_s = float(os.environ.get("LIMIT_S", "150"))
+    pairs, quads = (
+        run(train_all, ranks, layouts, rows, limit_s=limit_s)
+        for ranks, layouts in ((2, PAIRS), (4, QUADS))
+    )
+    sides = [train_all(ALONE, rows)], pairs, quads
     names = [*ALONE, *PAIRS, *QUADS]
     heads = ["method", "coupling", *names, "state"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for method in ROWS:
+    for method in rows:
         found = [
             difference([rank[name, method] for rank in side], one["one", method], METHODS[method])
             for side, layouts in zip(sides, (ALONE, PAIRS, QUADS), strict=True)
@@ -274,4 +282,4 @@ def table() -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(table())
+    print(table(sys.argv[1:] or ROWS))

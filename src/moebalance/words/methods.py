@@ -154,7 +154,7 @@ def _build_one(name: str, options: Mapping[str, Any]) -> Method:
     kinds = method_classes()
     if name not in kinds:
         raise ValueError(
-            f"Unknown method {name!r}.{_as_potential(name)}{instead_of(name, kinds)} "
+            f"Unknown method {name!r}.{_as_potential(name)}{instead_of(name, sorted(kinds))} "
             "Join several with +, for example phi+loss-free."
         )
     kind = kinds[name]
