@@ -268,7 +268,9 @@ def test_a_default_is_held_against_the_best_setting_of_its_method():
     }
     body = rivals.chapter(studies).body
     assert "| `phi` | 2 | 2.000 | 1.00 | `phi(strength=0.03)` | 1.950 | 0.80 | 0.050 |" in body
-    assert "| `switch` | 2 | 2.000 | 1.00 | `switch(strength=0.1)` | 2.000 | 1.00 | 0.000 |" in body
+    assert (
+        "| `switch` | 2 | 2.000 | 1.00 | `switch(strength=0.01)` | 2.000 | 1.00 | 0.000 |" in body
+    )
     assert "| `global-batch` | 1 |" not in body
 
 
@@ -451,7 +453,7 @@ def test_methods_are_reported_at_their_defaults_on_seeds_that_nothing_was_chosen
     studies = load()
     chosen = {seed for name in (*CELLS, "strengths") for seed in studies[name].seeds()}
     for name in rivals.TEXTS:
-        assert set(studies[name].settings()) == set(studies[name].families())
+        assert set(studies[name].families()) <= set(studies[name].settings())
         assert not chosen & set(studies[name].seeds())
 
 
