@@ -33,6 +33,36 @@ def test_every_fine_tuning_starts_from_the_same_model() -> None:
     assert before == pytest.approx([before[0]] * len(before), abs=1e-6)
 
 
+def test_the_page_of_results_has_the_numbers_of_the_runs() -> None:
+    study = load()["rivals"]
+    said = " ".join((ROOT / "docs/results.md").read_text("utf-8").split())
+    ours = "phi+loss-free(scale='nats')"
+    vio = {name: f"{study.mean(name, 'maxvio'):.2f}" for name in study.settings()}
+    assert f"{study.mean('none', 'dead_experts'):.0f} of 64 experts are dead" in said
+    assert f"MaxVio is {vio['none']}. With the recommended method MaxVio is {vio[ours]}." in said
+    rest = [vio[name] for name in ("loss-free", "switch", "phi")]
+    assert (
+        "It is {} with the loss-free bias, {} with Switch and {} with φ alone".format(*rest) in said
+    )
+    for words, low, high in (
+        ("{:.3f} nats per byte below no balancing (95 % interval {:.3f} to {:.3f})", ours, "none"),
+        ("{:.3f} below φ alone ({:.3f} to {:.3f})", ours, "phi"),
+        ("{:.3f} below φ of the hard load ({:.3f} to {:.3f})", ours, "phi(load='hard')"),
+        ("It ends {:.3f} below no balancing ({:.3f} to {:.3f})", "phi", "none"),
+        ("and {:.3f} above the loss-free bias ({:.3f} to {:.3f})", "loss-free", "phi"),
+    ):
+        found = study.less(high, low, "loss")
+        assert words.format(found.mean, found.mean - found.half, found.mean + found.half) in said
+    means = [study.mean(s, "mi") for s in (ours, "loss-free", "phi", "switch", "none")]
+    mi = (
+        "{:.2f} nats with the recommended method, {:.2f} with loss-free, {:.2f} with φ, {:.2f} with"
+    )
+    assert mi.format(*means) in said
+    lowest = min(vio, key=lambda name: study.mean(name, "maxvio"))
+    assert lowest == "smebu"
+    assert f"lowest MaxVio of all methods here, {vio[lowest]}" in said
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_tables_in_the_docs_are_made_from_the_logs(name: str, tmp_path: Path) -> None:
     made = write_markdown(find_runs(RESULTS / name), tmp_path / "t.md", f"Results: {name}")
