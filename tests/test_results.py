@@ -41,9 +41,7 @@ def test_the_page_of_results_has_the_numbers_of_the_runs() -> None:
     assert f"{study.mean('none', 'dead_experts'):.0f} of 64 experts are dead" in said
     assert f"MaxVio is {vio['none']}. With the recommended method MaxVio is {vio[ours]}." in said
     rest = [vio[name] for name in ("loss-free", "switch", "phi")]
-    assert (
-        "It is {} with the loss-free bias, {} with Switch and {} with φ alone".format(*rest) in said
-    )
+    assert "It is {} with the loss-free bias, {} with Switch and {} with φ".format(*rest) in said
     for words, low, high in (
         ("{:.3f} nats per byte below no balancing (95 % interval {:.3f} to {:.3f})", ours, "none"),
         ("{:.3f} below φ alone ({:.3f} to {:.3f})", ours, "phi"),
