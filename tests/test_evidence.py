@@ -396,7 +396,7 @@ def test_finetuning(loss, verdict):
 )
 def test_scale(gaps, verdict):
     ladder = {}
-    for i, (name, ahead) in enumerate(zip(scale.SIZES, gaps, strict=True)):
+    for i, (name, ahead) in enumerate(zip(("rivals", *scale.LARGER), gaps, strict=True)):
 
         def plant(setting: str, seed: int, batching: str, ahead: float = ahead):
             noise = 0.001 * ((seed + len(setting)) % 3 - 1)
@@ -406,7 +406,9 @@ def test_scale(gaps, verdict):
         ladder[name] = study(name, GRID, plant, seeds=3, about=size)
     found = scale.chapter(ladder)
     assert found.verdict is verdict
-    assert "ready to run: `evidence/recipes/scale_large.toml`" in found.because
+    alone = scale.chapter({"rivals": ladder["rivals"]})
+    assert alone.verdict is Verdict.UNTESTED
+    assert "ready to run: `evidence/recipes/scale_large.toml`" in alone.because
 
 
 # --- the room -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from evidence.study import Studies, Study
 from moebalance.report.canvas import look
 from moebalance.report.methods import display_name
 
-SIZES = ("scale_tiny", "scale_small", "rivals")
+SIZES = ("rivals",)
 LARGER = ("scale_large", "scale_gpu")
 _METHODS = ("switch", "loss-free", "phi", RECOMMENDED)
 
@@ -28,12 +28,13 @@ _METHODS = ("switch", "loss-free", "phi", RECOMMENDED)
     needs=SIZES,
 )
 def chapter(studies: Studies) -> Finding:
-    """From three sizes on a CPU, and from larger ones where their results are committed."""
+    """From the rivals' size, and from larger ones where their results are committed."""
     ladder = [studies[name] for name in (*SIZES, *LARGER) if name in studies]
     gaps = [s.less(s.setting("phi"), s.setting("switch"), "loss") for s in ladder]
     known = [gap for gap in gaps if gap is not None]
     falling = all(b.mean < a.mean for a, b in pairwise(known))
-    verdict = Verdict.IN_PART if falling and sign(known[-1]) == -1 else Verdict.UNTESTED
+    trend = len(known) > 1 and falling and sign(known[-1]) == -1
+    verdict = Verdict.IN_PART if trend else Verdict.UNTESTED
     said = "; ".join(
         f"{_size(s)} parameters {change(s, s.setting('phi'), s.setting('switch'), 'loss')}"
         for s in ladder
@@ -42,8 +43,8 @@ def chapter(studies: Studies) -> Finding:
     larger = f" Larger sizes are ready to run: {' and '.join(missing)}." if missing else ""
     return Finding(
         verdict,
-        f"Loss, φ − Switch: {said}. These sizes are a thousandth of the paper's, where no gap is "
-        f"to be expected, and a trend over so few sizes is no law.{larger}",
+        f"Loss, φ − Switch: {said}. This is a thousandth of the paper's size, where no gap is to "
+        f"be expected.{larger}",
         noise=noise({_size(study): study for study in ladder}, "loss", "maxvio"),
         body=text(
             "Loss less the loss without balancing, with its 95 % interval, mixed text. The first "
