@@ -10,6 +10,7 @@ from transformers import __version__ as version
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
+from moebalance.integrations.copies import release
 from moebalance.integrations.huggingface.choice import choose_sites, parts
 from moebalance.integrations.huggingface.exporting import guard_saving
 from moebalance.integrations.huggingface.forward import Context, Forward, find_entrances, holder
@@ -42,6 +43,7 @@ def attach(
     inner = transformers_model(model)
     if inner is None:
         raise TypeError(f"{type(model).__name__} holds no Transformers model.")
+    release(model)
     _refuse_second(model)
     _refuse_compiled(model)
     sites, method = choose_sites(model, method, layers)

@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from moebalance.core.handle import Balancing
+from moebalance.integrations.copies import CopyReminder, Hook
 from moebalance.integrations.huggingface.forward import Context, Entrance, Forward
 from moebalance.integrations.huggingface.price import Policy, Prices
 from moebalance.integrations.huggingface.router_hook import RouterHook
@@ -19,7 +20,7 @@ from moebalance.integrations.huggingface.tokens import layout
 from moebalance.integrations.reminders import CallReminder, StepReminder
 
 
-class ModelHooks:
+class ModelHooks(Hook):
     """Hooks on the entrances of a model, and what they share with those on its routers.
 
     Args:
@@ -56,7 +57,7 @@ class ModelHooks:
         """Whether the trainer divides by them a loss that knows the labels of its step already."""
         weights = [p for r in self.routers for p in r.site.router.parameters() if p.requires_grad]
         self.steps = StepReminder(weights[0] if weights else None)
-        self.calls = CallReminder()
+        self.calls, self.copies = CallReminder(), CopyReminder()
         self._blank = forward.context
         self._kept: Context | None = None
         self._called = 0
@@ -66,7 +67,7 @@ class ModelHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A module is entered."""
         given = entrance.named(args, kwargs)
-        trains = module.training and torch.is_grad_enabled()
+        trains = self._trains(module)
         if self.forward.enter(entrance, given):
             self._begin(module, trains=trains)
         if trains:
@@ -83,11 +84,17 @@ class ModelHooks:
     ) -> Any:
         """A module is left."""
         ends = self.forward.leave(entrance)
-        trains = module.training and torch.is_grad_enabled()
+        trains = self._trains(module)
         found = self._hand_out(output) if trains and (entrance.outermost or ends) else None
         if ends:
             self._end(module, trains=trains)
         return found
+
+    def _trains(self, module: nn.Module) -> bool:
+        trains = module.training and torch.is_grad_enabled()
+        if trains and self.at_rest:
+            self.copies.saw_training()
+        return trains and not self.at_rest
 
     def _weigh(self, given: Mapping[str, Any], *, shifted: bool) -> None:
         """Note this batch's share of its step's labels, if the trainer says how many there are."""

@@ -158,7 +158,9 @@ def follow_outputs(args: Any, model: nn.Module, balancing: Balancing) -> Callabl
             return None
         return given, {**kwargs, "output_router_logits": False}
 
-    def after(model: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(
+        module: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         log_probs = output.get("log_probs") if isinstance(output, ModelOutput) else None
         if not isinstance(log_probs, Tensor):
             return None
@@ -168,7 +170,8 @@ def follow_outputs(args: Any, model: nn.Module, balancing: Balancing) -> Callabl
             output["loss"] = output["loss"].detach()
         if output.get("aux_loss") is None:
             output["aux_loss"] = log_probs.new_zeros(())
-        if token_mean and model.training and torch.is_grad_enabled():
+        # A copy of the model has this hook, too.
+        if token_mean and module is model and module.training and torch.is_grad_enabled():
             layers = balancing.layers.values()
             cells = {id(layer.loss_scale): layer.loss_scale for layer in layers}
             output["log_probs"] = cast(
