@@ -16,6 +16,10 @@ the number of micro-batches of this very step, n_i of N labels are in micro-batc
   R_i weighs n_i/N. So it does where the Trainer divides such a loss once more
   (`loss_is_scaled_for_ga = False`), by A.
 
+- `compute_loss` that calls the model without `num_items_in_batch` and returns its loss, a mean of
+  the micro-batch. The Trainer then divides by A or does not: it thinks that the loss knows the
+  labels of the step, and adds up A means. R_i weighs 1/A, and a warning says so once.
+
 So the weights of a step sum to 1 everywhere. A gradient scaler multiplies all of them.
 """
 
