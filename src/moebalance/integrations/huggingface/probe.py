@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moebalance.integrations.huggingface.conventions import Answer, Convention
+from moebalance.integrations.huggingface.release import hint
 from moebalance.integrations.rule import Rule, recognise
 
 NATIVE_BIAS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -131,7 +132,7 @@ def unknown(name: str, router: nn.Module, why: str) -> ValueError:
     return ValueError(
         f"{name} ({type(router).__name__}) is a router of a kind moebalance does not know: {why}. "
         "Supported are routers that return (logits, weights, experts) with softmax or sigmoid "
-        "affinities. To balance the other routers alone, name them: attach(…, layers=[…])."
+        "affinities. To balance the other routers alone, name them: attach(…, layers=[…])." + hint()
     )
 
 
