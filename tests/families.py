@@ -8,17 +8,24 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from family_configs import (
     COMMON_FAMILIES,
     MULTIMODAL_FAMILIES,
+    NEWER_FAMILIES,
     OTHER_FAMILIES,
     SHARED,
     VOCABULARY,
     Settings,
 )
 
-FAMILIES: dict[str, Settings] = {**COMMON_FAMILIES, **OTHER_FAMILIES, **MULTIMODAL_FAMILIES}
+FAMILIES: dict[str, Settings] = {
+    **COMMON_FAMILIES,
+    **OTHER_FAMILIES,
+    **MULTIMODAL_FAMILIES,
+    **{family: each for family, each in NEWER_FAMILIES.items() if family in CONFIG_MAPPING},
+}
 """Settings of every family, by the model type that one passes to `tiny`."""
 
 COMMON: tuple[str, ...] = tuple(COMMON_FAMILIES)
@@ -33,6 +40,7 @@ _BUILDERS = {
     "gemma4": "AutoModelForImageTextToText",
     "glm4v_moe_text": "AutoModel",
     "glm5_next_text": "AutoModel",
+    "hy_v4_vl_text": "AutoModel",
     "llama4": "AutoModelForImageTextToText",
     "mistral4": "AutoModelForImageTextToText",
     "mistral_large4_text": "AutoModel",

@@ -104,11 +104,12 @@ def check_gradient(family: str, sites: list[Site]) -> None:
     value.backward(retain_graph=True)
     task = gradients(model, names)
     model.zero_grad()
-    for answer, site in seen.values():
-        routing = mb.routing.route(answer.logits, answer.experts, site.gate)
-        sums = mb.routing.measure(routing)
-        step = mb.routing.Batch(routing, sums, sums)
-        value = value + method.penalty(method.init(site.num_experts), step)
+    for answers, site in seen.values():
+        for answer in answers:  # several where a layer is looped
+            routing = mb.routing.route(answer.logits, answer.experts, site.gate)
+            sums = mb.routing.measure(routing)
+            step = mb.routing.Batch(routing, sums, sums)
+            value = value + method.penalty(method.init(site.num_experts), step)
     value.backward()
     explicit = gradients(model, names)
     model.zero_grad()
@@ -136,12 +137,12 @@ def check_statistics(family: str) -> None:
         with watch(model) as seen:
             task_loss(model, ids, **masks).backward()
         balancing.step()
-        for name, (answer, site) in seen.items():
+        for name, (answers, site) in seen.items():
             sums = balancing.layers[name].last_sums
-            assert sums.tokens.item() == 19, name
-            chosen = answer.experts[real].reshape(-1)
+            assert sums.tokens.item() == 19 * len(answers), name
+            chosen = torch.cat([answer.experts[real].reshape(-1) for answer in answers])
             assert torch.equal(sums.counts, torch.bincount(chosen, minlength=site.num_experts))
-            scores = site.gate.scores(answer.logits)[real].sum(dim=0)
+            scores = sum(site.gate.scores(a.logits)[real].sum(dim=0) for a in answers)
             torch.testing.assert_close(sums.scores, scores.detach())
 
 
@@ -157,7 +158,7 @@ def check_selection(family: str) -> str:
     # Deeper routers see other input once a choice changes: only the first can be compared.
     with watch(model) as seen, torch.no_grad():
         task_loss(model, ids)
-    before, site = seen[site.name]
+    (before,), site = seen[site.name]
     busiest = int(torch.bincount(before.experts.reshape(-1), minlength=site.num_experts).argmax())
     with mb.attach(model, method) as balancing:
         sums = mb.routing.Sums(
@@ -169,7 +170,7 @@ def check_selection(family: str) -> str:
         balancing.step()
         with watch(model) as seen, torch.no_grad():
             task_loss(model, ids)
-        after = seen[site.name][0]
+        ((after,), _) = seen[site.name]
         torch.testing.assert_close(after.logits, before.logits)
         assert (before.experts == busiest).any()
         assert not (after.experts == busiest).any()
@@ -307,13 +308,13 @@ def gradients(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def watch(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Keep each router's last answer, with its site."""
+    """Keep each router's answers, with its site."""
     seen: dict[str, Any] = {}
     handles = []
     for site in find_sites(model):
 
         def keep(_: nn.Module, __: Any, output: Any, site: Site = site) -> None:
-            seen[site.name] = (site.read(output), site)
+            seen.setdefault(site.name, ([], site))[0].append(site.read(output))
 
         handles.append(site.router.register_forward_hook(keep))
     try:

@@ -354,6 +354,28 @@ OTHER_FAMILIES: dict[str, Settings] = {
     "zaya": {**_NUMBERED, **_HEAD, "num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
+# From Transformers 5.24 on.
+NEWER_FAMILIES: dict[str, Settings] = {
+    "hy_v4_vl_text": {
+        **_SPARSE_ATTENTION,
+        "hc_mult": 2,
+        "rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]},
+    },
+    # Its second layer is looped: its router is called twice in a forward.
+    "inkling2_loop_text": {
+        **_INKLING,
+        "unpadded_vocab_size": VOCABULARY,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 4,
+    },
+    "lara_mini": {**_NUMBERED, **_SHARED_EXPERT, **_DELTA},
+    "sarvam_mla": {**_DEEPSEEK, **_ALL_SPARSE, **_GROUPS},
+    "sarvam_moe": {**_ROUTED, **_ALL_SPARSE, **_ONE_GROUP, **_HEAD},
+}
+
 # Whole models with a vision tower; `SHARED` and the changes of a caller go to their text part.
 _TOWER: Settings = {
     "depth": 1,

@@ -37,6 +37,31 @@ def test_a_model_without_routers_is_refused() -> None:
         mb.attach(transformers.LlamaForCausalLM(config), mb.PhiBalancing())
 
 
+def test_an_old_release_of_transformers_is_named_with_the_one_that_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from moebalance.integrations.huggingface import hooks, probe, release
+
+    with pytest.raises(ImportError, match=r"Transformers 4\.57\.1 is installed.* 5\.0 or newer"):
+        release.check("4.57.1")
+    release.check("5.0.0")
+    told = release.hint("5.6.0")
+    assert "Transformers 5.6.0 is installed" in told
+    assert "transformers>=5.23" in told
+    assert release.hint("5.23.0") == release.hint("5.24.0") == ""
+    for module in (hooks, probe):
+        monkeypatch.setattr(module, "hint", lambda: told)
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with pytest.raises(ValueError, match=r"no MoE router.*take transformers>=5\.23"):
+        mb.attach(transformers.LlamaForCausalLM(config), mb.PhiBalancing())
+    model = tiny("mixtral")
+    model.model.layers[0].mlp.gate.weight = nn.Parameter(torch.randn(8, 5))
+    with pytest.raises(ValueError, match=r"gate \(MixtralTopKRouter\).*take transformers>=5\.23"):
+        mb.attach(model, mb.PhiBalancing())
+
+
 def test_a_second_attachment_is_refused() -> None:
     model = tiny("mixtral")
     mb.attach(model, mb.PhiBalancing())

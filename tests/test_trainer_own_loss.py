@@ -18,7 +18,16 @@ import moebalance as mb
 from families import tiny
 from moebalance.integrations.huggingface.trainer_loss import scaler_factor
 from test_trl import PLAIN, tokenizer, words
-from training import BalanceCallback, Rows, agree, light_collections, plain, scaled, term_gradients
+from training import (
+    BalanceCallback,
+    FixedPrice,
+    Rows,
+    agree,
+    light_collections,
+    plain,
+    scaled,
+    term_gradients,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,6 +77,83 @@ class InsteadDivided(Instead):
     """Leaves the model's loss out, and has the Trainer divide."""
 
     loss_is_scaled_for_ga = False
+
+
+class Ignores(Trainer):
+    """Returns the mean of a micro-batch; the Trainer takes it for a part of the step's."""
+
+    parts = 1
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = self.loss_of(outputs) / self.parts
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_of(self, outputs: Any) -> Tensor:
+        return outputs["loss"]
+
+
+class IgnoresDivided(Ignores):
+    """Has the Trainer divide."""
+
+    loss_is_scaled_for_ga = False
+
+
+class IgnoresDividesItself(Ignores):
+    """Divides by itself."""
+
+    @property
+    def parts(self) -> int:  # type: ignore[override]
+        return self.args.gradient_accumulation_steps
+
+
+class IgnoresLabels(Ignores):
+    """Makes the mean by itself."""
+
+    def loss_of(self, outputs: Any) -> Tensor:
+        return from_logits(outputs)
+
+
+def term(folder: Path, kind: Any, split: int) -> Tensor:
+    make = plain(folder, Rows(8), kind=kind)
+    sizes = {"per_device_train_batch_size": 8 // split, "gradient_accumulation_steps": split}
+    (found,) = term_gradients(make, **sizes)
+    return found
+
+
+@pytest.mark.parametrize("kind", [Ignores, IgnoresDivided, IgnoresDividesItself, IgnoresLabels])
+@pytest.mark.parametrize("scaler", [False, True], ids=["plain", "scaler"])
+@pytest.mark.situation(
+    "Loss",
+    "`compute_loss` ignores `num_items_in_batch`, and its loss is a mean of the micro-batch",
+    "works: the term is the same at 1 and 4 micro-batches, however often the loss is divided",
+)
+def test_strength_is_the_same_where_a_trainer_ignores_the_labels_of_the_step(
+    tmp_path: Path, kind: Any, scaler: bool
+) -> None:
+    kind = scaled(kind) if scaler else kind
+    assert agree(term(tmp_path, kind, 4), term(tmp_path, kind, 1))
+
+
+@pytest.mark.parametrize("kind", [Ignores, IgnoresDivided, IgnoresDividesItself])
+@pytest.mark.situation(
+    "Loss",
+    "The Trainer adds up the means of micro-batches, so that its loss is A times a mean",
+    "warned: once; the term stays a mean",
+)
+def test_a_loss_that_nobody_divides_is_told_of_once(
+    tmp_path: Path, kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = plain(tmp_path, Rows(8), kind=kind, max_steps=2, gradient_accumulation_steps=2)
+    make(tiny("mixtral"), [BalanceCallback(FixedPrice(1.0))]).train()
+    told = caplog.text.count("adds up the mean losses of 2 micro-batches")
+    assert told == (1 if kind is Ignores else 0)
 
 
 @pytest.mark.parametrize("split", [4, 8])

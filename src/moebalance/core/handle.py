@@ -5,6 +5,7 @@ It knows layers by name, and no framework.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -46,6 +47,9 @@ class Balancing:
         global_metrics: whether metrics and loads cover all ranks. The message of a step then has
             2E + 1 numbers per layer, instead of the E + 1 that most methods need.
     """
+
+    at_rest = False
+    """Whether it came into being with a copy of a model, and nobody steps it."""
 
     def __init__(
         self,
@@ -309,6 +313,13 @@ class Balancing:
     ) -> None:
         """Detach."""
         self.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Balancing:
+        """Copy the layers. What detaches the model, and the ranks, are the original's alone."""
+        twin = Balancing(self.method, copy.deepcopy(self.layers, memo))
+        memo[id(self)] = twin
+        twin.steps, twin.price_outside, twin.at_rest = self.steps, set(self.price_outside), True
+        return twin
 
     def __repr__(self) -> str:
         """Show the method and the number of layers."""

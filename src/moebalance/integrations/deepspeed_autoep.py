@@ -29,6 +29,7 @@ from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, Sigmoid, Softmax
+from moebalance.integrations.copies import Hook, release
 from moebalance.methods.base import Method
 
 _GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
@@ -63,6 +64,7 @@ def attach(model: nn.Module, method: Method, *, group: Group | None = None) -> B
             "goes to moebalance.attach."
         )
     _check_method(method)
+    release(model)
     layers = {}
     for name, router in routers.items():
         _check(name, router, method)
@@ -78,7 +80,7 @@ def attach(model: nn.Module, method: Method, *, group: Group | None = None) -> B
     return balancing
 
 
-class _Hooks:
+class _Hooks(Hook):
     """See one router's logits, and tie counting and charge to its weights.
 
     Args:
@@ -96,7 +98,7 @@ class _Hooks:
     def after_router(self, router: nn.Module, args: Any, output: Any) -> Any:
         """Count and charge in training; the choice is AutoEP's."""
         weights, experts, counts = output
-        if router.training and torch.is_grad_enabled():
+        if router.training and torch.is_grad_enabled() and not self.at_rest:
             weights = self.layer.tie(weights, self.logits, experts)
         elif not router.training:
             self.layer.watch(self.logits, experts)

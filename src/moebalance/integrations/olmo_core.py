@@ -30,6 +30,7 @@ from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, Sigmoid, Softmax, top_experts
+from moebalance.integrations.copies import Hook, release
 from moebalance.methods.base import Method
 
 _GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
@@ -54,6 +55,7 @@ def attach(model: nn.Module, method: Method, *, group: Group | None = None) -> B
         ValueError: no router, one of another kind, one that is frozen under a method that needs its
             gradient, balanced already, or set to balance or to be forced by itself.
     """
+    release(model)
     routers = {n or "router": m for n, m in model.named_modules() if isinstance(m, MoERouter)}
     _refuse_others(model, routers)
     layers = {}
@@ -76,7 +78,7 @@ def attach(model: nn.Module, method: Method, *, group: Group | None = None) -> B
     return balancing
 
 
-class _Wrapped:
+class _Wrapped(Hook):
     """One router's two methods, with the balancing in between.
 
     Args:
@@ -108,6 +110,7 @@ class _Wrapped:
     ) -> tuple[Float[Tensor, "B S K"], Int[Tensor, "B S K"]]:
         """OLMo-core's choice or the method's; in training it is counted and charged in backward."""
         layer, training = self.layer, self.router.training
+        counts = training and torch.is_grad_enabled() and not self.at_rest
         logits = self.logits.flatten(0, -2)  # (T,E)
         weights, experts = self.top_k_of(scores)
         if self.reselect:
@@ -117,7 +120,7 @@ class _Wrapped:
                 experts = experts.view(*scores.shape[:-1], -1)
                 weights = scores.gather(-1, experts)
         chosen = experts.flatten(0, -2)  # (T,K)
-        if training and torch.is_grad_enabled():
+        if counts:
             sequences, share = scores.shape[0], self._share(logits)
             weights = layer.tie(weights, logits, chosen, sequences=sequences, weight=share)
         elif not training:
@@ -139,7 +142,7 @@ class _Wrapped:
 
 def _end(balancing: Balancing, routers: list[Any], dry_run: bool = False) -> None:
     """End the step, in place of OLMo-core's own rule."""
-    if not routers[0].training:
+    if balancing.at_rest or not routers[0].training:
         return
     for router in routers:
         if router.bias_gamma is not None:

@@ -6,6 +6,11 @@ where the family has no selection bias of its own, chooses again under the price
 Hooks on the model hand over the padding mask and follow the gradient of its loss.
 """
 
+# First: it names an old release, before an import fails for what that does not have.
+import moebalance.integrations.huggingface.release  # noqa: F401
+
+# isort: split
+
 from moebalance.integrations.huggingface.exporting import check_export, export
 from moebalance.integrations.huggingface.hooks import attach, serves
 from moebalance.integrations.huggingface.monitor_callback import MonitorCallback

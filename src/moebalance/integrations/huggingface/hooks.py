@@ -5,17 +5,18 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import __version__ as version
 
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
+from moebalance.integrations.copies import release
 from moebalance.integrations.huggingface.choice import choose_sites, parts
 from moebalance.integrations.huggingface.exporting import guard_saving
 from moebalance.integrations.huggingface.forward import Context, Forward, find_entrances, holder
 from moebalance.integrations.huggingface.model_hooks import ModelHooks
 from moebalance.integrations.huggingface.native_loss import silence_native_loss
 from moebalance.integrations.huggingface.price import BiasPrice, Policy, Prices
+from moebalance.integrations.huggingface.release import hint
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import Site, transformers_model
 from moebalance.integrations.huggingface.storage import home
@@ -42,6 +43,7 @@ def attach(
     inner = transformers_model(model)
     if inner is None:
         raise TypeError(f"{type(model).__name__} holds no Transformers model.")
+    release(model)
     _refuse_second(model)
     _refuse_compiled(model)
     sites, method = choose_sites(model, method, layers)
@@ -51,8 +53,7 @@ def attach(
             "class is named …Router or …Gate with `top_k` and a weight of one row an expert. Give "
             "a Mixture-of-Experts model; or, if its routers are plain modules such as nn.Linear, "
             'name them: attach(model, method, routers="*.gate", top_k=2, mask="attention_mask"); '
-            "or write the layer with moebalance.BalancedRouter. Before "
-            f"Transformers 5.6 many families have no router of their own; {version} is installed."
+            f"or write the layer with moebalance.BalancedRouter.{hint()}"
         )
     balanced = {site.name: _layer(site, method, fused=fused) for site in sites}
     balancing = Balancing(method, balanced, group=group)

@@ -1,5 +1,7 @@
 """What happens as a model is entered and left: tokens, prices, the batch's weight, its loss."""
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from moebalance.core.handle import Balancing
+from moebalance.integrations.copies import CopyReminder, Hook
 from moebalance.integrations.huggingface.forward import Context, Entrance, Forward
 from moebalance.integrations.huggingface.price import Policy, Prices
 from moebalance.integrations.huggingface.router_hook import RouterHook
@@ -18,8 +21,17 @@ from moebalance.integrations.huggingface.storage import home
 from moebalance.integrations.huggingface.tokens import layout
 from moebalance.integrations.reminders import CallReminder, StepReminder
 
+logger = logging.getLogger("moebalance")
 
-class ModelHooks:
+_UNDIVIDED = (
+    "moebalance: the trainer adds up the mean losses of %d micro-batches, so that a step's loss is "
+    "%d times a mean. Its compute_loss ignores num_items_in_batch, and nobody divides. The "
+    "balancing term stays a mean over the step, and is weaker next to this loss. Give "
+    "num_items_in_batch to the model, or set loss_is_scaled_for_ga = False in the trainer."
+)
+
+
+class ModelHooks(Hook):
     """Hooks on the entrances of a model, and what they share with those on its routers.
 
     Args:
@@ -52,11 +64,15 @@ class ModelHooks:
         self._shifts = {e.number: _shifts_labels(e.module) for e in entrances}
         self.micro_batches = 1
         """In this step, as its trainer says."""
+        self.scaler = 1.0
+        """What a gradient scaler multiplies the loss by, as its trainer says."""
+        self.undivided: bool | None = None
+        """Whether the trainer adds up means of micro-batches; None before the first backward."""
         self.divided_again = False
         """Whether the trainer divides by them a loss that knows the labels of its step already."""
         weights = [p for r in self.routers for p in r.site.router.parameters() if p.requires_grad]
         self.steps = StepReminder(weights[0] if weights else None)
-        self.calls = CallReminder()
+        self.calls, self.copies = CallReminder(), CopyReminder()
         self._blank = forward.context
         self._kept: Context | None = None
         self._called = 0
@@ -66,7 +82,7 @@ class ModelHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A module is entered."""
         given = entrance.named(args, kwargs)
-        trains = module.training and torch.is_grad_enabled()
+        trains = self._trains(module)
         if self.forward.enter(entrance, given):
             self._begin(module, trains=trains)
         if trains:
@@ -83,11 +99,17 @@ class ModelHooks:
     ) -> Any:
         """A module is left."""
         ends = self.forward.leave(entrance)
-        trains = module.training and torch.is_grad_enabled()
+        trains = self._trains(module)
         found = self._hand_out(output) if trains and (entrance.outermost or ends) else None
         if ends:
             self._end(module, trains=trains)
         return found
+
+    def _trains(self, module: nn.Module) -> bool:
+        trains = module.training and torch.is_grad_enabled()
+        if trains and self.at_rest:
+            self.copies.saw_training()
+        return trains and not self.at_rest
 
     def _weigh(self, given: Mapping[str, Any], *, shifted: bool) -> None:
         """Note this batch's share of its step's labels, if the trainer says how many there are."""
@@ -173,11 +195,30 @@ class ModelHooks:
         weighed = self.forward.context.weight is not None and not self.divided_again
         factor = 1 / self.micro_batches if weighed else 1.0
         if isinstance(output, ModelOutput) and isinstance(output.get("loss"), Tensor):
-            output["loss"] = self.balancing.follow(output["loss"], factor=factor)
+            output["loss"] = self._follow(output["loss"], factor)
             return output
         if isinstance(output, tuple) and isinstance(output[0], Tensor) and output[0].dim() == 0:
-            return (self.balancing.follow(output[0], factor=factor), *output[1:])
+            return (self._follow(output[0], factor), *output[1:])
         return None
+
+    def _follow(self, loss: Tensor, factor: float) -> Tensor:
+        a_mean = self.forward.context.weight is None and self.micro_batches > 1
+        doubtful = a_mean and self.undivided is not False and not torch.compiler.is_compiling()
+        if doubtful and loss.requires_grad:
+            # Called after the line below has noted the gradient, before any router's backward.
+            loss.register_hook(partial(self._divide, self.micro_batches))  # type: ignore[no-untyped-call]
+        return self.balancing.follow(loss, factor=factor)
+
+    def _divide(self, micro_batches: int, gradient: Tensor) -> None:
+        """Charge the mean over a step, where its trainer forgot to divide the loss."""
+        if self.undivided is None:
+            self.undivided = math.isclose(gradient.item(), self.scaler, rel_tol=1e-3)
+            if self.undivided:
+                logger.warning(_UNDIVIDED, micro_batches, micro_batches)
+        if self.undivided:
+            layers = self.balancing.layers.values()
+            for cell in {id(layer.loss_scale): layer.loss_scale for layer in layers}.values():
+                cell.div_(micro_batches)
 
 
 def _shifts_labels(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moebalance.integrations.huggingface.conventions import Answer, Convention
+from moebalance.integrations.huggingface.release import hint
 from moebalance.integrations.rule import Rule, recognise
 
 NATIVE_BIAS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -133,7 +134,7 @@ def unknown(name: str, router: nn.Module, why: str) -> ValueError:
         "Supported are routers that return (logits, weights, experts) with softmax or sigmoid "
         "affinities. If this one makes its logits with a single weight, name the weight and say "
         f"its rule: attach(…, routers=['{name}.weight'], num_experts=…, top_k=…, gate=…). To "
-        "balance the other routers alone, name them: attach(…, layers=[…])."
+        "balance the other routers alone, name them: attach(…, layers=[…])." + hint()
     )
 
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from moebalance.core.autograd import choose
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import top_experts
+from moebalance.integrations.copies import Hook, Origin
 from moebalance.integrations.huggingface.forward import Forward
 from moebalance.integrations.huggingface.instead import form_of
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.tokens import Layout, pack
 
 
-class RouterHook:
+class RouterHook(Hook):
     """Choose again under the price where the model does not, and count and charge in training.
 
     Args:
@@ -45,6 +46,14 @@ class RouterHook:
         self.calls = 0
         self.form = form_of(site) if reselect else None
         self.answered = False
+        self.origin: Origin | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RouterHook":
+        """Come to rest, and remember where from."""
+        twin = super().__deepcopy__(memo)
+        twin.layer.watched = twin.layer.weighing = None
+        twin.origin = self.origin or Origin(self.layer, self.site.router.parameters())
+        return twin
 
     def after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Choose again if the method says so, and inject in training."""
@@ -57,7 +66,7 @@ class RouterHook:
             return output
         self._called()
         self._follow(logits)
-        training = router.training and torch.is_grad_enabled()
+        training = self._trains(router)
         layout = self._layout(logits, strict=training)
         if self.reselect and not self.forward.reference:
             preference = self.layer.preference(logits, layout.mask, training=router.training)
@@ -97,7 +106,7 @@ class RouterHook:
         assert form is not None
         logits = form.logits(router, hidden)
         self._follow(logits)
-        training = router.training and torch.is_grad_enabled()
+        training = self._trains(router)
         layout = self._layout(logits, strict=training)
         preference = layer.preference(logits, layout.mask, training=router.training)
         if preference is None:  # as Sinkhorn in evaluation
@@ -125,10 +134,18 @@ class RouterHook:
         if not torch.compiler.is_compiling():
             self.calls += 1
 
+    def _trains(self, router: nn.Module) -> bool:
+        """Whether this call is counted and charged."""
+        return router.training and torch.is_grad_enabled() and not self.at_rest
+
     def _follow(self, logits: Tensor) -> None:
-        """Move the state to the logits."""
-        if not torch.compiler.is_compiling() and self.layer.running.device != logits.device:
+        """Move the state to the logits; that of an averaged copy follows the original's."""
+        if torch.compiler.is_compiling():
+            return
+        if self.layer.running.device != logits.device:
             self.place({self.layer.name: logits.device})
+        if self.origin is not None and self.reselect:
+            self.origin.follow(self.layer, self.site.router.parameters())
 
     def _weight(self, logits: Tensor) -> Tensor | None:
         weight = self.forward.context.weight

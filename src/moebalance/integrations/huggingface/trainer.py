@@ -132,6 +132,7 @@ class BalanceCallback(Reporting):
         self._hooks = hooks_of(kwargs["model"])
         for hooks in self._hooks:
             hooks.divided_again = getattr(trainer, "loss_is_scaled_for_ga", None) is False
+            hooks.undivided = None
         self.balancing.on_detach(partial(self._rate, 1))
         self._scale(kwargs.get("optimizer"))
         self.balancing.discard()
@@ -184,13 +185,13 @@ class BalanceCallback(Reporting):
             self.balancing.on_detach(self._unfollow)
 
     def _scale(self, optimizer: Any) -> None:
-        micro_batches = self._epoch.micro_batches
-        self._rate(micro_batches)
-        self.balancing.set_loss_scale(scaler_factor(optimizer) / micro_batches)
+        micro_batches, scaler = self._epoch.micro_batches, scaler_factor(optimizer)
+        self._rate(micro_batches, scaler)
+        self.balancing.set_loss_scale(scaler / micro_batches)
 
-    def _rate(self, micro_batches: int) -> None:
+    def _rate(self, micro_batches: int, scaler: float = 1.0) -> None:
         for hooks in self._hooks:
-            hooks.micro_batches = micro_batches
+            hooks.micro_batches, hooks.scaler = micro_batches, scaler
 
 
 def _tied(balancing: Balancing | None, model: nn.Module) -> Iterator[tuple[str, LayerBalance]]:

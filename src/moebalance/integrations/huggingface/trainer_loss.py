@@ -16,6 +16,10 @@ the number of micro-batches of this very step, n_i of N labels are in micro-batc
   R_i weighs n_i/N. So it does where the Trainer divides such a loss once more
   (`loss_is_scaled_for_ga = False`), by A.
 
+- `compute_loss` that calls the model without `num_items_in_batch` and returns its loss, a mean of
+  the micro-batch. The Trainer then divides by A or does not: it thinks that the loss knows the
+  labels of the step, and adds up A means. R_i weighs 1/A, and a warning says so once.
+
 So the weights of a step sum to 1 everywhere. A gradient scaler multiplies all of them.
 """
 
@@ -158,7 +162,9 @@ def follow_outputs(args: Any, model: nn.Module, balancing: Balancing) -> Callabl
             return None
         return given, {**kwargs, "output_router_logits": False}
 
-    def after(model: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(
+        module: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         log_probs = output.get("log_probs") if isinstance(output, ModelOutput) else None
         if not isinstance(log_probs, Tensor):
             return None
@@ -168,7 +174,8 @@ def follow_outputs(args: Any, model: nn.Module, balancing: Balancing) -> Callabl
             output["loss"] = output["loss"].detach()
         if output.get("aux_loss") is None:
             output["aux_loss"] = log_probs.new_zeros(())
-        if token_mean and model.training and torch.is_grad_enabled():
+        # A copy of the model has this hook, too.
+        if token_mean and module is model and module.training and torch.is_grad_enabled():
             layers = balancing.layers.values()
             cells = {id(layer.loss_scale): layer.loss_scale for layer in layers}
             output["log_probs"] = cast(

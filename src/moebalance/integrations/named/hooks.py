@@ -12,6 +12,7 @@ logits that are left are unchanged, and so are the K weights that follow from th
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.core.sequences import Lay, packed
 from moebalance.gates import top_experts
+from moebalance.integrations.copies import CopyReminder, Hook, Origin, release
 from moebalance.integrations.named.evidence import Witness
 from moebalance.integrations.named.finding import Named, Rule
 from moebalance.integrations.named.places import listen
@@ -51,6 +53,7 @@ def attach(
 ) -> Balancing:
     """Balance modules that return logits; see `moebalance.attach`."""
     check_weights(method, how)
+    release(model)
     _refuse_second(routers)
     _refuse_compiled(model)
     surround = Surround(model, how.mask, how.cu_seqlens)
@@ -68,7 +71,7 @@ def attach(
     balancing.on_step(reminder.saw_step)
     for place, one in enumerate(routers):
         counts = reminder if place == 0 else None
-        hook = LogitHook(balancing, layers[one.name], how, surround, counts)
+        hook = LogitHook(balancing, layers[one.name], how, surround, counts, one.weights)
         _BALANCED.setdefault(one.module, set()).add(one.member)
         balancing.on_detach(partial(_BALANCED[one.module].discard, one.member))
         balancing.on_detach(listen(one.module, one.member, one.num_experts, hook.after))
@@ -98,7 +101,7 @@ def check_weights(method: Method, how: Rule) -> None:
     )
 
 
-class LogitHook:
+class LogitHook(Hook):
     """What happens after each call of one router.
 
     Args:
@@ -107,6 +110,7 @@ class LogitHook:
         how: how the layer chooses.
         surround: what the model's call tells of the tokens.
         reminder: told of each training forward; None for none.
+        weights: that the logits are made with.
     """
 
     def __init__(
@@ -116,10 +120,20 @@ class LogitHook:
         how: Rule,
         surround: Surround,
         reminder: StepReminder | None,
+        weights: Sequence[Tensor] = (),
     ) -> None:
         self.balancing, self.layer, self.how = balancing, layer, how
         self.surround, self.reminder = surround, reminder
         self.witness = Witness(layer.name, how)
+        self.weights, self.copies = list(weights), CopyReminder()
+        self.origin: Origin | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LogitHook:
+        """Come to rest, and remember where from."""
+        twin = super().__deepcopy__(memo)
+        twin.layer.watched = twin.layer.weighing = None
+        twin.origin = self.origin or Origin(self.layer, self.weights)
+        return twin
 
     def after(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Choose, count and charge; return the output with other logits, or None to keep it."""
@@ -128,7 +142,7 @@ class LogitHook:
             return None
         self._follow(router, logits)
         flat = logits.reshape(-1, self.layer.num_experts)  # (T,E)
-        training = router.training and torch.is_grad_enabled()
+        training = router.training and torch.is_grad_enabled() and not self.at_rest
         lay = self._lay(logits, flat, strict=training)
         mask = lay.mask
         experts = self._choose(flat, mask, training=router.training)
@@ -166,8 +180,11 @@ class LogitHook:
             return
         if self.layer.running.device != logits.device:
             self.balancing.place({self.layer.name: logits.device})
+        if self.origin is not None and self.layer.traits.selects:
+            self.origin.follow(self.layer, self.weights)
         if self.reminder is not None and router.training and torch.is_grad_enabled():
-            self.reminder.saw_forward()
+            told = self.copies.saw_training if self.at_rest else self.reminder.saw_forward
+            told()
 
     @torch.no_grad()
     def _choose(

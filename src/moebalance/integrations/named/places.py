@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from moebalance.integrations.copies import Hook
+
 After = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 """What is called with a module, its arguments and its output; None to keep the output."""
 
@@ -62,18 +64,31 @@ def listen(module: nn.Module, member: str | None, experts: int, after: After) ->
 
 
 def _wrap(module: nn.Module, member: str, after: After) -> Callable[[], None]:
-    inner = getattr(module, member)
-
-    def listened(*args: Any, **kwargs: Any) -> Any:
-        output = inner(*args, **kwargs)
-        changed = after(module, args, output)
-        return output if changed is None else changed
-
-    module.__dict__[member] = listened
+    module.__dict__[member] = _Wrapped(module, member, after)
     return partial(delattr, module, member)
 
 
-class _Uses(TorchFunctionMode):
+class _Wrapped(Hook):
+    """A method of a module, and what is called after it.
+
+    Args:
+        module: the module.
+        member: the method's name.
+        after: what to call with its output.
+    """
+
+    def __init__(self, module: nn.Module, member: str, after: After) -> None:
+        self.module, self.after = module, after
+        self.inner = getattr(module, member)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method, and what comes after it."""
+        output = self.inner(*args, **kwargs)
+        changed = self.after(self.module, args, output)
+        return output if changed is None else changed
+
+
+class _Uses(Hook, TorchFunctionMode):
     """Look at what a module's forward computes of one of its parameters.
 
     Args:

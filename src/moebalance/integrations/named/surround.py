@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from moebalance.integrations.copies import Hook
 from moebalance.routing import real_tokens
 
 logger = logging.getLogger("moebalance")
@@ -38,7 +39,7 @@ class Call(NamedTuple):
     bounds: Int[Tensor, "bounds"] | None = None
 
 
-class Surround:
+class Surround(Hook):
     """The call of the model that is in progress, in forward or in backward.
 
     Args:
