@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cases import METHODS, random_logits, tensors
-from kernel_processes import caller, process
 from moebalance.core.packing import packed_size
 from moebalance.core.state import method_name
 from moebalance.gates import Gate, Sigmoid, Softmax
@@ -64,12 +63,6 @@ def trained(
             router.commit()
     seen["state"] = [*tensors(router.state), router.last_step]
     return seen
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 FEW = [

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from cases import random_logits
-from kernel_processes import caller, process
 from moebalance.core.state import method_name
 from moebalance.gates import Gate, GroupLimit, Sigmoid, Softmax
 from moebalance.kernels.plain import ranking
@@ -76,12 +75,6 @@ def test_groups_that_are_all_kept_limit_nothing():
 def test_a_limit_that_does_not_fit_is_refused(limit):
     with pytest.raises(ValueError, match=re.escape(str(limit))):
         BalancedRouter(NoBalancing(), EXPERTS, TOP_K, limit=limit)
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 def trained(method: Method, gate: Gate, limit: GroupLimit, *, fused: bool):

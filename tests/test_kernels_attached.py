@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from cases import skewed_state
 from families import tiny
-from kernel_processes import caller, process
 from moebalance import BalancedRouter, attach, kernels
 from moebalance.core.layer import LayerBalance
 from moebalance.core.packing import pack
@@ -21,13 +20,6 @@ from moebalance.routing import measure, route
 
 GATES = [Softmax(), Sigmoid()]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    """Call a function where Triton interprets."""
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 @settings(max_examples=40)

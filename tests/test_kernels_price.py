@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cases import skewed_state
-from kernel_processes import caller, process
 from moebalance import BalancedRouter, kernels
 from moebalance.core.autograd import Pass, Tally, settle
 from moebalance.gates import Softmax
@@ -27,12 +26,6 @@ from moebalance.methods import (
 from moebalance.potentials import Euclidean, NegativeEntropy, Softplus
 
 STEPS = {"first step": (0, 0), "one batch a step": (64, 1), "four batches a step": (200, 4)}
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 def charged(
