@@ -13,7 +13,7 @@ from cases import (
     OF_EIGHT,
     tensors,
 )
-from moebalance.methods import Method
+from moebalance import Method
 from moebalance.routing import Routing
 
 every_method = pytest.mark.parametrize(

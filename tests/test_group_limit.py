@@ -8,11 +8,20 @@ import pytest
 import torch
 
 from cases import random_logits
+from moebalance import (
+    BalancedRouter,
+    GroupLimit,
+    LossFree,
+    Method,
+    NoBalancing,
+    PhiBalancing,
+    Sigmoid,
+    Sinkhorn,
+    Softmax,
+)
 from moebalance.core.state import method_name
-from moebalance.gates import Gate, GroupLimit, Sigmoid, Softmax
+from moebalance.gates import Gate
 from moebalance.kernels.plain import ranking
-from moebalance.methods import LossFree, Method, NoBalancing, PhiBalancing, Sinkhorn
-from moebalance.router import BalancedRouter
 
 TOKENS, EXPERTS, TOP_K = 65, 24, 5
 LIMITS = [GroupLimit(6, 3), GroupLimit(6, 2, best=1), GroupLimit(3, 1, best=4)]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebalance.gates import GroupLimit, Sigmoid, Softmax, SqrtSoftplus
+from moebalance import GroupLimit, Sigmoid, Softmax, SqrtSoftplus
 from moebalance.kernels import choose, plain, pull_back, router, supported, tiling
 
 GATES = [Softmax(), Sigmoid()]

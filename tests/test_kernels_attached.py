@@ -9,13 +9,21 @@ from hypothesis import strategies as st
 
 from cases import skewed_state
 from families import tiny
-from moebalance import BalancedRouter, attach, kernels
+from moebalance import (
+    BalancedRouter,
+    LossFree,
+    PhiBalancing,
+    SequenceLoss,
+    Sigmoid,
+    Softmax,
+    SwitchLoss,
+    attach,
+    kernels,
+)
 from moebalance.core.layer import LayerBalance
 from moebalance.core.packing import pack
-from moebalance.gates import Sigmoid, Softmax
 from moebalance.kernels import attached, price
 from moebalance.lab.bench.traffic import traffic
-from moebalance.methods import LossFree, PhiBalancing, SequenceLoss, SwitchLoss
 from moebalance.routing import measure, route
 
 GATES = [Softmax(), Sigmoid()]

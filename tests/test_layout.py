@@ -35,7 +35,7 @@ from layouts import (
     difference,
     train_all,
 )
-from moebalance.methods import LossFree, Sinkhorn, Together
+from moebalance import LossFree, Sinkhorn, Together
 from processes import run
 
 ADDITIVE = [name for name, method in METHODS.items() if additive(method)]

@@ -17,8 +17,7 @@ from layouts import (
     SAME_GRADIENT,
     SAME_STATE,
 )
-from moebalance.core.handle import Balancing
-from moebalance.methods import GlobalBatchLoss, LossFree, PhiBalancing
+from moebalance import Balancing, GlobalBatchLoss, LossFree, PhiBalancing
 from processes import Collectives, run
 
 

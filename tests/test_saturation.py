@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import moebalance as mb
 from cases import METHODS
-from moebalance.gates import Gate, GroupLimit, top_experts
+from moebalance import GroupLimit
+from moebalance.gates import Gate, top_experts
 from moebalance.kernels import choose, plain
 
 TOKENS, EXPERTS, TOP_K = 256, 16, 2
