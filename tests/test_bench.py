@@ -15,14 +15,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from evidence.gpu_page import write_gpu_page
+from moebalance import NoBalancing, PhiBalancing, SwitchLoss
 from moebalance.kernels.tiling import tile
 from moebalance.lab.bench import RULES, Case, StepCase, measure_routers, measure_steps, write_page
 from moebalance.lab.bench import timing as clock
-from moebalance.lab.bench.gpu_page import write_gpu_page
 from moebalance.lab.bench.timing import BARE, NULL, interleaved
 from moebalance.lab.bench.variants import STRENGTH, Attached, BareRouter, Ours, others
 from moebalance.lab.cli import app
-from moebalance.methods import NoBalancing, PhiBalancing, SwitchLoss
 
 EXPERTS, TOP_K = 16, 4
 ROOT = Path(__file__).parents[1]
