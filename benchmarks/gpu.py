@@ -14,7 +14,6 @@ Times are the device's own: replays of a CUDA graph, or launches without a gap b
 router's part also has the time with the host in it, as eager training has where it waits for none.
 
     PYTHONPATH=src python benchmarks/gpu.py [results.json [part …]]
-    PYTHONPATH=src python benchmarks/gpu.py --page results.json page.md
 
 Where the source tree comes without its history, COMMIT in the environment says which one it is.
 Results go to benchmarks/results/gpu.json if no file is named. Their `targets` say in a line
@@ -40,7 +39,6 @@ import moebalance as mb
 from moebalance import kernels
 from moebalance.gates import Gate, Sigmoid, Softmax
 from moebalance.lab.bench import Case, StepCase, describe_machine, measure_routers, measure_steps
-from moebalance.lab.bench.gpu_page import write_gpu_page
 from moebalance.lab.bench.timing import BARE, NULL, captured, interleaved
 from moebalance.lab.bench.variants import Ours
 
@@ -354,8 +352,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
         found = PARTS[sys.argv[2]]()
         Path(sys.argv[3]).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-    elif sys.argv[1:2] == ["--page"]:
-        write_gpu_page(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), sys.argv[3])
     else:
         default = Path(__file__).parent / "results" / "gpu.json"
         main(Path(sys.argv[1]) if sys.argv[1:] else default, sys.argv[2:] or list(PARTS))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from evidence.chapter import Claim, Finding, text
 from evidence.chapters import CHAPTERS
+from evidence.gpu_page import write_gpu_page
 from evidence.keep import TABLES, load
 from evidence.study import Studies
-from moebalance.lab.bench import write_gpu_page
 from moebalance.lab.bench import write_page as write_cost_page
 from moebalance.report import write_figure, write_markdown
 from moebalance.report.canvas import save

@@ -11,32 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebalance.gates import Gate, Sigmoid, Softmax
-from moebalance.methods import (
+from moebalance import (
     SMEBU,
     EmaSwitchLoss,
+    Euclidean,
     GlobalBatchLoss,
     LossFree,
     MaxVio,
     Method,
+    NegativeEntropy,
     NoBalancing,
     PhiBalancing,
     PlugInLoss,
     QuantileBalancing,
     Scheduled,
     SequenceLoss,
+    Sigmoid,
     Sinkhorn,
+    Softmax,
     SwitchLoss,
     Targeted,
     Together,
     ZLoss,
-    observe,
 )
+from moebalance.gates import Gate
+from moebalance.methods import observe
 from moebalance.potentials import (
-    Euclidean,
     LogCosh,
     LpNorm,
-    NegativeEntropy,
     Potential,
     PseudoHuber,
     Renyi,

@@ -12,7 +12,6 @@ from transformers import Trainer
 
 import moebalance as mb
 from families import tiny
-from moebalance.integrations.huggingface import find_sites
 from moebalance.lab.doctor import Diagnosis, Severity
 from training import Rows, arguments, light_collections
 
@@ -28,7 +27,7 @@ def worst(diagnosis: Diagnosis) -> tuple[Severity, str]:
 def saved(folder: Path, family: str, biases: Callable[[Tensor], Tensor] | None = None) -> Path:
     """A checkpoint of a tiny model, its selection biases made by `biases` from zeros."""
     model = tiny(family)
-    for site in find_sites(model):
+    for site in mb.huggingface.find_sites(model):
         if biases is not None and site.bias is not None:
             site.bias.data = biases(site.bias.data)
     model.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """One thread a process, one profile for all property tests, and the fixtures that files share."""
 
 import gc
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import hypothesis
 import pytest
 import torch
 
+from forks import FORKS
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process, not in a pool of new ones
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("moebalance", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("moebalance")
@@ -53,3 +57,18 @@ def runs(tmp_path_factory):
     from synthetic_runs import write_runs
 
     return find_runs(write_runs(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of a comparison need not import torch."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKS)
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Call a function where Triton interprets: another process, one for all files."""
+    from kernel_processes import caller, process
+
+    with process({"TRITON_INTERPRET": "1"}) as pool:
+        yield caller(pool)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import moebalance as mb
 from families import EXPECTED, loss, tiny, tokens
-from moebalance.integrations.huggingface import Site, find_sites
 from moebalance.integrations.huggingface.scan import open_weights
 from moebalance.lab.doctor.weights import check_resuming
 
@@ -55,11 +54,11 @@ def examine(family: str, *, brief: bool = False, whole: bool = True) -> Row:
     Args:
         family: one of `families.FAMILIES`.
         brief: leave out what depends on the release of Transformers: compiling and resuming.
-        whole: compile the whole model; else its MoE blocks, which takes a tenth of the time.
+        whole: compile the whole model; else a MoE block of each kind, in a tenth of the time.
     """
     resumes = "–" if brief else check_resuming_trainer(family)
     try:
-        sites = find_sites(tiny(family))
+        sites = mb.huggingface.find_sites(tiny(family))
     except ValueError as refusal:
         _, known, reason = str(refusal).partition("cannot be balanced: ")
         if not known:
@@ -83,7 +82,7 @@ def examine(family: str, *, brief: bool = False, whole: bool = True) -> Row:
     return Row(family, found, gate, "yes", lever, checkpointing, compiling, resumes, verdict)
 
 
-def check_sites(family: str, sites: list[Site]) -> str:
+def check_sites(family: str, sites: list[mb.huggingface.Site]) -> str:
     """Every router is found, with its number of experts and of choices."""
     expected = EXPECTED[family]
     fixed = 1 if family == "deepseek_v4" else 0  # its first layer routes by a table
@@ -95,7 +94,7 @@ def check_sites(family: str, sites: list[Site]) -> str:
     return f"{len(sites)} of {expected.routers}{note}"
 
 
-def check_gradient(family: str, sites: list[Site]) -> None:
+def check_gradient(family: str, sites: list[mb.huggingface.Site]) -> None:
     """The injected gradient equals the explicit term, on every parameter of every router."""
     ids, model, method = tokens(), tiny(family), phi(family)
     names = [site.name for site in sites]
@@ -150,7 +149,7 @@ def check_selection(family: str) -> str:
     """A price moves the choice and leaves the weights of who stays to the affinities alone."""
     model, ids = tiny(family).eval(), tokens()
     method = mb.LossFree(speed=10.0, proportions=EXPECTED[family].shares)
-    site = find_sites(model)[0]
+    site = mb.huggingface.find_sites(model)[0]
     if site.bias is None and site.why_fixed:
         with pytest.raises(ValueError, match=site.why_fixed):
             mb.attach(model, method)
@@ -241,9 +240,11 @@ def check_compile(family: str, *, whole: bool = True) -> str:
     """A compiled model counts and charges alike, and hooks add no graph break to its own."""
 
     def compile(model: nn.Module) -> None:
-        blocks = {site.name.rpartition(".")[0] for site in find_sites(model)}
-        for name in [""] if whole else blocks:
-            model.get_submodule(name).compile(backend="eager")
+        names = [site.name.rpartition(".")[0] for site in mb.huggingface.find_sites(model)]
+        # The second block of a kind would only be traced again.
+        blocks = {type(block): block for block in map(model.get_submodule, names)}
+        for module in [model] if whole else blocks.values():
+            module.compile(backend="eager")
 
     def attached() -> None:
         same(trained(family, compile), trained(family, lambda model: None))
@@ -271,7 +272,7 @@ def graph_breaks(run: Callable[[], None]) -> set[str]:
 def trained(family: str, prepare: Callable[[nn.Module], None]) -> tuple[list[Tensor], list[Tensor]]:
     """Counts of one training step and the routers' gradients."""
     model = tiny(family)
-    sites = find_sites(model)
+    sites = mb.huggingface.find_sites(model)
     with mb.attach(model, phi(family)) as balancing:
         prepare(model)
         task_loss(model, tokens()).backward()
@@ -311,9 +312,9 @@ def watch(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Keep each router's answers, with its site."""
     seen: dict[str, Any] = {}
     handles = []
-    for site in find_sites(model):
+    for site in mb.huggingface.find_sites(model):
 
-        def keep(_: nn.Module, __: Any, output: Any, site: Site = site) -> None:
+        def keep(_: nn.Module, __: Any, output: Any, site: mb.huggingface.Site = site) -> None:
             seen.setdefault(site.name, ([], site))[0].append(site.read(output))
 
         handles.append(site.router.register_forward_hook(keep))

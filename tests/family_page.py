@@ -23,7 +23,6 @@ import moebalance as mb
 from families import COMMON, FAMILIES, tiny
 from family_checks import Row, examine, phi
 from family_configs import NEWER_FAMILIES
-from moebalance.integrations.huggingface import find_sites
 
 ROOT = Path(__file__).parents[1]
 PAGE, COUNTS = ROOT / "docs" / "families.md", ROOT / "evidence" / "results" / "families"
@@ -67,7 +66,7 @@ def count() -> Count:
         except _ERRORS:
             continue
         try:
-            if not find_sites(model):
+            if not mb.huggingface.find_sites(model):
                 found.without_router.append(family)
                 continue
             mb.attach(model, phi(family))

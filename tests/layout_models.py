@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moebalance.methods import Method
-from moebalance.router import BalancedRouter
+from moebalance import BalancedRouter, Method
 
 EXPERTS, WIDTH, HIDDEN, TOP_K, LAYERS = 8, 6, 4, 2, 2
 

@@ -21,7 +21,7 @@ import moebalance as mb
 from cases import METHODS, POTENTIALS
 from layout_cases import ALONE, LENGTH, ONE, PAIRS, QUADS, SEQUENCES, Layout
 from layout_models import TOP_K, WIDTH, Stack, losses
-from moebalance.methods import Method
+from moebalance import Method
 from processes import run
 
 STEPS = 3

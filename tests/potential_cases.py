@@ -9,11 +9,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from moebalance import Euclidean, NegativeEntropy
 from moebalance.potentials import (
-    Euclidean,
     LogCosh,
     LpNorm,
-    NegativeEntropy,
     Potential,
     PseudoHuber,
     Renyi,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from forks import FORKS
 
 CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 COLLECTIVE_S = 20
@@ -76,10 +77,9 @@ def run(work: Callable[..., Any], ranks: int, *args: Any, limit_s: float = 150) 
 
 def outcomes(work: Callable[..., Any], ranks: int, *args: Any, limit_s: float = 150) -> list[Any]:
     """As `run`, but a rank that raised, died or hung answers with a `Failure`."""
-    start = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            start.Process(target=_rank, args=(rank, ranks, folder, work, args), daemon=True)
+            FORKS.Process(target=_rank, args=(rank, ranks, folder, work, args), daemon=True)
             for rank in range(ranks)
         ]
         for process in processes:

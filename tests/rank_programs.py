@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moebalance.core.handle import Balancing
+from moebalance import Balancing, Method
 from moebalance.core.layer import LayerBalance
-from moebalance.methods import Method
 from moebalance.routing import Sums
 from threads import town
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moebalance.methods import PhiBalancing
+from moebalance import PhiBalancing
 from moebalance.potentials import Potential
 from moebalance.routing import Sums
 

@@ -6,12 +6,18 @@ import pytest
 import torch
 
 from cases import METHODS, random_logits, tensors
-from kernel_processes import caller, process
+from moebalance import (
+    BalancedRouter,
+    LossFree,
+    PhiBalancing,
+    Sigmoid,
+    Softmax,
+    SwitchLoss,
+    Together,
+)
 from moebalance.core.packing import packed_size
 from moebalance.core.state import method_name
-from moebalance.gates import Gate, Sigmoid, Softmax
-from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
-from moebalance.router import BalancedRouter
+from moebalance.gates import Gate
 from moebalance.routing import Batch
 
 TOKENS, EXPERTS, TOP_K = 33, 12, 3
@@ -64,12 +70,6 @@ def trained(
             router.commit()
     seen["state"] = [*tensors(router.state), router.last_step]
     return seen
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 FEW = [

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moebalance import (
+    LossFree,
+    NegativeEntropy,
+    PhiBalancing,
+    SequenceLoss,
+    SwitchLoss,
+    Together,
+    ZLoss,
+)
 from moebalance.core.state import method_name
-from moebalance.methods import LossFree, PhiBalancing, SequenceLoss, SwitchLoss, Together, ZLoss
-from moebalance.potentials import NegativeEntropy
 from tiny_moe import TinyMoE, close, gradients, handle, hidden
 
 # torch.compile's own: Dynamo instantiates the functions that it traces.

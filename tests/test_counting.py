@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import plain_top_k, tensors
+from moebalance import BalancedRouter, LossFree, QuantileBalancing, SwitchLoss, Together
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import method_name
-from moebalance.methods import LossFree, QuantileBalancing, SwitchLoss, Together, observe
-from moebalance.router import BalancedRouter
+from moebalance.methods import observe
 from moebalance.routing import measure
 from tiny_moe import EXPERTS, PHI, TOP_K, TinyMoE, close, hidden, same
 

@@ -10,7 +10,6 @@ import pytest
 import moebalance as mb
 from checkpoints import checkpoint, drop_biases, edit, texts, worst
 from families import COMMON, EXPECTED, tiny, tokens
-from moebalance.integrations.huggingface import find_sites
 from moebalance.lab.doctor import Diagnosis, Severity, diagnose, render
 
 # --- Models -------------------------------------------------------------------------------------
@@ -28,7 +27,7 @@ def test_every_family_is_read_from_its_configuration_alone(tmp_path: Path, famil
         assert group.num_experts == EXPECTED[family].num_experts
         assert group.top_k == EXPECTED[family].top_k
     assert not found.failed
-    biased = any(site.bias is not None for site in find_sites(model))
+    biased = any(site.bias is not None for site in mb.huggingface.find_sites(model))
     assert all(group.selection.startswith("native") == biased for group in found.routers)
 
 

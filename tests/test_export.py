@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 import moebalance as mb
 from families import FAMILIES, loss, tiny, tokens
-from moebalance.integrations.huggingface import check_export, export, find_sites
 from moebalance.integrations.huggingface.exporting import rounding
 from training import Rows, arguments, light_collections
 
@@ -69,10 +68,10 @@ def test_a_trained_price_comes_back_from_an_export_bit_for_bit(
 ) -> None:
     model, balancing = trained(family, method)
     before = outputs(model)
-    assert export(model, balancing, tmp_path) == tmp_path
+    assert mb.huggingface.export(model, balancing, tmp_path) == tmp_path
     assert torch.equal(outputs(loaded(tmp_path)), before)
     assert torch.equal(outputs(model), before)  # detached, and routing on as trained
-    assert any(bool(site.bias.any()) for site in find_sites(model))
+    assert any(bool(site.bias.any()) for site in mb.huggingface.find_sites(model))
 
 
 def test_every_family_with_a_bias_exports_its_price(tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_every_family_with_a_bias_exports_its_price(tmp_path: Path) -> None:
             balancing.step()
         with torch.no_grad():
             before = loss(model.eval(), ids)
-            export(model, balancing, tmp_path / family)
+            mb.huggingface.export(model, balancing, tmp_path / family)
             after = loss(type(model).from_pretrained(tmp_path / family).eval(), ids)
         assert torch.equal(after, before), family
         exported.append(family)
@@ -107,7 +106,7 @@ def test_saving_while_attached_saves_the_price_too(tmp_path: Path, family: str) 
 def test_a_sharded_export_is_read_back_whole(tmp_path: Path) -> None:
     model, balancing = trained("deepseek_v3", PRICED[0])
     before = outputs(model)
-    export(model, balancing, tmp_path, max_shard_size="20KB")
+    mb.huggingface.export(model, balancing, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert torch.equal(outputs(loaded(tmp_path)), before)
 
@@ -116,7 +115,7 @@ def test_an_export_leaves_the_native_loss_as_it_was_configured(tmp_path: Path) -
     model = tiny("minimax_m2", output_router_logits=True)
     balancing = mb.attach(model, PRICED[0])
     step(model, balancing, 1)
-    export(model, balancing, tmp_path)
+    mb.huggingface.export(model, balancing, tmp_path)
     assert loaded(tmp_path).config.output_router_logits
 
 
@@ -125,7 +124,7 @@ def test_detaching_restores_the_bias_unless_the_price_is_kept() -> None:
         model, balancing = trained("deepseek_v3", PRICED[0])
         prices = {name: layer.price for name, layer in balancing.layers.items()}
         balancing.detach(keep_price=keep)
-        for site in find_sites(model):
+        for site in mb.huggingface.find_sites(model):
             expected = -prices[site.name] if keep else torch.zeros(site.num_experts)
             assert torch.equal(site.bias, expected)
 
@@ -142,7 +141,7 @@ def test_a_file_without_the_price_is_noticed(
 
     monkeypatch.setattr(model, "save_pretrained", lossy)
     with pytest.raises(RuntimeError, match=r"without the trained selection bias of model\."):
-        export(model, balancing, tmp_path)
+        mb.huggingface.export(model, balancing, tmp_path)
 
 
 # --- Families without ---------------------------------------------------------------------------
@@ -155,7 +154,7 @@ def test_an_export_without_a_place_for_the_price_is_refused_and_nothing_is_done(
     model, balancing = trained("olmoe", method)
     before = outputs(model)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate and 1 more have no select"):
-        export(model, balancing, tmp_path / "out")
+        mb.huggingface.export(model, balancing, tmp_path / "out")
     with pytest.raises(ValueError, match="no selection bias"):
         balancing.detach(keep_price=True)
     assert not (tmp_path / "out").exists()
@@ -167,19 +166,21 @@ def test_an_export_without_a_place_for_the_price_is_refused_and_nothing_is_done(
 def test_methods_without_a_price_export_anywhere(tmp_path: Path, method: mb.Method) -> None:
     model, balancing = trained("olmoe", method)
     before = outputs(model)
-    export(model, balancing, tmp_path)
+    mb.huggingface.export(model, balancing, tmp_path)
     assert torch.equal(outputs(loaded(tmp_path)), before)
 
 
 def test_a_price_that_moves_no_choice_may_be_left_behind(tmp_path: Path) -> None:
     model = tiny("olmoe")
-    check_export(model, mb.attach(model, mb.LossFree()))  # no step yet: every price is 0
+    mb.huggingface.check_export(
+        model, mb.attach(model, mb.LossFree())
+    )  # no step yet: every price is 0
 
 
 def test_a_handle_of_another_model_is_refused() -> None:
     _, balancing = trained("olmoe", mb.PhiBalancing(), steps=0)
     with pytest.raises(ValueError, match=r"This handle balances model\.layers\.0\.mlp\.gate"):
-        check_export(tiny("jamba"), balancing)
+        mb.huggingface.check_export(tiny("jamba"), balancing)
 
 
 # --- Saving by hands that are not ours ----------------------------------------------------------
@@ -250,7 +251,7 @@ def test_a_bias_in_low_precision_is_warned_about_in_numbers(
     model, balancing = trained("minimax_m2", mb.LossFree(speed=0.3), steps=1, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING, "moebalance"):
         model.state_dict()
-        export(model, balancing, tmp_path)
+        mb.huggingface.export(model, balancing, tmp_path)
     (message,) = warnings_of(caplog)
     # Prices of ±0.3: bfloat16 has steps of 2⁻⁹ there, and makes 0.30078 of it.
     assert "is bfloat16. Its price is rounded to steps of 0.002, 2 times" in message
@@ -261,13 +262,13 @@ def test_one_tensor_in_float32_exports_exactly_from_a_bfloat16_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny("minimax_m2").bfloat16()
-    for site in find_sites(model):
+    for site in mb.huggingface.find_sites(model):
         site.bias.data = site.bias.data.float()
     balancing = mb.attach(model, mb.LossFree(speed=0.3))
     step(model, balancing, 1)
     prices = [layer.price for layer in balancing.layers.values()]
     with caplog.at_level(logging.WARNING, "moebalance"):
-        export(model, balancing, tmp_path)
+        mb.huggingface.export(model, balancing, tmp_path)
     assert warnings_of(caplog) == []
     stored = load_file(tmp_path / "model.safetensors")
     biases = [tensor for key, tensor in sorted(stored.items()) if "correction" in key]
@@ -295,7 +296,7 @@ def test_an_adapter_that_leaves_the_price_in_the_base_model_is_refused(
 ) -> None:
     model, balancing = adapted()
     with pytest.raises(ValueError, match="An adapter holds what it trains: merge it"):
-        export(model, balancing, tmp_path)
+        mb.huggingface.export(model, balancing, tmp_path)
     with caplog.at_level(logging.WARNING, "moebalance"):
         model.save_pretrained(tmp_path)
     (message,) = warnings_of(caplog)
@@ -310,13 +311,13 @@ def test_merging_the_adapter_keeps_the_price(tmp_path: Path) -> None:
     balancing.detach(keep_price=True)
     model.merge_and_unload().save_pretrained(tmp_path)
     torch.testing.assert_close(outputs(loaded(tmp_path)), before)
-    assert any(bool(site.bias.any()) for site in find_sites(loaded(tmp_path)))
+    assert any(bool(site.bias.any()) for site in mb.huggingface.find_sites(loaded(tmp_path)))
 
 
 @PEFT
 def test_an_adapter_that_saves_the_router_saves_the_price(tmp_path: Path) -> None:
     model, balancing = adapted(modules_to_save=["gate"])
     before = outputs(model)
-    export(model, balancing, tmp_path)
+    mb.huggingface.export(model, balancing, tmp_path)
     again = PeftModel.from_pretrained(tiny("deepseek_v3"), tmp_path).eval()
     assert torch.equal(outputs(again), before)

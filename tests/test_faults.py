@@ -17,9 +17,8 @@ from torch import Tensor
 import moebalance as mb
 from cases import plain_top_k
 from layout_models import WIDTH, Stack, losses
-from moebalance.core.handle import Balancing
+from moebalance import Balancing, LossFree, PhiBalancing, Together
 from moebalance.core.layer import LayerBalance
-from moebalance.methods import LossFree, PhiBalancing, Together
 from moebalance.routing import measure
 from processes import COLLECTIVE_S, Collectives, run
 

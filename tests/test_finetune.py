@@ -327,6 +327,7 @@ def test_less_memory_and_lower_precision_change_little(table, tmp_path):
     assert half.steps[-1]["loss"] != plain.steps[-1]["loss"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_compare_fine_tunes_too_and_notices_another_checkpoint(table, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     origin = tmp_path / "origin"

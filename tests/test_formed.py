@@ -11,11 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import families
 from cases import METHODS
-from moebalance import attach
+from moebalance import PhiBalancing, Sigmoid, Softmax, SqrtSoftplus, attach
 from moebalance.core import autograd, formed, layer
 from moebalance.core.layer import LayerBalance
-from moebalance.gates import Sigmoid, Softmax, SqrtSoftplus
-from moebalance.methods import PhiBalancing
 
 TOKENS, EXPERTS, TOP_K = 24, 6, 2
 FROM_SUMS = [name for name, method in METHODS.items() if method.traits.from_sums]

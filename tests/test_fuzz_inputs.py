@@ -17,12 +17,11 @@ from torch import Tensor
 import moebalance as mb
 from cases import plain_top_k, tensors
 from fuzzing import fuzz
-from moebalance.core.handle import Balancing
+from moebalance import Balancing, LossFree, Method, PhiBalancing, Together
 from moebalance.core.layer import LayerBalance
-from moebalance.integrations.huggingface import state_file
 from moebalance.integrations.names import chosen
 from moebalance.lab.recipe import Recipe
-from moebalance.methods import LossFree, Method, PhiBalancing, Together, observe
+from moebalance.methods import observe
 from moebalance.runlog import LOG_NAME, read_run
 from moebalance.words.methods import build_method, method_classes
 from synthetic_runs import write_run
@@ -132,11 +131,11 @@ def test_a_hurt_state_file_is_refused_or_trains(
     folder = tmp_path_factory.getbasetemp()
     balancing = handle()
     train(balancing)
-    file = state_file.save(balancing, folder)
+    file = mb.huggingface.save(balancing, folder)
     whole = balancing.state_dict()
     file.write_bytes(hurt(data, file.read_bytes()))
     try:
-        state_file.load(balancing, folder)
+        mb.huggingface.load(balancing, folder)
     except ValueError:
         assert same(balancing.state_dict(), whole)
     else:
@@ -269,8 +268,8 @@ def test_layers_of_any_name_are_saved_and_loaded(
     folder = tmp_path_factory.getbasetemp()
     saved, loaded = handle(tuple(names)), handle(tuple(names))
     train(saved)
-    state_file.save(saved, folder)
-    state_file.load(loaded, folder)
+    mb.huggingface.save(saved, folder)
+    mb.huggingface.load(loaded, folder)
     assert same(loaded.state_dict(), saved.state_dict())
 
 

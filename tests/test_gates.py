@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cases import random_logits
-from moebalance.gates import Gate, Sigmoid, Softmax, SqrtSoftplus
+from moebalance import Sigmoid, Softmax, SqrtSoftplus
+from moebalance.gates import Gate
 
 every_gate_in_use = pytest.mark.parametrize(
     "gate", [Softmax(), Sigmoid(), SqrtSoftplus()], ids=lambda gate: type(gate).__name__

@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from cases import random_logits
-from kernel_processes import caller, process
+from moebalance import (
+    BalancedRouter,
+    GroupLimit,
+    LossFree,
+    Method,
+    NoBalancing,
+    PhiBalancing,
+    Sigmoid,
+    Sinkhorn,
+    Softmax,
+)
 from moebalance.core.state import method_name
-from moebalance.gates import Gate, GroupLimit, Sigmoid, Softmax
+from moebalance.gates import Gate
 from moebalance.kernels.plain import ranking
-from moebalance.methods import LossFree, Method, NoBalancing, PhiBalancing, Sinkhorn
-from moebalance.router import BalancedRouter
 
 TOKENS, EXPERTS, TOP_K = 65, 24, 5
 LIMITS = [GroupLimit(6, 3), GroupLimit(6, 2, best=1), GroupLimit(3, 1, best=4)]
@@ -76,12 +84,6 @@ def test_groups_that_are_all_kept_limit_nothing():
 def test_a_limit_that_does_not_fit_is_refused(limit):
     with pytest.raises(ValueError, match=re.escape(str(limit))):
         BalancedRouter(NoBalancing(), EXPERTS, TOP_K, limit=limit)
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 def trained(method: Method, gate: Gate, limit: GroupLimit, *, fused: bool):

@@ -5,19 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moebalance import BalancedRouter
-from moebalance.core.autograd import tie
-from moebalance.core.layer import LayerBalance
-from moebalance.gates import Gate, Sigmoid, Softmax
-from moebalance.lab.bench.traffic import Traffic, kept_for_backward, traffic
-from moebalance.methods import (
+from moebalance import (
+    BalancedRouter,
     EmaSwitchLoss,
     GlobalBatchLoss,
     Method,
     NoBalancing,
     PhiBalancing,
+    Sigmoid,
+    Softmax,
     SwitchLoss,
 )
+from moebalance.core.autograd import tie
+from moebalance.core.layer import LayerBalance
+from moebalance.gates import Gate
+from moebalance.lab.bench.traffic import Traffic, kept_for_backward, traffic
 
 TOKENS, EXPERTS, TOP_K = 4096, 256, 8
 

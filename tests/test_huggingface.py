@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import moebalance as mb
 from families import COMMON, tiny, tokens
-from moebalance.integrations.huggingface import find_sites
 
 SIGMOID = {"deepseek_v3", "glm4_moe"}
 NATIVE_BIAS = {"deepseek_v3", "glm4_moe", "ernie4_5_moe"}
@@ -36,7 +35,7 @@ def router_gradients(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 @each_family
 def test_every_moe_layer_is_found_with_its_gate(family: str) -> None:
     model = tiny(family)
-    sites = find_sites(model)
+    sites = mb.huggingface.find_sites(model)
     experts = [name for name, _ in model.named_modules() if name.endswith(".experts")]
     assert len(sites) == len(experts) == 2
     for site in sites:
@@ -48,7 +47,7 @@ def test_every_moe_layer_is_found_with_its_gate(family: str) -> None:
 @each_family
 def test_the_rule_recomputes_the_routers_own_weights(family: str) -> None:
     model, ids = tiny(family), tokens()
-    sites = {site.name: site for site in find_sites(model)}
+    sites = {site.name: site for site in mb.huggingface.find_sites(model)}
     seen, stop = watch(model, list(sites))
     model(input_ids=ids)
     stop()
@@ -62,8 +61,8 @@ def test_the_rule_recomputes_the_routers_own_weights(family: str) -> None:
 def test_injected_gradient_equals_the_explicit_term(family: str) -> None:
     ids, method = tokens(), mb.PhiBalancing(strength=0.5)
     model = tiny(family)
-    names = [site.name for site in find_sites(model)]
-    gates = {site.name: site.rule.gate for site in find_sites(model)}
+    names = [site.name for site in mb.huggingface.find_sites(model)]
+    gates = {site.name: site.rule.gate for site in mb.huggingface.find_sites(model)}
 
     seen, stop = watch(model, names)
     loss = model(input_ids=ids, labels=ids).loss
@@ -118,8 +117,8 @@ def test_selection_price_moves_the_choice_but_not_the_weight_of_who_stays(family
     model, ids = tiny(family).eval(), tokens()
     # A dense model cannot be told apart by deeper layers: look at the first router only, whose
     # input does not depend on any choice.
-    name = find_sites(model)[0].name
-    rule = find_sites(model)[0].rule
+    name = mb.huggingface.find_sites(model)[0].name
+    rule = mb.huggingface.find_sites(model)[0].rule
     seen, stop = watch(model, [name])
     model(input_ids=ids)
     stop()
@@ -168,14 +167,14 @@ def test_a_native_selection_bias_carries_the_price_and_is_saved_with_the_model(
     balancing = mb.attach(model, mb.LossFree(speed=0.05))
     model(input_ids=ids, labels=ids).loss.backward()
     balancing.step()
-    sites = find_sites(model)
+    sites = mb.huggingface.find_sites(model)
     for site in sites:
         price = balancing.layers[site.name].price
         assert price.abs().max() > 0
         torch.testing.assert_close(site.bias.reshape(-1), -price)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
-    for mine, theirs in zip(sites, find_sites(again), strict=True):
+    for mine, theirs in zip(sites, mb.huggingface.find_sites(again), strict=True):
         assert torch.equal(mine.bias, theirs.bias)
 
 
@@ -237,7 +236,7 @@ def test_evaluation_and_no_grad_forwards_are_not_counted() -> None:
 
 def test_a_trained_selection_bias_is_where_the_price_starts() -> None:
     model, ids = tiny("deepseek_v3"), tokens()
-    bias = find_sites(model)[0].bias
+    bias = mb.huggingface.find_sites(model)[0].bias
     bias.copy_(torch.linspace(-0.3, 0.3, 8))
     trained = bias.clone()
     balancing = mb.attach(model, mb.LossFree(speed=0.01))
@@ -297,7 +296,7 @@ def test_a_native_bias_follows_a_model_that_changes_dtype_after_attaching() -> N
     model.to(torch.bfloat16)
     model(input_ids=ids, labels=ids).loss.backward()
     balancing.step()
-    for site in find_sites(model):
+    for site in mb.huggingface.find_sites(model):
         price = balancing.layers[site.name].price
         assert price.dtype == torch.float32
         assert price.abs().max() == 0.125
@@ -345,8 +344,10 @@ def test_a_new_family_of_the_common_shape_works_without_a_change_of_ours() -> No
     model, ids = tiny("mixtral"), tokens()
     for layer in model.model.layers:
         layer.mlp.gate = NewFamilyRouter(layer.mlp.gate.weight)
-    assert {site.rule.gate for site in find_sites(model)} == {mb.Sigmoid()}
-    assert [site.rule.scaling for site in find_sites(model)] == pytest.approx([1.5, 1.5])
+    assert {site.rule.gate for site in mb.huggingface.find_sites(model)} == {mb.Sigmoid()}
+    assert [site.rule.scaling for site in mb.huggingface.find_sites(model)] == pytest.approx(
+        [1.5, 1.5]
+    )
     with mb.attach(model, mb.Together(mb.PhiBalancing(), mb.LossFree())) as balancing:
         model(input_ids=ids, labels=ids).loss.backward()
         balancing.step()

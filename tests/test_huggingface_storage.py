@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import moebalance as mb
 from families import tiny, tokens
-from moebalance.integrations.huggingface import find_sites
 
 BOTH = mb.Together(mb.PhiBalancing(strength=0.5), mb.LossFree(speed=0.1))
 LINEAR_ROUTERS = ("gemma4_text", "afmoe", "hunyuan_v1_moe", "llama4_text", "phimoe")
@@ -20,7 +19,10 @@ LINEAR_ROUTERS = ("gemma4_text", "afmoe", "hunyuan_v1_moe", "llama4_text", "phim
 
 
 def rules(model: nn.Module) -> list[tuple[Any, ...]]:
-    return [(s.num_experts, s.top_k, s.gate, s.rule, s.bias_name) for s in find_sites(model)]
+    return [
+        (s.num_experts, s.top_k, s.gate, s.rule, s.bias_name)
+        for s in mb.huggingface.find_sites(model)
+    ]
 
 
 class Packed(nn.Module):
@@ -47,7 +49,7 @@ class Packed(nn.Module):
 def test_a_router_that_holds_a_quantised_linear_is_recognised(family: str) -> None:
     model = tiny(family)
     expected = rules(model)
-    for site in find_sites(model):
+    for site in mb.huggingface.find_sites(model):
         for name, linear in list(site.router.named_modules()):
             if isinstance(linear, nn.Linear):
                 owner, _, leaf = name.rpartition(".")
@@ -74,7 +76,7 @@ def test_a_rule_is_found_from_shapes_alone(family: str) -> None:
 def test_a_forward_that_a_kernel_replaced_is_not_the_rule(family: str) -> None:
     model = tiny(family)
     expected = rules(model)
-    for site in find_sites(model):
+    for site in mb.huggingface.find_sites(model):
 
         def kernel(router: nn.Module, hidden: Tensor) -> None:
             raise RuntimeError("no GPU")
@@ -92,7 +94,7 @@ def test_a_forward_that_a_kernel_replaced_is_not_the_rule(family: str) -> None:
 def test_a_model_on_meta_is_attached_to_and_trains_when_its_weights_come(family: str) -> None:
     """As ranks without weights are, before FSDP brings them."""
     whole, model, ids = tiny(family), tiny(family), tokens()
-    bias = find_sites(whole)[0].bias
+    bias = mb.huggingface.find_sites(whole)[0].bias
     if bias is not None:
         bias.copy_(torch.linspace(-0.4, 0.4, 8))
     rotary = model.model.rotary_emb

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import families
+import moebalance as mb
 from family_checks import checkpoint_activations
-from moebalance import NoBalancing, PhiBalancing, attach
-from moebalance.integrations.huggingface import find_sites
+from moebalance import LossFree, NoBalancing, PhiBalancing, Sinkhorn, SwitchLoss, Together, attach
 from moebalance.integrations.huggingface.instead import form_of
-from moebalance.methods import LossFree, Sinkhorn, SwitchLoss, Together
 
 RECOMMENDED = Together(PhiBalancing(strength=1.0), LossFree(scale="nats", speed=0.3))
 METHODS = {
@@ -76,7 +75,7 @@ def test_it_counts_charges_and_answers_as_the_router_and_a_second_choice_do(fami
 
 
 def test_bfloat16_keeps_the_dtypes_of_the_router():
-    router = find_sites(families.tiny("mixtral").bfloat16())[0].router
+    router = mb.huggingface.find_sites(families.tiny("mixtral").bfloat16())[0].router
     x = torch.randn(4, 32, dtype=torch.bfloat16)
     expected = [each.dtype for each in router(x)]
     model = families.tiny("mixtral").bfloat16()
@@ -141,7 +140,7 @@ def test_a_call_of_forward_itself_does_not_hide_the_next_call_from_the_hook():
 
 @pytest.mark.parametrize("family", ["gpt_oss", "jamba", "llama4_text", "gemma4_text"])
 def test_a_router_that_does_more_is_left_to_itself(family):
-    assert form_of(find_sites(families.tiny(family))[0]) is None
+    assert form_of(mb.huggingface.find_sites(families.tiny(family))[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_a_router_that_does_more_is_left_to_itself(family):
     ids=["quantised", "partitioned"],
 )
 def test_a_router_whose_weight_is_not_plainly_there_is_left_to_itself(weight):
-    site = find_sites(families.tiny("mixtral"))[0]
+    site = mb.huggingface.find_sites(families.tiny("mixtral"))[0]
     assert form_of(site) is not None
     site.router.weight = torch.nn.Parameter(weight, requires_grad=False)
     assert form_of(site) is None
@@ -158,9 +157,9 @@ def test_a_router_whose_weight_is_not_plainly_there_is_left_to_itself(weight):
 
 def test_a_router_whose_forward_was_replaced_is_left_to_itself():
     model = families.tiny("mixtral")
-    router = find_sites(model)[0].router
+    router = mb.huggingface.find_sites(model)[0].router
     router.forward = copy.copy(router.forward)
-    assert form_of(find_sites(model)[0]) is None
+    assert form_of(mb.huggingface.find_sites(model)[0]) is None
 
 
 def test_a_method_that_leaves_the_choice_alone_leaves_the_forward_alone():

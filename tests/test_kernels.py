@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_processes import caller, process
-from moebalance.gates import GroupLimit, Sigmoid, Softmax, SqrtSoftplus
+from moebalance import GroupLimit, Sigmoid, Softmax, SqrtSoftplus
 from moebalance.kernels import choose, plain, pull_back, router, supported, tiling
 
 GATES = [Softmax(), Sigmoid()]
@@ -301,13 +300,6 @@ def test_groups_that_do_not_fit_are_refused(limit):
 
 
 # --- the other process -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    """Call a function where Triton interprets."""
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 def both(logits, gate, top_k, upstream, charge, *, normalize, mask=None, **how):

@@ -9,25 +9,25 @@ from hypothesis import strategies as st
 
 from cases import skewed_state
 from families import tiny
-from kernel_processes import caller, process
-from moebalance import BalancedRouter, attach, kernels
+from moebalance import (
+    BalancedRouter,
+    LossFree,
+    PhiBalancing,
+    SequenceLoss,
+    Sigmoid,
+    Softmax,
+    SwitchLoss,
+    attach,
+    kernels,
+)
 from moebalance.core.layer import LayerBalance
 from moebalance.core.packing import pack
-from moebalance.gates import Sigmoid, Softmax
 from moebalance.kernels import attached, price
 from moebalance.lab.bench.traffic import traffic
-from moebalance.methods import LossFree, PhiBalancing, SequenceLoss, SwitchLoss
 from moebalance.routing import measure, route
 
 GATES = [Softmax(), Sigmoid()]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    """Call a function where Triton interprets."""
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 @settings(max_examples=40)

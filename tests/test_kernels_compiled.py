@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernel_processes import caller, process
-from moebalance.gates import GroupLimit
+from moebalance import GroupLimit
 from moebalance.kernels.tiling import next_power, tile
 
 

@@ -132,10 +132,8 @@ def all_starts(library: str) -> list[Start]:
 
 
 def every_program(tokens: int, dtype: torch.dtype, aligned: bool) -> None:
-    from moebalance import kernels
-    from moebalance.gates import Softmax
+    from moebalance import PhiBalancing, Softmax, kernels
     from moebalance.kernels import charge, choose, count, pull, pull_back
-    from moebalance.methods import PhiBalancing
 
     experts, top_k, gate, method = 24, 4, Softmax(), PhiBalancing()
     skipped = 0 if aligned else 1

@@ -6,33 +6,29 @@ import pytest
 import torch
 
 from cases import skewed_state
-from kernel_processes import caller, process
-from moebalance import BalancedRouter, kernels
-from moebalance.core.autograd import Pass, Tally, settle
-from moebalance.gates import Softmax
-from moebalance.kernels import price as launched
-from moebalance.kernels import router as passes
-from moebalance.lab.bench.traffic import traffic
-from moebalance.methods import (
+from moebalance import (
+    BalancedRouter,
+    Euclidean,
     LossFree,
     MaxVio,
     Method,
+    NegativeEntropy,
     NoBalancing,
     PhiBalancing,
     Scheduled,
+    Softmax,
     SwitchLoss,
     Targeted,
     Together,
+    kernels,
 )
-from moebalance.potentials import Euclidean, NegativeEntropy, Softplus
+from moebalance.core.autograd import Pass, Tally, settle
+from moebalance.kernels import price as launched
+from moebalance.kernels import router as passes
+from moebalance.lab.bench.traffic import traffic
+from moebalance.potentials import Softplus
 
 STEPS = {"first step": (0, 0), "one batch a step": (64, 1), "four batches a step": (200, 4)}
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 def charged(

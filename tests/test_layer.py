@@ -8,20 +8,22 @@ import pytest
 import torch
 
 from cases import METHODS
-from moebalance.core.handle import Balancing
-from moebalance.core.layer import LayerBalance
-from moebalance.core.state import method_name
-from moebalance.gates import Sigmoid, Softmax, SqrtSoftplus
-from moebalance.methods import (
+from moebalance import (
+    BalancedRouter,
+    Balancing,
     GlobalBatchLoss,
     LossFree,
     Method,
     NoBalancing,
     PhiBalancing,
+    Sigmoid,
     Sinkhorn,
+    Softmax,
+    SqrtSoftplus,
     Together,
 )
-from moebalance.router import BalancedRouter
+from moebalance.core.layer import LayerBalance
+from moebalance.core.state import method_name
 from tiny_moe import (
     EXPERTS,
     PHI,

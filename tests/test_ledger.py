@@ -9,12 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import METHODS, random_routing, tensors
+from moebalance import Balancing, LossFree, PhiBalancing, Together
 from moebalance.core import step as ledger
-from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance, commit_rows
 from moebalance.core.packing import pack, unpack
 from moebalance.lab.bench.traffic import traffic
-from moebalance.methods import LossFree, PhiBalancing, Together, observe
+from moebalance.methods import observe
 
 BOTH = Together(PhiBalancing(), LossFree())
 

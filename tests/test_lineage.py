@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 
 from cases import GATES, METHODS, plain_top_k, random_logits, skewed_state, tensors
 from families import loss, tiny, tokens
-from moebalance import huggingface
-from moebalance.attachment import attach
-from moebalance.core.handle import Balancing
-from moebalance.core.layer import LayerBalance
-from moebalance.gates import Softmax
-from moebalance.methods import (
+from moebalance import (
     SMEBU,
+    Balancing,
     LossFree,
     PhiBalancing,
     QuantileBalancing,
+    Softmax,
     SwitchLoss,
     Together,
-    observe,
+    attach,
+    huggingface,
 )
+from moebalance.core.layer import LayerBalance
+from moebalance.methods import observe
 from moebalance.methods.ema import Ema
 from moebalance.methods.lineage import Lineage, inherit
 

@@ -20,7 +20,7 @@ from benchmarks.long_life import (
     page,
 )
 from cases import METHODS, tensors
-from moebalance.methods import LossFree
+from moebalance import LossFree
 
 STEPS = 500
 CLOSE = 1e-4

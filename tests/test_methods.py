@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import moebalance as mb
+from moebalance import Method, Scheduled, Targeted, Together
 from moebalance.lab.recipe import Recipe
-from moebalance.methods import Method, Scheduled, Targeted, Together
 from moebalance.words import methods
 from moebalance.words.methods import build_method, method_classes, split_outside_brackets
 

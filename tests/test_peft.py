@@ -17,7 +17,6 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import moebalance as mb
 from families import tiny
-from moebalance.integrations.huggingface import STATE_FILE
 from test_trl import PLAIN, tokenizer, words
 from training import (
     BalanceCallback,
@@ -156,7 +155,7 @@ def test_adapters_are_saved_without_a_key_of_ours_and_training_resumes(
     for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     saved = tmp_path / "whole" / "checkpoint-4"
-    assert (saved / STATE_FILE).is_file()
+    assert (saved / mb.huggingface.STATE_FILE).is_file()
     peft(router).save_pretrained(tmp_path / "fresh")
     adapters = "adapter_model.safetensors"
     assert load_file(saved / adapters).keys() == load_file(tmp_path / "fresh" / adapters).keys()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cases import POTENTIALS, one_batch, random_routing, skewed_state, to_double
-from moebalance.methods import EmaSwitchLoss, PhiBalancing, SwitchLoss, charge, observe
-from moebalance.potentials import Euclidean, NegativeEntropy
+from moebalance import EmaSwitchLoss, Euclidean, NegativeEntropy, PhiBalancing, SwitchLoss
+from moebalance.methods import charge, observe
 from moebalance.routing import Batch, route
 from simulation import Domains, averages, excess
 

@@ -16,7 +16,7 @@ from cases import METHODS
 from layout_cases import ONE, Layout, cuts
 from layout_models import EXPERTS, WIDTH, Stack, losses
 from layouts import SAME_STATE, difference, train_all
-from moebalance.core.handle import Balancing
+from moebalance import Balancing
 from moebalance.integrations.pipelining import ignore_trial_runs
 from processes import run
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moebalance.methods import PhiBalancing
-from moebalance.potentials import Combined, Euclidean, Grouped, NegativeEntropy, Relative, Tsallis
+from moebalance import Euclidean, NegativeEntropy, PhiBalancing
+from moebalance.potentials import Combined, Grouped, Relative, Tsallis
 from potential_cases import laws, logit_pairs, plain_potentials, prices_in_domain, simplex, vector
 
 BY_NAME = (0, 1, 1, 0, 2, 1)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moebalance.potentials
+from moebalance import NegativeEntropy
 from moebalance.potentials import (
     LogCosh,
     LpNorm,
-    NegativeEntropy,
     PseudoHuber,
     Renyi,
     SoftL1,

@@ -8,16 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebalance.potentials import (
-    POTENTIALS,
-    Euclidean,
-    LpNorm,
-    NegativeEntropy,
-    Renyi,
-    Softplus,
-    Tsallis,
-    UnitSlope,
-)
+from moebalance import Euclidean, NegativeEntropy
+from moebalance.potentials import POTENTIALS, LpNorm, Renyi, Softplus, Tsallis, UnitSlope
 from potential_cases import (
     PLAIN,
     laws,

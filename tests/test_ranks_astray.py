@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import moebalance as mb
+from moebalance import Balancing, LossFree
 from moebalance.core import step as ledger
-from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
-from moebalance.integrations.huggingface import state_file
-from moebalance.methods import LossFree
 from moebalance.routing import Sums
 from threads import town
 
@@ -336,11 +335,11 @@ def test_a_state_is_resumed_by_any_number_of_ranks(ranks):
 )
 def test_many_ranks_resume_from_one_file_at_once(tmp_path):
     saved = Rank(0).train().balancing
-    state_file.save(saved, tmp_path)
+    mb.huggingface.save(saved, tmp_path)
 
     def resume(number: int) -> dict:
         rank = Rank(number)
-        state_file.load(rank.balancing, tmp_path)
+        mb.huggingface.load(rank.balancing, tmp_path)
         return rank.train().balancing.state_dict()
 
     with town(16) as group:

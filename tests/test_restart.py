@@ -20,9 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 import moebalance as mb
 from layout_cases import shard
 from layout_models import WIDTH, Stack, losses
+from moebalance import LossFree, PhiBalancing, SwitchLoss, Together
 from moebalance.core import handle as body
-from moebalance.integrations.huggingface import state_file
-from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
 from processes import COLLECTIVE_S, Failure, outcomes, run
 
 BOTH = Together(PhiBalancing(strength=0.1, peek=False), LossFree(speed=0.01))
@@ -277,12 +276,12 @@ def test_a_state_of_another_format_is_refused_and_says_both(written, tmp_path, m
     "refused: the state stays",
 )
 def test_a_truncated_state_file_is_refused(tmp_path):
-    file = state_file.save(trained(), tmp_path)
+    file = mb.huggingface.save(trained(), tmp_path)
     file.write_bytes(file.read_bytes()[:-8])
     balancing = trained()
     before = balancing.state_dict()
     with pytest.raises(ValueError, match=r"moebalance\.safetensors is damaged"):
-        state_file.load(balancing, tmp_path)
+        mb.huggingface.load(balancing, tmp_path)
     assert same(balancing.state_dict(), before)
 
 
@@ -292,6 +291,6 @@ def test_a_truncated_state_file_is_refused(tmp_path):
     "refused: it was not written by moebalance",
 )
 def test_a_foreign_file_in_the_place_of_the_state_is_refused(tmp_path):
-    save_file({"weight": torch.zeros(2)}, tmp_path / state_file.STATE_FILE)
+    save_file({"weight": torch.zeros(2)}, tmp_path / mb.huggingface.STATE_FILE)
     with pytest.raises(ValueError, match="was not written by moebalance"):
-        state_file.load(trained(), tmp_path)
+        mb.huggingface.load(trained(), tmp_path)

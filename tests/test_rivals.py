@@ -20,8 +20,8 @@ from cases import (
     tensors,
     to_double,
 )
-from moebalance.gates import Sigmoid, Softmax
-from moebalance.methods import (
+from moebalance import (
+    Euclidean,
     GlobalBatchLoss,
     LossFree,
     Method,
@@ -30,13 +30,14 @@ from moebalance.methods import (
     PlugInLoss,
     QuantileBalancing,
     SequenceLoss,
+    Sigmoid,
     Sinkhorn,
+    Softmax,
     SwitchLoss,
     Together,
     ZLoss,
-    observe,
 )
-from moebalance.potentials import Euclidean
+from moebalance.methods import observe
 from moebalance.routing import Batch, route
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moebalance as mb
 from cases import METHODS
-from moebalance.methods import Method
+from moebalance import Method
 from processes import run
 
 EXPERTS, TOP_K, BATCH, LENGTH = 8, 2, 4, 32

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import moebalance as mb
 from cases import METHODS
-from kernel_processes import caller, process
-from moebalance.gates import Gate, GroupLimit, top_experts
+from moebalance import GroupLimit
+from moebalance.gates import Gate, top_experts
 from moebalance.kernels import choose, plain
 
 TOKENS, EXPERTS, TOP_K = 256, 16, 2
@@ -121,12 +121,6 @@ def test_a_named_router_is_counted_by_its_logits(method, limit):
 
 
 # --- the fused kernels ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with process({"TRITON_INTERPRET": "1"}) as pool:
-        yield caller(pool)
 
 
 @pytest.mark.parametrize("limit", [None, GroupLimit(4, 2)], ids=str)

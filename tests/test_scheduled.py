@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import moebalance as mb
 from cases import one_batch, random_routing, skewed_state
-from moebalance.methods import Scheduled, observe
+from moebalance import Scheduled
+from moebalance.methods import observe
 from moebalance.routing import Sums
 from moebalance.words.methods import build_method
 

@@ -8,9 +8,8 @@ import scipy.special
 import torch
 
 from cases import add, random_logits, random_routing, skewed_state, to_double
-from moebalance import metrics
-from moebalance.gates import Sigmoid, Softmax
-from moebalance.methods import SMEBU, LossFree, QuantileBalancing, Sinkhorn, observe
+from moebalance import SMEBU, LossFree, QuantileBalancing, Sigmoid, Sinkhorn, Softmax, metrics
+from moebalance.methods import observe
 from moebalance.methods.selection import SelectionPrice
 from moebalance.routing import Sums, measure, route
 

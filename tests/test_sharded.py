@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from moebalance.integrations.huggingface import STATE_FILE
+import moebalance as mb
 from moebalance.integrations.huggingface.sharded import PARTS, sharding_for_accelerate
 from moebalance.lab.checkpoints import last_whole_checkpoint
 from moebalance.lab.recipe import Recipe
@@ -188,9 +188,9 @@ def test_a_distributed_checkpoint_is_one_state_and_no_file_beside_it(root: Path,
         "scheduler",
         "balancing",
     }
-    assert not (folder / STATE_FILE).exists()
+    assert not (folder / mb.huggingface.STATE_FILE).exists()
     assert not list(folder.glob("*.safetensors"))
-    assert (root / f"parts {way}" / "final" / STATE_FILE).exists()
+    assert (root / f"parts {way}" / "final" / mb.huggingface.STATE_FILE).exists()
 
 
 @pytest.mark.survives(

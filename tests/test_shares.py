@@ -16,29 +16,28 @@ from hypothesis import strategies as st
 
 import moebalance as mb
 from cases import OF_EIGHT, POTENTIALS, PROPORTIONS, one_batch, permute, random_routing, tensors
-from moebalance import metrics
-from moebalance.attachment import attach
-from moebalance.methods import (
+from moebalance import (
+    BalancedRouter,
     EmaSwitchLoss,
-    EntropyDeficit,
-    Gini,
     GlobalBatchLoss,
     LossFree,
     MaxVio,
     Method,
+    NegativeEntropy,
     PhiBalancing,
     PlugInLoss,
     QuantileBalancing,
-    RankVio,
     SequenceLoss,
     Sinkhorn,
     SwitchLoss,
     Targeted,
     Together,
+    attach,
+    metrics,
 )
-from moebalance.potentials import NegativeEntropy, Relative
+from moebalance.methods import EntropyDeficit, Gini, RankVio
+from moebalance.potentials import Relative
 from moebalance.proportions import as_proportions, per_proportion
-from moebalance.router import BalancedRouter
 from moebalance.routing import route
 from moebalance.words.methods import build_method
 

@@ -17,13 +17,18 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cases import METHODS, plain_top_k, tensors
 from families import tiny
-from moebalance import metrics
-from moebalance.attachment import attach
-from moebalance.core.handle import Balancing
+from moebalance import (
+    BalancedRouter,
+    Balancing,
+    LossFree,
+    PhiBalancing,
+    Softmax,
+    SwitchLoss,
+    Together,
+    attach,
+    metrics,
+)
 from moebalance.core.layer import LayerBalance
-from moebalance.gates import Softmax
-from moebalance.methods import LossFree, PhiBalancing, SwitchLoss, Together
-from moebalance.router import BalancedRouter
 from moebalance.routing import measure, route
 from tiny_moe import (
     EXPERTS,

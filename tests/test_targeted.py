@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import moebalance as mb
-from moebalance import metrics
-from moebalance.methods import EntropyDeficit, Gini, MaxVio, Method, RankVio, Targeted
+from moebalance import MaxVio, Method, Targeted, metrics
+from moebalance.methods import EntropyDeficit, Gini, RankVio
 from moebalance.methods.targeted import Steered
 from moebalance.routing import Sums
 from moebalance.words.methods import build_method

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from cases import random_logits, to_double
-from moebalance.gates import Softmax
-from moebalance.methods import EmaSwitchLoss, Method, PhiBalancing
+from moebalance import EmaSwitchLoss, Method, PhiBalancing, Softmax
 from moebalance.methods.memory import batch_rate
 from moebalance.routing import Batch, Sums, measure, route
 

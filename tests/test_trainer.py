@@ -20,7 +20,6 @@ from transformers import (
 
 import moebalance as mb
 from families import tiny
-from moebalance.integrations.huggingface import STATE_FILE
 from training import (
     BalanceCallback,
     FixedPrice,
@@ -267,8 +266,8 @@ def test_a_native_loss_switched_on_after_attaching_is_switched_off(tmp_path: Pat
 
 def test_resuming_without_a_balancing_state_says_where_it_looked(tmp_path: Path) -> None:
     trained(tmp_path, steps=6, stop_at=4)
-    (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
-    (tmp_path / "checkpoint-4" / STATE_FILE).unlink(missing_ok=True)
+    (tmp_path / "checkpoint-3" / mb.huggingface.STATE_FILE).unlink()
+    (tmp_path / "checkpoint-4" / mb.huggingface.STATE_FILE).unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match="resume_from"):
         trained(tmp_path, steps=6, resume=True)
 
@@ -298,7 +297,7 @@ def test_a_callback_saves_beside_each_checkpoint(tmp_path: Path) -> None:
     trained(tmp_path, steps=6)
     for step in (3, 6):
         folder = tmp_path / f"checkpoint-{step}"
-        assert (folder / STATE_FILE).is_file()
+        assert (folder / mb.huggingface.STATE_FILE).is_file()
         assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
 
 

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import moebalance as mb
 from families import tiny
-from moebalance.integrations.huggingface import STATE_FILE
 from training import BalanceCallback, Rows, arguments, light_collections, padded
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
@@ -169,7 +168,7 @@ def test_the_second_of_two_trainings_with_one_handle_resumes(tmp_path: Path) -> 
     balancing = two_phases(tmp_path)
     price = price_of(balancing).clone()
     last = tmp_path / "two" / "checkpoint-2"
-    with safe_open(last / STATE_FILE, framework="pt") as file:
+    with safe_open(last / mb.huggingface.STATE_FILE, framework="pt") as file:
         saved = json.loads(file.metadata()["moebalance"])
     assert (saved["steps"], saved["global_step"]) == (4, 2)
     model = tiny("mixtral")
@@ -184,11 +183,13 @@ def test_an_older_file_of_another_count_resumes_as_the_message_says(
 ) -> None:
     two_phases(tmp_path)
     last = tmp_path / "two" / "checkpoint-2"
-    with safe_open(last / STATE_FILE, framework="pt") as file:
+    with safe_open(last / mb.huggingface.STATE_FILE, framework="pt") as file:
         metadata = json.loads(file.metadata()["moebalance"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     del metadata["global_step"]
-    save_file(tensors, last / STATE_FILE, metadata={"moebalance": json.dumps(metadata)})
+    save_file(
+        tensors, last / mb.huggingface.STATE_FILE, metadata={"moebalance": json.dumps(metadata)}
+    )
     with pytest.raises(ValueError, match="say so: BalanceCallback"):
         resumed(tmp_path / "two", last, 3)
     caplog.set_level(logging.WARNING, "moebalance")

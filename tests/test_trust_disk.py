@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 import moebalance as mb
 from moebalance.core.layer import LayerBalance
 from moebalance.files import write_text, writing
-from moebalance.integrations.huggingface import STATE_FILE, state_file
 from moebalance.integrations.huggingface.contents import save_parts
 from moebalance.integrations.huggingface.sharded import PARTS
 from moebalance.lab.checkpoints import last_whole_checkpoint
@@ -78,7 +77,7 @@ def checkpoint(folder: Path, *, distributed: bool = False) -> Path:
         return folder
     torch.save({"state": torch.zeros(99)}, folder / "optimizer.pt")
     torch.save({"last_epoch": 3}, folder / "scheduler.pt")
-    for name in ("model.safetensors", STATE_FILE):
+    for name in ("model.safetensors", mb.huggingface.STATE_FILE):
         save_file({"w": torch.zeros(9)}, folder / name)
     return folder
 
@@ -91,7 +90,7 @@ WHOLE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", 
     "Any file of the last checkpoint is cut off, empty, missing or zeros",
     "goes on: from the checkpoint before",
 )
-@pytest.mark.parametrize("name", [*WHOLE, STATE_FILE])
+@pytest.mark.parametrize("name", [*WHOLE, mb.huggingface.STATE_FILE])
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing", "zeros"])
 def test_a_checkpoint_with_a_half_written_file_falls_back_to_the_one_before(
     tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
@@ -145,7 +144,7 @@ def _log(path: Path) -> None:
 def _state(path: Path) -> None:
     method = mb.LossFree()
     layers = {str(i): LayerBalance(method, 256) for i in range(9)}
-    state_file.save(mb.Balancing(method, layers), path.parent)
+    mb.huggingface.save(mb.Balancing(method, layers), path.parent)
 
 
 def _torch(path: Path) -> None:
@@ -156,7 +155,7 @@ def _torch(path: Path) -> None:
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "text": ("page.html", lambda path: write_text(path, "x" * 9999)),
     "log": (LOG_NAME, _log),
-    "state": (STATE_FILE, _state),
+    "state": (mb.huggingface.STATE_FILE, _state),
     "torch": ("optimizer.pt", _torch),
     "svg": ("figure.svg", lambda path: save_figure(panels()[0], path)),
     "png": ("figure.png", lambda path: save_figure(panels()[0], path)),

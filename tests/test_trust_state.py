@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import moebalance as mb
 from cases import METHODS, plain_top_k
-from moebalance.core.handle import Balancing
+from moebalance import Balancing, LossFree, MaxVio, PhiBalancing, Targeted, Together
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import check_values
-from moebalance.integrations.huggingface import STATE_FILE, state_file
+from moebalance.integrations.huggingface import state_file
 from moebalance.integrations.huggingface.resuming import resume
-from moebalance.methods import LossFree, MaxVio, PhiBalancing, Targeted, Together
 from moebalance.routing import measure
 
 BOTH = Together(PhiBalancing(strength=0.1, rate=0.5), LossFree())
@@ -198,8 +198,8 @@ def test_a_trainer_refuses_such_a_state_before_it_asks_of_which_step_it_is(tmp_p
     folder = tmp_path / "checkpoint-1"
     state_file.save(trained(), folder)
     described = json.dumps({**state_file.read(folder), "layers": None, **change})
-    tensors = load_file(folder / STATE_FILE)
-    save_file(tensors, folder / STATE_FILE, metadata={"moebalance": described})
+    tensors = load_file(folder / mb.huggingface.STATE_FILE)
+    save_file(tensors, folder / mb.huggingface.STATE_FILE, metadata={"moebalance": described})
     args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
     with pytest.raises(ValueError, match="refused"):
         resume(handle(), args, SimpleNamespace(global_step=1), given=None, state_file=True)

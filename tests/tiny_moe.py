@@ -10,11 +10,8 @@ import torch
 from torch import nn
 
 from cases import one_batch, tensors
-from moebalance.core.handle import Balancing
+from moebalance import BalancedRouter, Balancing, PhiBalancing, Sigmoid
 from moebalance.core.layer import LayerBalance
-from moebalance.gates import Sigmoid
-from moebalance.methods import PhiBalancing
-from moebalance.router import BalancedRouter
 from moebalance.routing import route
 
 EXPERTS, WIDTH, TOP_K = 4, 6, 2

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from client_settings import LENGTH, LORA_LAYERS, PACK, STRENGTH, TRAINER
 
+SHARED = ("gradient_accumulation_steps", "learning_rate", "logging_steps", "use_cpu")
+"""What axolotl calls as Transformers does."""
 SFT = {"datasets": [{"type": "chat_template", "field_messages": "messages"}]}
 PAIRS = {"type": "chat_template.default", "field_messages": "conversations"}
 DPO = {"rl": "dpo", "datasets": [{**PAIRS, "split": "train"}]}
@@ -14,10 +17,10 @@ LORA = {
     "adapter": "lora",
     "lora_r": 4,
     "lora_alpha": 8,
-    "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_target_modules": LORA_LAYERS,
 }
 SITUATIONS: dict[str, dict[str, Any]] = {
-    "packing": {**SFT, "sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 128},
+    "packing": {**SFT, "sample_packing": True, "pad_to_sequence_len": True, "sequence_len": PACK},
     "partly frozen": {**SFT, "unfrozen_parameters": ["model.layers.1.*", "lm_head.weight"]},
     "LoRA + DPO": {**DPO, **LORA, "lora_modules_to_save": ["gate"]},
     "LoRA + DPO, router frozen": {**DPO, **LORA},
@@ -40,24 +43,21 @@ def main(situation: str, folder: Path) -> None:
     settings = {
         "base_model": str(folder),
         "plugins": ["moebalance.integrations.axolotl.MoebalancePlugin", "spying.SpyPlugin"],
-        "moebalance": {"method": "phi", "strength": 0.01},
+        "moebalance": {"method": "phi", "strength": STRENGTH},
         "chat_template": "tokenizer_default",
         "output_dir": str(folder / "out"),
         "dataset_prepared_path": str(folder / "prepared"),
-        "sequence_len": 256,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_epochs": 1,
-        "learning_rate": 1e-3,
+        "sequence_len": LENGTH,
+        "micro_batch_size": TRAINER["per_device_train_batch_size"],
+        "num_epochs": TRAINER["num_train_epochs"],
         "optimizer": "adamw_torch",
         "lr_scheduler": "cosine",
-        "logging_steps": 1,
         "bf16": False,
         "fp16": False,
         "tf32": False,
         "attn_implementation": "sdpa",
         "val_set_size": 0,
-        "use_cpu": True,
+        **{name: TRAINER[name] for name in SHARED},
         **own,
     }
     settings["datasets"] = [

@@ -4,13 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+from client_settings import LENGTH, LORA_LAYERS, PACK, STRENGTH, TRAINER
 from llamafactory.train.tuner import run_exp  # before torch is set up by others
 from spy import Spy
 
 import moebalance as mb
 
-PACKED = {"stage": "sft", "finetuning_type": "full", "packing": True, "cutoff_len": 128}
-LORA = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4}
+PACKED = {"stage": "sft", "finetuning_type": "full", "packing": True, "cutoff_len": PACK}
+LORA = {"finetuning_type": "lora", "lora_target": ",".join(LORA_LAYERS), "lora_rank": 4}
 SITUATIONS = {
     "packing": PACKED,
     "neat packing": {**PACKED, "neat_packing": True},
@@ -39,18 +40,12 @@ def main(situation: str, folder: Path) -> None:
         "template": "default",
         "do_train": True,
         "output_dir": str(folder / "out"),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "cutoff_len": 256,
+        "cutoff_len": LENGTH,
+        **TRAINER,
         **SITUATIONS[situation],
     }
     settings["dataset"] = settings["stage"]
-    balance = mb.huggingface.BalanceCallback(mb.PhiBalancing(strength=0.01))
+    balance = mb.huggingface.BalanceCallback(mb.PhiBalancing(strength=STRENGTH))
     run_exp(settings, callbacks=[balance, Spy()])
 
 

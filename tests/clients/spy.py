@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from moebalance.integrations.huggingface import BalanceCallback
+import moebalance as mb
 from moebalance.integrations.huggingface.reporting import calling_trainer
 
 
@@ -29,7 +29,7 @@ class Spy(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count what goes into the innermost model, and what each balancing step counted."""
         callbacks = calling_trainer(self).callback_handler.callbacks
-        (callback,) = [c for c in callbacks if isinstance(c, BalanceCallback)]
+        (callback,) = [c for c in callbacks if isinstance(c, mb.huggingface.BalanceCallback)]
         self.balancing = callback.balancing
         self.balancing.on_step(self._stepped)
         model = kwargs["model"]

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-PLUGIN = """
+from client_settings import LORA_LAYERS, PACK, STRENGTH, TRAINER
+
+PLUGIN = f"""
 import moebalance as mb
 from moebalance.integrations.swift import register
-register(mb.PhiBalancing(strength=0.01))
+register(mb.PhiBalancing(strength={STRENGTH}))
 
 from swift.callbacks import callbacks_map
 from spy import Spy
@@ -17,7 +19,7 @@ callbacks_map["spy"] = lambda args, trainer: Spy()
 from transformers import PreTrainedModel
 PreTrainedModel._check_and_adjust_attn_implementation = lambda self, *args, **kwargs: "sdpa"
 """
-PACKED = ["sft", "--tuner_type", "full", "--max_length", "128"]
+PACKED = ["sft", "--tuner_type", "full", "--max_length", str(PACK)]
 LORA = [
     "rlhf",
     "--rlhf_type",
@@ -25,8 +27,7 @@ LORA = [
     "--tuner_type",
     "lora",
     "--target_modules",
-    "q_proj",
-    "v_proj",
+    *LORA_LAYERS,
 ]
 SITUATIONS = {
     "packing": [*PACKED, "--packing", "true", "--attn_impl", "flash_attn"],
@@ -50,13 +51,7 @@ def main(situation: str, folder: Path) -> None:
         "external_plugins": folder / "balance.py",
         "output_dir": folder / "out",
         "torch_dtype": "float32",
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": "true",
+        **TRAINER,
         "split_dataset_ratio": 0,
         "dataset_num_proc": 1,
     }

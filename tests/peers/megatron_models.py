@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from moebalance import Balancing, Method
+
 with warnings.catch_warnings():
     # It tells of what is not installed (Transformer Engine, Apex) and of its own old names.
     warnings.simplefilter("ignore")
@@ -46,8 +48,6 @@ with warnings.catch_warnings():
 
     from moebalance.integrations.megatron import attach, balanced_spec
 
-from moebalance.core.handle import Balancing
-from moebalance.methods import Method
 
 __all__ = [
     "Float16Module",

@@ -27,7 +27,7 @@ from megatron_models import (
 )
 from torch import Tensor, nn
 
-from moebalance.methods import LossFree, Method, PhiBalancing, Together
+from moebalance import LossFree, Method, PhiBalancing, Together
 from moebalance.routing import Sums
 
 LENGTH, SEQUENCES, MICRO_BATCHES, STEPS, VOCABULARY = 8, 4, 2, 3, 32

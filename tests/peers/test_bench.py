@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moebalance import LossFree, SwitchLoss
 from moebalance.lab.bench.variants import (
     RULES,
     STRENGTH,
@@ -15,7 +16,6 @@ from moebalance.lab.bench.variants import (
     TorchtitanRouter,
     others,
 )
-from moebalance.methods import LossFree, SwitchLoss
 
 # The packages tell of what is not installed, and of their own old names, as they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -27,19 +27,20 @@ from megatron_models import (
 from torch import Tensor, nn
 
 from cases import GATES, METHODS
-from moebalance.core.handle import Balancing
-from moebalance.methods import (
+from moebalance import (
+    BalancedRouter,
+    Balancing,
     GlobalBatchLoss,
     LossFree,
     Method,
+    NegativeEntropy,
     PhiBalancing,
     SequenceLoss,
     Sinkhorn,
     SwitchLoss,
     ZLoss,
 )
-from moebalance.potentials import NegativeEntropy, Potential, Tsallis
-from moebalance.router import BalancedRouter
+from moebalance.potentials import Potential, Tsallis
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
 

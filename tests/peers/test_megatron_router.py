@@ -27,9 +27,7 @@ from megatron_models import (
 )
 from torch import Tensor, nn
 
-from moebalance.integrations.megatron import BalancedTopKRouter
-from moebalance.integrations.megatron.release import check_release
-from moebalance.methods import (
+from moebalance import (
     LossFree,
     Method,
     NoBalancing,
@@ -39,6 +37,8 @@ from moebalance.methods import (
     Together,
     ZLoss,
 )
+from moebalance.integrations.megatron import BalancedTopKRouter
+from moebalance.integrations.megatron.release import check_release
 from moebalance.methods.forced import Forced
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")

@@ -32,8 +32,8 @@ from megatron_models import (
 )
 from torch import Tensor, nn
 
+from moebalance import LossFree, PhiBalancing, QuantileBalancing, SwitchLoss, Together
 from moebalance.integrations.megatron import BalancedTopKRouter
-from moebalance.methods import LossFree, PhiBalancing, QuantileBalancing, SwitchLoss, Together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning"),

@@ -31,12 +31,18 @@ from torchtitan_models import (
 )
 
 from cases import METHODS
-from moebalance.core.handle import Balancing
-from moebalance.gates import Sigmoid
+from moebalance import (
+    BalancedRouter,
+    Balancing,
+    LossFree,
+    Method,
+    NoBalancing,
+    PhiBalancing,
+    Sigmoid,
+    Together,
+)
 from moebalance.integrations.torchtitan import balanced, drive
-from moebalance.methods import LossFree, Method, NoBalancing, PhiBalancing, Together
-from moebalance.methods.base import charge
-from moebalance.router import BalancedRouter
+from moebalance.methods import charge
 from moebalance.routing import route
 
 PHI = PhiBalancing(strength=1.0, rate=0.5, peek=False, unit="paper")

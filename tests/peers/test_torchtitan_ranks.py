@@ -22,9 +22,9 @@ from torchtitan_models import (
     trainer,
 )
 
+from moebalance import LossFree, Method, NoBalancing, PhiBalancing, Together
 from moebalance.integrations.torchtitan import balanced
 from moebalance.integrations.torchtitan.steps import disjoint_tokens
-from moebalance.methods import LossFree, Method, NoBalancing, PhiBalancing, Together
 from processes import run
 
 PHI = PhiBalancing(strength=1.0, rate=0.5, peek=False)

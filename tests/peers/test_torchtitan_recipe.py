@@ -34,9 +34,9 @@ from torchtitan_models import (
     trainer,
 )
 
+from moebalance import LossFree, Method, PhiBalancing, Together
 from moebalance.integrations.torchtitan import BalancedTopKRouter, balanced, drive
 from moebalance.integrations.torchtitan.release import check_release
-from moebalance.methods import LossFree, Method, PhiBalancing, Together
 
 BOTH = Together(PhiBalancing(strength=1.0), LossFree())
 ALONE = ParallelDims(1, 1, 1, 1, 1, 1, 1)

@@ -30,7 +30,7 @@ from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, Sigmoid, Softmax
 from moebalance.integrations.copies import Hook, release
-from moebalance.methods.base import Method
+from moebalance.methods.base import Method, refuse_frozen
 
 _GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
 _BIAS = "e_score_correction_bias"
@@ -148,8 +148,4 @@ def _check(name: str, router: Any, method: Method) -> None:
     hooks = router._forward_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), _Hooks) for hook in hooks):
         raise ValueError(f"{name} is balanced already: detach() the first Balancing before.")
-    if method.traits.charges and not router.gate.weight.requires_grad:
-        raise ValueError(
-            f"{name} is frozen, and {method!r} works through its gradient: train the router, or "
-            "take a method with a selection price such as LossFree()."
-        )
+    refuse_frozen(name, method, trains=router.gate.weight.requires_grad)

@@ -31,7 +31,7 @@ from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, Sigmoid, Softmax, top_experts
 from moebalance.integrations.copies import Hook, release
-from moebalance.methods.base import Method
+from moebalance.methods.base import Method, refuse_frozen
 
 _GATES: dict[str, Gate] = {"softmax": Softmax(), "sigmoid": Sigmoid()}
 
@@ -204,12 +204,8 @@ def _check(name: str, router: Any, method: Method) -> None:
             )
     if "get_top_k" in router.__dict__:
         raise ValueError(f"{name} is balanced already: detach() the first Balancing before.")
+    refuse_frozen(name, method, trains=router.weight.requires_grad)
     traits = method.traits
-    if traits.charges and not router.weight.requires_grad:
-        raise ValueError(
-            f"{name} is frozen, and {method!r} works through its gradient: train the router, or "
-            "take a method with a selection price such as LossFree()."
-        )
     if router.score_bias is not None and traits.selects and not traits.has_selection_price:
         raise ValueError(
             f"{method!r} chooses experts by itself and would ignore {name}'s score_bias: set "

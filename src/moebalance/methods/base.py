@@ -308,6 +308,20 @@ def _check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}.")
 
 
+def refuse_frozen(name: str, method: Method, *, trains: bool) -> None:
+    """Refuse a router whose gradient nobody takes, under a method that works through it.
+
+    Raises:
+        ValueError: with the router's name and the remedy.
+    """
+    if method.traits.charges and not trains:
+        raise ValueError(
+            f"{method!r} works through the gradient of the router, but {name} is frozen. Train it "
+            "(with PEFT: modules_to_save or target_parameters), leave it out, or use a "
+            "selection-lever method such as LossFree."
+        )
+
+
 def _differentiated(method: Method, state: State, batch: Batch) -> Float[Tensor, "T E"] | None:
     old = batch.routing
     with torch.enable_grad():

@@ -15,6 +15,7 @@ from moebalance.integrations.huggingface.routers import (
 )
 from moebalance.integrations.names import Layers, chosen
 from moebalance.methods import Method, inner_methods, recommended
+from moebalance.methods.base import refuse_frozen
 
 logger = logging.getLogger("moebalance")
 
@@ -82,12 +83,7 @@ def check_levers(site: Site, method: Method) -> None:
             f"{site.why_fixed} and has no selection bias for it: use a loss-lever method such "
             "as PhiBalancing."
         )
-    if method.traits.charges and not site.trainable:
-        raise ValueError(
-            f"{method!r} works through the gradient of the router, but {site.name} is frozen. "
-            "Train it (with PEFT: modules_to_save or target_parameters), or use a selection-lever "
-            "method such as LossFree."
-        )
+    refuse_frozen(site.name, method, trains=site.trainable)
 
 
 def parts(method: Method) -> Iterator[Method]:

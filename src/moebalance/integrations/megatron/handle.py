@@ -12,6 +12,7 @@ from moebalance.core.handle import Balancing
 from moebalance.integrations.megatron import packed
 from moebalance.integrations.megatron.router import BalancedTopKRouter
 from moebalance.methods import NoBalancing
+from moebalance.methods.base import refuse_frozen
 
 logger = logging.getLogger("moebalance")
 
@@ -167,11 +168,7 @@ def _one_method(routers: dict[str, BalancedTopKRouter]) -> Any:
 def _check(name: str, router: BalancedTopKRouter) -> None:
     if router.check_stepped is not None:
         raise ValueError(f"{name} is attached already: detach() the first Balancing before.")
-    if router.balance.method.traits.charges and not router.weight.requires_grad:
-        raise ValueError(
-            f"{name} is frozen, and {router.balance.method!r} works through its gradient: "
-            "unfreeze the router, or take a method that prices selection such as LossFree."
-        )
+    refuse_frozen(name, router.balance.method, trains=router.weight.requires_grad)
 
 
 def _let_go(routers: dict[str, BalancedTopKRouter]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from moebalance.core.state import bare_name
 from moebalance.gates import Gate, GroupLimit, Softmax
 from moebalance.integrations.named.places import members
-from moebalance.methods.base import Method
+from moebalance.methods.base import Method, refuse_frozen
 
 Routers = str | Sequence[str | nn.Module] | Callable[[str], bool]
 """A glob pattern over names, a list of names and modules, or a test of the name.
@@ -261,8 +261,5 @@ def _check(one: Named, how: Rule, method: Method) -> None:
     if how.limit is not None:
         how.limit.check(one.num_experts, how.top_k)
     weights = one.weights
-    if method.traits.charges and weights and not any(w.requires_grad for w in weights):
-        raise ValueError(
-            f"{method!r} works through the gradient of the router, but {one.name} is frozen. "
-            "Train it, or leave it out of routers=."
-        )
+    if weights:
+        refuse_frozen(one.name, method, trains=any(w.requires_grad for w in weights))

@@ -15,7 +15,7 @@ from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.state import bare_name
 from moebalance.integrations.torchtitan.router import BalancedTopKRouter, RouterBalance, local
-from moebalance.methods.base import Method
+from moebalance.methods.base import Method, refuse_frozen
 
 
 def drive(
@@ -50,7 +50,8 @@ def drive(
             "has replaced them after balanced(). Call balanced() last."
         )
     for name, owner in owners.items():
-        _check_trained(name, owner, method)
+        gate = owner.router.gate.parameters()
+        refuse_frozen(name, method, trains=any(weight.requires_grad for weight in gate))
         owner.router.balance.name = name
         owner.load_balance_coeff = None
 
@@ -93,14 +94,6 @@ def _owners(model_parts: Sequence[nn.Module]) -> dict[str, Any]:
             if isinstance(getattr(module, "router", None), BalancedTopKRouter):
                 found[bare_name(part, f"{name}.router" if name else "router")] = module
     return found
-
-
-def _check_trained(name: str, owner: Any, method: Method) -> None:
-    if method.traits.charges and not any(p.requires_grad for p in owner.router.gate.parameters()):
-        raise ValueError(
-            f"{name} is frozen, and {method!r} works through its gradient. Train the router's "
-            "gate, or take a method that chooses experts, such as LossFree()."
-        )
 
 
 @torch.no_grad()

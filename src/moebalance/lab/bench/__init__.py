@@ -7,7 +7,6 @@ second bare router among them is the null control: what it shows beyond 1 is noi
 moved and bytes kept for backward are counted as well, and those are the same on every machine.
 """
 
-from moebalance.lab.bench.gpu_page import write_gpu_page
 from moebalance.lab.bench.page import table, write_page
 from moebalance.lab.bench.router import Case, measure_routers
 from moebalance.lab.bench.step import StepCase, measure_steps
@@ -23,6 +22,5 @@ __all__ = [
     "measure_routers",
     "measure_steps",
     "table",
-    "write_gpu_page",
     "write_page",
 ]

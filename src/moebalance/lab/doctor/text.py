@@ -1,10 +1,8 @@
 """A diagnosis as plain text, for a terminal or a log."""
 
-import textwrap
-
 from moebalance.lab.doctor.diagnosis import Diagnosis, RouterGroup
 from moebalance.lab.doctor.native_loss import TrainerUse
-from moebalance.report.diagnosis.finding import Finding
+from moebalance.report.diagnosis.finding import Finding, wrapped
 
 _INDENT = " " * 12
 
@@ -39,26 +37,15 @@ def _group(group: RouterGroup, width: int) -> list[str]:
 
 
 def _trainer(use: TrainerUse, width: int) -> list[str]:
-    return _wrapped(f"  {use.trainer:<20} {'ON ' if use.active else 'off'}  ", use.why, width)
+    return wrapped(f"  {use.trainer:<20} {'ON ' if use.active else 'off'}  ", use.why, width)
 
 
 def _finding(finding: Finding, width: int) -> list[str]:
-    lines = _wrapped(f"  {finding.severity:<8}  ", finding.what, width)
+    lines = wrapped(f"  {finding.severity:<8}  ", finding.what, width)
     if finding.do:
-        lines += _wrapped(f"{_INDENT}→ ", finding.do, width)
+        lines += wrapped(f"{_INDENT}→ ", finding.do, width)
     return lines
 
 
 def _line(title: str, text: str, width: int) -> list[str]:
-    return _wrapped(f"  {title:<11} ", text, width)
-
-
-def _wrapped(head: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return wrapped(f"  {title:<11} ", text, width)

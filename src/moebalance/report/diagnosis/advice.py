@@ -7,11 +7,10 @@ cause is said once, and a contradiction becomes one answer.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moebalance.report.diagnosis.finding import Finding, Severity, Wish
+from moebalance.report.diagnosis.finding import Finding, Severity, Wish, wrapped
 from moebalance.report.estimates import MethodSummary
 from moebalance.report.parts import Part, parts_of
 from moebalance.runlog import Run
@@ -160,17 +159,17 @@ def _where(count: int, runs: int, seed: int | None) -> str:
 
 
 def _paragraph(diagnosis: Diagnosis, width: int) -> list[str]:
-    lines = _wrapped("", _heading(diagnosis.method), width)
+    lines = wrapped("", _heading(diagnosis.method), width)
     for evidence in diagnosis.evidence[:_MOST]:
         finding = evidence.finding
         where = f" ({evidence.where})" if evidence.where else ""
-        lines += _wrapped(f"  {finding.severity:<8}  ", finding.what + where, width)
-        lines += _wrapped(" " * 12, finding.because, width)
+        lines += wrapped(f"  {finding.severity:<8}  ", finding.what + where, width)
+        lines += wrapped(" " * 12, finding.because, width)
     rest = [evidence.finding.rule for evidence in diagnosis.evidence[_MOST:]]
     if rest:
-        lines += _wrapped(f"  {'also':<8}  ", ", ".join(rest).replace("-", " "), width)
+        lines += wrapped(f"  {'also':<8}  ", ", ".join(rest).replace("-", " "), width)
     if diagnosis.advice:
-        lines += _wrapped(f"{'':10}→ ", diagnosis.advice, width)
+        lines += wrapped(f"{'':10}→ ", diagnosis.advice, width)
     if not diagnosis.evidence:
         lines.append("  ok        Nothing is found to be wrong.")
     return lines
@@ -187,14 +186,3 @@ def _heading(method: MethodSummary) -> str:
     where = str(runs[0].path.parent) if len(runs) == 1 else ""
     batching = runs[0].header.get("batching")
     return ", ".join(str(word) for word in (method.label, batching, seed, span, where) if word)
-
-
-def _wrapped(head: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

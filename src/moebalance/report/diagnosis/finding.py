@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -50,3 +51,15 @@ class Finding:
     rule: str = ""
     layers: tuple[int, ...] = ()
     wish: Wish = Wish.NOTHING
+
+
+def wrapped(head: str, text: str, width: int) -> list[str]:
+    """A text in lines, the first behind a head and the others below it."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from fuzzing import FUZZ, LONGER
 from moebalance.report import diagnosis, write_report
 from moebalance.report.markdown import write_markdown
 from moebalance.runlog import LOG_NAME, find_runs
@@ -17,6 +18,9 @@ DAMAGE = (
     *(None, "x", "<hurt>", True, -1, 0, 10**30, 10**400, 1e308, -1e308, float("nan"), float("inf")),
     *([], {}, [None], [[]], [["x"]], {"a": 1}),
 )
+BATCHES = 2 * (LONGER if FUZZ else 1)
+FIRST = random.randrange(10**6) if FUZZ else 0
+"""Of twenty logs each: `make test` tries always the same, `make fuzz` others each time."""
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +68,10 @@ def damaged(rows, dice):
 
 @pytest.mark.survives(
     "Files and pages",
-    "120 logs with rows hurt, lost, repeated or swapped",
+    "Logs with rows hurt, lost, repeated or swapped",
     "goes on: with a page; or it is refused by name",
 )
-@pytest.mark.parametrize("batch", range(6))
+@pytest.mark.parametrize("batch", range(FIRST, FIRST + BATCHES))
 def test_a_damaged_log_gives_a_page_or_is_refused_in_words(rows, tmp_path, batch):
     write_run(tmp_path / "runs" / "beside", "switch", steps=120, experts=8)
     log = write_run(tmp_path / "runs" / "hurt", "phi", steps=120) / LOG_NAME
