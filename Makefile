@@ -53,10 +53,12 @@ frameworks: export RECORD := build/frameworks
 frameworks: peers megatron
 	$(PEERS)/bin/python tests/peers/frameworks.py
 
-# docs/clients.md, from a run of each client in an environment of its own. Ten minutes, once they are built.
+# docs/clients.md, from a run of each client in an environment of its own, and of a few checks under its release of
+# Transformers. Fifteen minutes, once they are built.
 clients: $(READY)
 	$(BIN)/python tests/clients/build.py $(CLIENTS)
 	$(BIN)/python tests/clients/run.py $(CLIENTS)
+	$(BIN)/python tests/clients/releases.py $(CLIENTS)
 
 # The site, in build/docs; it needs no network, to build or to read.
 docs: $(READY)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PLACE = HERE.parents[1] / ".venv-clients"
-CLIENTS = ("llamafactory", "swift", "axolotl")
+CLIENTS = ("llamafactory", "swift", "axolotl", "newest")
+"""The last one is the newest release of Transformers alone."""
 
 TORCHAUDIO = (
     '"""LLaMA-Factory imports torchaudio for sound, and its wheel wants CUDA: not needed."""\n'

@@ -66,6 +66,17 @@ FOOT = """
 ms-swift packs under flash attention only, which needs a GPU. In its packed rows another attention
 answers to that name; what is packed and what is counted is the same. LLaMA-Factory imports
 torchaudio, for which an empty module stands in.
+
+## Releases of Transformers
+
+A few checks under the Transformers that each client pins, with the rest of its pins, and under the
+newest release. **Accumulation**: a term is the same in one and in four micro-batches. **Padding**:
+a Trainer's padding is not counted. **Resuming**: a run that is cut ends with the state of one that
+is not. **Export**: a trained selection price is in the saved weights. [Families](families.md) says
+which models each release balances.
+
+| Transformers | pinned by | accumulation | padding | resuming | export |
+|---|---|---|---|---|---|
 """
 
 
@@ -131,8 +142,20 @@ def outcome(seen: dict[str, Any]) -> str:
     return "works"
 
 
+def release_table() -> str:
+    """What `releases.py` found, the newest release first."""
+    found = json.loads((HERE / "releases.json").read_text("utf-8"))
+    lines = []
+    for place, seen in found.items():
+        by = {"here": "moebalance itself", "newest": "nobody yet"} | CLIENTS
+        release, outcomes = seen["transformers"], seen["found"].values()
+        number = [int(part) for part in release.split(".")]
+        lines.append((number, f"| {release} | {by[place]} | {' | '.join(outcomes)} |\n"))
+    return "".join(line for _, line in sorted(lines, reverse=True))
+
+
 def page(records: dict[str, Any]) -> str:
-    """The page, from the records of all clients."""
+    """The page, from the records of all clients and releases."""
     lines = []
     for client, title in CLIENTS.items():
         held = records.get(client, {"seen": {}})
@@ -147,7 +170,12 @@ def page(records: dict[str, Any]) -> str:
                 numbers = [*map(str, counts), routers, f"{seen['loss']:.3f}"]
             cells = [title, held["release"], held["transformers"], what, outcome(seen), *numbers]
             lines.append(f"| {' | '.join(cells)} |\n")
-    return f"{HEAD}{''.join(lines)}{FOOT}"
+    return f"{HEAD}{''.join(lines)}{FOOT}{release_table()}"
+
+
+def write_page() -> None:
+    """Write the page from what was recorded."""
+    PAGE.write_text(page(json.loads(RECORDS.read_text("utf-8"))), encoding="utf-8")
 
 
 def main(clients: list[str]) -> None:
@@ -160,7 +188,7 @@ def main(clients: list[str]) -> None:
             print(f"{client}, {situation}: {outcome(seen[situation])}", flush=True)
         records[client] = {**releases(client), "seen": seen}
         RECORDS.write_text(f"{json.dumps(records, indent=1)}\n", encoding="utf-8")
-    PAGE.write_text(page(records), encoding="utf-8")
+    write_page()
 
 
 if __name__ == "__main__":
