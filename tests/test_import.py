@@ -54,15 +54,18 @@ def test_the_library_itself_imports_no_framework():
 
 
 def test_importing_costs_at_most_a_fifth_of_a_second_beyond_torch(tmp_path, monkeypatch):
-    """With compiled bytecode at hand, as pip leaves it: the first import of a clone compiles."""
+    """Of CPU, which a busy machine does not stretch.
+
+    With compiled bytecode at hand, as pip leaves it: the first import of a clone compiles.
+    """
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
     code = (
         "import time, torch\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"
         "import moebalance\n"
         "moebalance.PhiBalancing, moebalance.BalancedRouter, moebalance.attach\n"
-        "print(time.perf_counter() - start)"
+        "print(time.process_time() - start)"
     )
     python(code)
     assert statistics.median(float(python(code)) for _ in range(3)) <= 0.2
