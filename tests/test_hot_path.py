@@ -67,7 +67,7 @@ def pair(name: str, *, normalize: bool, gate: Gate | None = None) -> tuple[Traff
 @every_rule
 @every_priced
 def test_at_most_three_kernels_over_tokens_more_than_a_bare_router(name, normalize):
-    """Two sums, and the affinities of the choice, which is ranked by logits."""
+    """Two sums, and a look at the chosen affinities: do they still tell logits apart?"""
     balanced, plain = pair(name, normalize=normalize)
     assert len(balanced.large) <= len(plain.large) + 3, (balanced.large, plain.large)
 
@@ -94,10 +94,10 @@ def test_other_steps_and_later_ones_take_no_more_kernels():
 
 @every_rule
 @every_priced
-def test_one_read_of_the_scores_and_two_of_the_choice_more_than_a_bare_router(name, normalize):
+def test_one_read_of_the_scores_and_of_the_choice_more_than_a_bare_router(name, normalize):
     balanced, plain = pair(name, normalize=normalize)
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
-    assert more <= 4.8, (more, balanced.large, plain.large)
+    assert more <= 4.4, (more, balanced.large, plain.large)
 
 
 @every_rule

@@ -213,7 +213,7 @@ class _Choose(torch.autograd.Function):
             drawn = (upstream * (weights / total)).sum(dim=-1, keepdim=True)
             upstream = upstream / total - drawn
         gradient.scatter_add_(-1, experts, upstream.to(gradient.dtype))
-        return None, None, None, how.gate.backward(gradient, affinities).to(ctx.dtype)
+        return None, None, None, how.gate.backward_over(gradient, affinities).to(ctx.dtype)
 
 
 class _ChooseFused(torch.autograd.Function):
