@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moebalance import BalancedRouter
+from moebalance import BalancedRouter, attach
 from moebalance.core.autograd import tie
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate, Sigmoid, Softmax
-from moebalance.lab.bench.traffic import Traffic, kept_for_backward, traffic
+from moebalance.lab.bench.traffic import Traffic, _Watch, kept_for_backward, traffic
 from moebalance.methods import (
     EmaSwitchLoss,
     GlobalBatchLoss,
@@ -154,6 +154,24 @@ def test_what_is_attached_to_another_router_forms_scores_only_where_it_must(name
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
     assert more <= size, (more, balanced.large, plain.large)
     assert len(balanced.large) <= len(plain.large) + kernels, (balanced.large, plain.large)
+
+
+def kernels_of_a_step(layers: int) -> list[str]:
+    model = torch.nn.Sequential(*[BalancedRouter(PhiBalancing(), 16, 2) for _ in range(layers)])
+    balancing = attach(model)
+    for watch in (_Watch(1), _Watch(1)):  # the first step agrees, and warms up
+        for layer in model:
+            layer(torch.randn(32, 16, requires_grad=True))[0].sum().backward()
+        with watch:
+            balancing.step()
+    return watch.seen.small + watch.seen.large
+
+
+def test_the_end_of_a_step_takes_as_many_kernels_for_many_layers_as_for_one():
+    """41 of them, without other ranks: sums and their verdict, the update, and what is cleared."""
+    one, many = kernels_of_a_step(1), kernels_of_a_step(16)
+    assert sorted(one) == sorted(many)
+    assert len(many) <= 41, many
 
 
 def test_the_count_sees_what_a_second_pass_would_cost():
