@@ -43,11 +43,12 @@ class Layout(NamedTuple):
     def tile(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Tiling:
         """In place of `tile`."""
         usual = tile(logits, *args, **kwargs)
-        warps, sizes = self.warps or usual.warps, dict(usual.sizes)
+        warps, sizes = self.warps or usual.warps, usual.sizes
         if self.per_thread is not None:
             columns = next_power(logits.shape[1])
             fewest = warps if columns <= 1024 else 1  # a row lies within a warp
-            sizes["block"] = max(fewest, warps * 32 * self.per_thread // columns)
+            block = max(fewest, warps * 32 * self.per_thread // columns)
+            sizes = sizes._replace(block=block)
         return Tiling(sizes, warps, self.programs or usual.programs)
 
 

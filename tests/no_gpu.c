@@ -4,7 +4,7 @@
 
 #include "cuda.h"
 
-enum { MOST = 16 };
+enum { MOST = 24 };
 
 struct launch {
   unsigned grid[3], threads, shared;

@@ -223,7 +223,7 @@ def test_the_layouts_that_are_tried_are_those_of_the_programs_and_others():
         assert usual == tile(logits, sums=sums)
         assert any(other != usual for other in others)
         for other in others:
-            block, columns = other.sizes["block"], other.sizes["chunks"] * other.sizes["width"]
+            block, columns = other.sizes.block, other.sizes.chunks * other.sizes.width
             assert block & (block - 1) == 0  # Triton takes powers of two
             assert block * columns >= 32 * other.warps
 

@@ -36,6 +36,14 @@ def test_a_gate_leads_any_price_back_through_its_affinities_alone(gate, shape):
 
 
 @every_gate_in_use
+def test_a_gradient_written_over_the_one_before_it_has_the_same_bits(gate):
+    for shape in ((0, 3), (1, 2), (7, 9), (513, 60), (33, 257)):
+        affinities, upstream = gate.affinities(torch.randn(shape)), torch.randn(shape)
+        expected = gate.backward(upstream, affinities)
+        assert torch.equal(gate.backward_over(upstream, affinities), expected)
+
+
+@every_gate_in_use
 def test_affinities_that_underflow_have_finite_gradients(gate):
     logits = torch.tensor([[-200.0, -150.0, -120.0], [-300.0, 0.0, 300.0]])
     affinities = gate.affinities(logits)

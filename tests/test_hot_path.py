@@ -19,7 +19,7 @@ from moebalance import (
 from moebalance.core.autograd import tie
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate
-from moebalance.lab.bench.traffic import Traffic, kept_for_backward, traffic
+from moebalance.lab.bench.traffic import Traffic, _Watch, kept_for_backward, traffic
 
 TOKENS, EXPERTS, TOP_K = 4096, 256, 8
 
@@ -69,7 +69,7 @@ def pair(name: str, *, normalize: bool, gate: Gate | None = None) -> tuple[Traff
 @every_rule
 @every_priced
 def test_at_most_three_kernels_over_tokens_more_than_a_bare_router(name, normalize):
-    """Two sums, and the affinities of the choice, which is ranked by logits."""
+    """Two sums, and a look at the chosen affinities: do they still tell logits apart?"""
     balanced, plain = pair(name, normalize=normalize)
     assert len(balanced.large) <= len(plain.large) + 3, (balanced.large, plain.large)
 
@@ -96,10 +96,10 @@ def test_other_steps_and_later_ones_take_no_more_kernels():
 
 @every_rule
 @every_priced
-def test_one_read_of_the_scores_and_two_of_the_choice_more_than_a_bare_router(name, normalize):
+def test_one_read_of_the_scores_and_of_the_choice_more_than_a_bare_router(name, normalize):
     balanced, plain = pair(name, normalize=normalize)
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
-    assert more <= 4.8, (more, balanced.large, plain.large)
+    assert more <= 4.4, (more, balanced.large, plain.large)
 
 
 @every_rule
@@ -156,6 +156,24 @@ def test_what_is_attached_to_another_router_forms_scores_only_where_it_must(name
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
     assert more <= size, (more, balanced.large, plain.large)
     assert len(balanced.large) <= len(plain.large) + kernels, (balanced.large, plain.large)
+
+
+def kernels_of_a_step(layers: int) -> list[str]:
+    model = torch.nn.Sequential(*[BalancedRouter(PhiBalancing(), 16, 2) for _ in range(layers)])
+    balancing = attach(model)
+    for watch in (_Watch(1), _Watch(1)):  # the first step agrees, and warms up
+        for layer in model:
+            layer(torch.randn(32, 16, requires_grad=True))[0].sum().backward()
+        with watch:
+            balancing.step()
+    return watch.seen.small + watch.seen.large
+
+
+def test_the_end_of_a_step_takes_as_many_kernels_for_many_layers_as_for_one():
+    """41 of them, without other ranks: sums and their verdict, the update, and what is cleared."""
+    one, many = kernels_of_a_step(1), kernels_of_a_step(16)
+    assert sorted(one) == sorted(many)
+    assert len(many) <= 41, many
 
 
 def test_the_count_sees_what_a_second_pass_would_cost():

@@ -23,7 +23,6 @@ from kernel_processes import caller, process
 PROGRAMS = {
     "programs.choose",
     "programs.pull_back",
-    "price_program.charge",
     "attached_programs.count",
     "attached_programs.pull",
 }
@@ -67,9 +66,8 @@ def test_triton_is_asked_once_for_each_dtype_and_alignment(library, elsewhere):
     starts = elsewhere(all_starts, str(library))
     asked = [s for s in starts if s.asked_first]
     assert not any(s.asked_again for s in starts)
-    # Two dtypes and two alignments of everything but the price, which has float32 alone; tokens
-    # are 16, 33 and 1, which Triton would tell apart.
-    assert len(asked) == 4 * (len(PROGRAMS) - 1) + 1
+    # Two dtypes and two alignments; tokens are 16, 33 and 1, which Triton would tell apart.
+    assert len(asked) == 4 * len(PROGRAMS)
     assert len({s.again.function for s in starts}) == len(asked)
     assert len(starts) == 3 * 4 * len(PROGRAMS)
 
@@ -99,31 +97,30 @@ class Start(NamedTuple):
 
 
 def all_starts(library: str) -> list[Start]:
-    from moebalance.kernels import launch
+    from moebalance.kernels import attached, launch, router
 
     driver, seen = pretend(library), list[Start]()
-    start, program = launch._start, launch._program
+    start, function = launch.Program.start, launch._function
 
-    def watched(name, device, grid, tensors, numbers, options):
+    def watched(program, grid, tensors, numbers):
         given = tensors + numbers
         driver.expect_arguments(len(given))
 
         def sent(by):
-            with mock.patch.object(launch, "_program", mock.Mock(wraps=program)) as asked:
+            with mock.patch.object(launch, "_function", mock.Mock(wraps=function)) as asked:
                 by()
             return last(driver, given), asked.called
 
-        first, asked_first = sent(lambda: start(name, device, grid, tensors, numbers, options))
-        again, asked_again = sent(lambda: start(name, device, grid, tensors, numbers, options))
-        tritons, _ = sent(lambda: program(name)[(grid,)](*given, **options))
+        first, asked_first = sent(lambda: start(program, grid, tensors, numbers))
+        again, asked_again = sent(lambda: start(program, grid, tensors, numbers))
+        tritons, _ = sent(lambda: function(program.name)[(grid,)](*given, **program.options))
         words = tuple(word(value) for value in given)
         asked = asked_first, asked_again
-        seen.append(Start(name, grid, first, again, tritons, words, *asked))
+        seen.append(Start(program.name, grid, first, again, tritons, words, *asked))
 
-    with (
-        mock.patch.object(launch, "_start", watched),
-        mock.patch.dict(launch._compiled, clear=True),
-    ):
+    for known in (router._choosing, router._pulling_back, attached._counting, attached._pulling):
+        known.cache_clear()
+    with mock.patch.object(launch.Program, "start", watched):
         for dtype in (torch.float32, torch.bfloat16):
             for aligned in (True, False):
                 for tokens in (16, 33, 1):
@@ -133,7 +130,7 @@ def all_starts(library: str) -> list[Start]:
 
 def every_program(tokens: int, dtype: torch.dtype, aligned: bool) -> None:
     from moebalance import PhiBalancing, Softmax, kernels
-    from moebalance.kernels import charge, choose, count, pull, pull_back
+    from moebalance.kernels import Settlement, choose, count, pull, pull_back
 
     experts, top_k, gate, method = 24, 4, Softmax(), PhiBalancing()
     skipped = 0 if aligned else 1
@@ -143,13 +140,13 @@ def every_program(tokens: int, dtype: torch.dtype, aligned: bool) -> None:
     price = kernels.mean_price(method, method.init(experts))
     assert price is not None
     running = torch.zeros_like(found.packed)
-    charged = charge(price, found.packed, running, torch.zeros(2), torch.ones(()))
+    charge = Settlement(price, found.packed, running, torch.zeros(2), torch.ones(()))
     upstream = torch.randn(tokens, top_k).to(dtype)
     pull_back(
-        upstream, logits, found.experts, found.normaliser, gate, normalize=True, charge=charged
+        upstream, logits, found.experts, found.normaliser, gate, normalize=True, charge=charge
     )
     count(logits, found.experts, gate)
-    pull(logits, gate, charged)
+    pull(logits, gate, charge)
 
 
 @cache
@@ -185,7 +182,7 @@ class Kept(ctypes.Structure):
         ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("function", ctypes.c_void_p),
-        ("arguments", ctypes.c_ulonglong * 16),
+        ("arguments", ctypes.c_ulonglong * 24),
     ]
 
 

@@ -96,6 +96,12 @@ class Gate(ABC):
     ) -> Float[Tensor, "T E"]:
         """Gradient of the logits from the gradient of the affinities, in one pass."""
 
+    def backward_over(
+        self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """`backward`, which may write over `upstream`: fresh memory costs a processor a pass."""
+        return self.backward(upstream, affinities)
+
 
 def _of_rank_two(
     price: Float[Tensor, "E"], affinities: Float[Tensor, "T E"], row_scale: Float[Tensor, "T"]
@@ -161,6 +167,16 @@ class Softmax(Gate):
         """Softmax's own backward pass, a ∘ (g − ⟨a, g⟩)."""
         return torch._softmax_backward_data(upstream, affinities, -1, affinities.dtype)
 
+    def backward_over(
+        self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """The same, in place on a processor: there a row is read whole before it is written."""
+        if not _on_host(upstream) or upstream.dtype != affinities.dtype:
+            return self.backward(upstream, affinities)
+        backward = torch.ops.aten._softmax_backward_data.out
+        backward(upstream, affinities, -1, affinities.dtype, grad_input=upstream)
+        return upstream
+
 
 @dataclass(frozen=True)
 class Sigmoid(Gate):
@@ -184,6 +200,16 @@ class Sigmoid(Gate):
         """g ∘ a ∘ (1 − a)."""
         gradient: Tensor = torch.ops.aten.sigmoid_backward(upstream, affinities)
         return gradient
+
+    def backward_over(
+        self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        """The same, in place on a processor."""
+        if not _on_host(upstream) or upstream.dtype != affinities.dtype:
+            return self.backward(upstream, affinities)
+        backward = torch.ops.aten.sigmoid_backward.grad_input
+        backward(upstream, affinities, grad_input=upstream)
+        return upstream
 
 
 @dataclass(frozen=True)
@@ -215,6 +241,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _TIE = 1e-10  # what a logit weighs where scores are ranked: only equals ever feel it
 _MILD = 8.0  # below this logits that matter differ in their affinities too
 _SMALL = 1e-20  # an affinity below this has an even smaller derivative
+_FULL = 0.9995  # from here on the affinities of a sigmoid no longer tell logits apart
 _UNDERFLOW = -15.0  # below this softplus(z) = e^z to float32's precision
 
 
@@ -290,6 +317,11 @@ def best(
     In no order: sorting takes time, and a mixture of experts has no use for it.
     """
     logits = logits.detach()
+    if preference is None and price is None and limit is None and _on_host(logits):
+        # Top-k has the affinities at hand. A look at them tells whether logits must rank instead.
+        values, experts = affinities.topk(top_k, dim=-1, sorted=False)
+        if values.numel() and _tell_apart(values):
+            return values, experts
     order = preference
     if order is None and price is not None:
         order = affinities.detach() - price
@@ -318,7 +350,7 @@ def top_experts(
         order = limit.within(untied(order, logits))
         return order.topk(top_k, dim=-1, sorted=False).indices
     values, experts = order.topk(top_k, dim=-1, sorted=False)
-    if order is logits or order.device.type != "cpu" or torch.compiler.is_compiling():
+    if order is logits or not _on_host(order):
         return experts
     if not logits.numel() or all(abs(float(end)) < _MILD for end in logits.aminmax()):
         return experts
@@ -326,6 +358,17 @@ def top_experts(
     if int((order >= last).sum()) > experts.numel():  # some of the best are as good as others
         return untied(order, logits).topk(top_k, dim=-1, sorted=False).indices
     return experts
+
+
+def _tell_apart(affinities: Float[Tensor, "T K"]) -> bool:
+    """Whether these are neither so small nor so large that different logits share one."""
+    ends: list[float] = [end.tolist() for end in affinities.aminmax()]  # type: ignore[misc]
+    return ends[0] > _SMALL and ends[1] < _FULL
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether a value may be looked at: neither a device nor a compiler has to be asked."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def untied(order: Float[Tensor, "T E"], logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:

@@ -46,12 +46,14 @@ class Tally(NamedTuple):
         last_step: (2,) tokens and batches of the last finished step.
         scale: () gradient of the total loss with respect to the task loss.
         replayed: () 1 once a batch of this step was routed by choices from elsewhere.
+        tickets: counters of the fused kernels, for one launch at a time; None makes them anew.
     """
 
     running: Float[Tensor, "sums"]
     last_step: Float[Tensor, "2"]
     scale: Float[Tensor, ""]
     replayed: Float[Tensor, ""]
+    tickets: Int[Tensor, "counters"] | None = None
 
 
 class Pass(NamedTuple):
@@ -211,7 +213,7 @@ class _Choose(torch.autograd.Function):
             drawn = (upstream * (weights / total)).sum(dim=-1, keepdim=True)
             upstream = upstream / total - drawn
         gradient.scatter_add_(-1, experts, upstream.to(gradient.dtype))
-        return None, None, None, how.gate.backward(gradient, affinities).to(ctx.dtype)
+        return None, None, None, how.gate.backward_over(gradient, affinities).to(ctx.dtype)
 
 
 class _ChooseFused(torch.autograd.Function):
@@ -227,6 +229,7 @@ class _ChooseFused(torch.autograd.Function):
             price=how.method.selection_price(how.state),
             limit=how.limit,
             mask=mask,
+            tickets=how.tally.tickets,
         )
         # The sums are here already, but a batch is counted in backward: forward may run twice.
         ctx.how, ctx.packed = how, found.packed
@@ -247,7 +250,7 @@ class _ChooseFused(torch.autograd.Function):
             normaliser,
             how.gate,
             normalize=how.normalize,
-            charge=settle(how, ctx.packed, len(experts), mask),
+            charge=_in_kernel(how, ctx.packed, len(experts), mask),
             mask=mask,
         )
         return None, None, None, gradient
@@ -276,8 +279,9 @@ class _Tie(torch.autograd.Function):
         if not how.traits.from_sums:
             gradient = _from_routing(how, logits, experts, mask)
         elif how.fused:
-            packed = kernels.count(logits, experts, how.gate, mask=mask)
-            charge = settle(how, packed, len(logits), mask)
+            packed = kernels.count(logits, experts, how.gate, mask=mask, tickets=how.tally.tickets)
+            form = _in_kernel if how.traits.charges else settle  # what charges nothing has no pass
+            charge = form(how, packed, len(logits), mask)
             gradient = None if charge is None else kernels.pull(logits, how.gate, charge, mask=mask)
         else:
             real = real_rows(how.gate.affinities(logits), mask)
@@ -338,12 +342,8 @@ def settle(
 ) -> Float[Tensor, "E"] | None:
     """Add a batch to its step; return the gradient of the loss with respect to any token's scores.
 
-    The one place where a price from sums is formed: in one launch if the kernels know its form.
+    The one place where torch forms a price from sums.
     """
-    if how.fused:
-        form = kernels.mean_price(how.method, how.state)
-        if kernels.forms(form):
-            return kernels.charge(form, packed, *how.tally[:3])
     how.tally.running.add_(packed)
     if not how.traits.charges:
         return None
@@ -351,6 +351,16 @@ def settle(
     batch = _placed(how, sums, _known(rows, mask), None)
     price = how.method.loss_price(how.state, batch)
     return None if price is None else price * per_token(batch, as_number(how.tally.scale))
+
+
+def _in_kernel(
+    how: Pass, packed: Float[Tensor, "sums"], rows: int, mask: Tensor | None
+) -> Float[Tensor, "E"] | kernels.Settlement | None:
+    """As `settle`, but left to the launch that writes the gradient if a program can do it."""
+    price = kernels.mean_price(how.method, how.state) if how.traits.charges else None
+    if kernels.forms(price) or not how.traits.charges:
+        return kernels.Settlement(price, packed, *how.tally[:3])
+    return settle(how, packed, rows, mask)
 
 
 def _placed(how: Pass, sums: Sums, known: int | None, routing: Routing | None) -> Batch:

@@ -22,7 +22,7 @@ from moebalance.core.packing import pack, packed_size, unpack
 from moebalance.core.sound import check_price, tensors_problem, trial_problem
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax, at_least_float32
-from moebalance.kernels import supported
+from moebalance.kernels import new_tickets, supported
 from moebalance.methods.base import Method, State, observe, sees_sequences
 from moebalance.methods.lineage import Lineage, inherit
 from moebalance.routing import Sums, as_number, measure, route
@@ -248,6 +248,7 @@ class LayerBalance(nn.Module):
         self.running = torch.zeros(size, dtype=torch.float32)
         self.loss_scale = torch.ones((), dtype=torch.float32)
         self.replayed = torch.zeros((), dtype=torch.float32)
+        self.tickets = new_tickets(self.running)
         self.last_total = None
 
     def _of(self, saved: Mapping[str, Tensor]) -> State:
@@ -266,6 +267,7 @@ class LayerBalance(nn.Module):
             self.running = torch.zeros_like(self.running, device=device)
             self.loss_scale = torch.ones_like(self.loss_scale, device=device)
             self.replayed = torch.zeros_like(self.replayed, device=device)
+            self.tickets = torch.zeros_like(self.tickets, device=device)
             self._template = self.method.init(self.num_experts)
             # Transformers marks what it has read; the rest is memory that nobody wrote to.
             read = (getattr(x, "_is_hf_initialized", False) for x in self._buffers.values())
@@ -305,7 +307,7 @@ class LayerBalance(nn.Module):
                 "prices stop to move. Keep buffers in float32: with FSDP1 give "
                 "MixedPrecision(buffer_dtype=torch.float32), or use FSDP2."
             )
-        tally = Tally(self.running, self.last_step, self.loss_scale, self.replayed)
+        tally = Tally(self.running, self.last_step, self.loss_scale, self.replayed, self.tickets)
         return Pass(self.method, self.traits, self.gate, self.state, tally, self.fused, **more)
 
     def _write(self, state: State) -> None:
@@ -328,6 +330,7 @@ class LayerBalance(nn.Module):
         self.running = self.running.to(device)
         self.loss_scale = self.loss_scale.to(device)
         self.replayed = self.replayed.to(device)
+        self.tickets = self.tickets.to(device)
         if self.watched is not None:
             scores, counts, tokens, _ = self.watched
             self.watched = Sums(scores.to(device), counts.to(device), tokens.to(device))

@@ -3,8 +3,9 @@
     count   z (T, E), chosen experts (T, K) → packed sums (2E + 2,)
     pull    z (T, E), charge q (E,) → ∂/∂z of ⟨q, Σ_t p_t⟩, (T, E)
 
-The batch's price is formed between them. Each pass reads the logits once, and the second writes
-their gradient: three times the logits' bytes in all. Sums are deterministic, as in `router.choose`.
+Each pass is one launch. The second counts the batch and forms its price, as in `router.pull_back`.
+Each reads the logits once, and the second writes their gradient: three times the logits' bytes in
+all. Sums are deterministic, as in `router.choose`.
 Plain form: `core.autograd._from_affinities`.
 
 Shapes: T tokens, E experts, K top-k.
@@ -12,13 +13,15 @@ Shapes: T tokens, E experts, K top-k.
 
 from __future__ import annotations
 
-import torch
+from functools import cache
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance.gates import Gate, Sigmoid
-from moebalance.kernels.launch import launch
-from moebalance.kernels.tiling import bytes_of, next_power, row_of, tile
+from moebalance.kernels.launch import Program, launch
+from moebalance.kernels.price import Settlement, Terms, terms
+from moebalance.kernels.tiling import Tiling, added, bytes_of, next_power, sums_of, tile
 
 _SLAB = 1024  # choices that a program counts at a time
 
@@ -29,6 +32,7 @@ def count(
     gate: Gate,
     *,
     mask: Bool[Tensor, "T"] | None = None,
+    tickets: Int[Tensor, "counters"] | None = None,
 ) -> Float[Tensor, "sums"]:
     """Sum scores and choices, in one pass over the logits.
 
@@ -38,33 +42,33 @@ def count(
             counted.
         gate: `Softmax()` or `Sigmoid()`.
         mask: (T,) True for real tokens; padded rows are not summed. None if all are real.
+        tickets: as in `router.choose`.
 
     Returns:
         (2E + 2,): scores Σ_t p_t (E,), counts (E,), tokens, and a 1 that counts the batch.
     """
-    rows, num_experts = logits.shape
     tiling = tile(logits, sums=True)
-    programs = max(1, min(tiling.blocks(rows), tiling.programs))
-    partials = logits.new_empty(programs, 2 * num_experts + 2, dtype=torch.float32)
+    sums = sums_of(logits, tiling, tickets)
     launch(
-        "attached_programs.count",
-        programs,
-        (logits, experts.contiguous(), bytes_of(mask, logits), partials),
-        rows,
-        **tiling.options,
-        top_k=experts.shape[1],
-        bins=next_power(num_experts + 1),  # + 1: a bin for choices that do not count
-        slab=_SLAB,
-        sigmoid=isinstance(gate, Sigmoid),
-        has_mask=mask is not None,
+        _counting(tiling, experts.shape[1], isinstance(gate, Sigmoid), mask is not None),
+        sums.programs,
+        (
+            logits,
+            experts.contiguous(),
+            bytes_of(mask, logits),
+            sums.partials,
+            sums.packed,
+            sums.tickets,
+        ),
+        len(logits),
     )
-    return partials.sum(dim=0)
+    return sums.packed
 
 
 def pull(
     logits: Float[Tensor, "T E"],
     gate: Gate,
-    charge: Float[Tensor, "E"],
+    charge: Float[Tensor, "E"] | Settlement,
     *,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> Float[Tensor, "T E"]:
@@ -73,7 +77,8 @@ def pull(
     Args:
         logits: (T, E), as given to `count`.
         gate: as given to `count`.
-        charge: q (E,), gradient of the loss with respect to Σ_t p_t over real tokens.
+        charge: q (E,), gradient of the loss with respect to Σ_t p_t over real tokens, or what it
+            is formed of.
         mask: (T,) as given to `count`; padded rows get gradient 0.
 
     Returns:
@@ -81,15 +86,36 @@ def pull(
     """
     rows, num_experts = logits.shape
     gradient = logits.new_empty(rows, num_experts)
-    tiling = tile(logits, sums=False)
-    if rows:
-        launch(
-            "attached_programs.pull",
-            tiling.blocks(rows),
-            (logits, row_of(charge, logits), bytes_of(mask, logits), gradient),
-            rows,
-            **tiling.options,
-            sigmoid=isinstance(gate, Sigmoid),
-            has_mask=mask is not None,
-        )
+    tiling, cost = tile(logits, sums=False), terms(charge, logits)
+    launch(
+        _pulling(tiling, isinstance(gate, Sigmoid), mask is not None, cost.kind),
+        max(1, tiling.blocks(rows)),
+        (logits, cost.charge, bytes_of(mask, logits), gradient, *cost.others),
+        rows,
+        *cost.numbers,
+    )
     return gradient
+
+
+@cache
+def _counting(tiling: Tiling, top_k: int, sigmoid: bool, padded: bool) -> Program:
+    experts = tiling.sizes.num_experts
+    return Program(
+        "attached_programs.count",
+        **tiling.options,
+        top_k=top_k,
+        bins=next_power(experts + 1),  # + 1: a bin for choices that do not count
+        slab=_SLAB,
+        sigmoid=sigmoid,
+        has_mask=padded,
+        **added(experts, 1024),  # few: it has half the registers of `choose`
+    )
+
+
+@cache
+def _pulling(tiling: Tiling, sigmoid: bool, padded: bool, kind: tuple[bool, ...]) -> Program:
+    about = Terms.options(kind)
+    assert about.pop("has_charge")  # or there is nothing to pull
+    return Program(
+        "attached_programs.pull", **tiling.options, **about, sigmoid=sigmoid, has_mask=padded
+    )

@@ -1,4 +1,4 @@
-"""The two Triton programs of `attached.py`, on register tiles as in `programs.py`.
+"""The two Triton programs of `attached.py`, on register tiles (`tile_program.py`).
 
 Shapes: T tokens (`rows`), E experts, K top-k; a tile is (chunks, block, width).
 """
@@ -8,11 +8,12 @@ Shapes: T tokens (`rows`), E experts, K top-k; a tile is (chunks, block, width).
 import triton
 import triton.language as tl
 
-from moebalance.kernels.programs import (
+from moebalance.kernels.price_program import settle
+from moebalance.kernels.sums_program import join
+from moebalance.kernels.tile_program import (
     experts_of,
     flat,
     load_tile,
-    on_every_row,
     real_rows,
     scores_of,
     sigmoid_of,
@@ -26,6 +27,8 @@ def count(
     experts,
     mask,
     partials,
+    packed,
+    tickets,
     rows,
     stride: tl.constexpr,
     num_experts: tl.constexpr,
@@ -38,8 +41,10 @@ def count(
     slab: tl.constexpr,
     sigmoid: tl.constexpr,
     has_mask: tl.constexpr,
+    lines: tl.constexpr,
+    columns: tl.constexpr,
 ):
-    """Sum scores, counts and tokens for each program; programs stride over blocks of rows."""
+    """Sum scores, counts and tokens; programs stride over blocks of rows."""
     scores = tl.zeros((chunks, block, width), tl.float32)
     tokens = tl.zeros((block,), tl.int32)
     for start in range(tl.program_id(0) * block, rows, tl.num_programs(0) * block):
@@ -70,6 +75,7 @@ def count(
     bin = tl.arange(0, bins)
     tl.store(own + num_experts + bin, counts.to(tl.float32), mask=bin < num_experts)
     write_tokens(own, tokens, num_experts)
+    join(partials, packed, tickets, 2 * num_experts + 2, lines, columns)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -78,7 +84,16 @@ def pull(
     charge,
     mask,
     gradient,
+    packed,
+    running,
+    last_step,
+    scale,
+    mean,
+    weight,
+    multiplier,
     rows,
+    strength,
+    rate,
     stride: tl.constexpr,
     num_experts: tl.constexpr,
     chunks: tl.constexpr,
@@ -87,13 +102,25 @@ def pull(
     block: tl.constexpr,
     sigmoid: tl.constexpr,
     has_mask: tl.constexpr,
+    counts: tl.constexpr,
+    forms: tl.constexpr,
+    entropy: tl.constexpr,
+    hard: tl.constexpr,
+    peek: tl.constexpr,
+    in_tokens: tl.constexpr,
+    has_multiplier: tl.constexpr,
 ):
-    """Write p ∘ (q − ⟨p, q⟩) ∘ a'(z), (T, E); 0 in padded rows."""
+    """Write p ∘ (q − ⟨p, q⟩) ∘ a'(z), (T, E); 0 in padded rows. Flags: `programs.pull_back`."""
+    q = settle(
+        charge, packed, running, last_step, scale, mean, weight, multiplier, strength, rate,
+        num_experts, chunks * width, True,
+        counts, forms, entropy, hard, peek, in_tokens, has_multiplier,
+    )  # fmt: skip
     start = tl.program_id(0) * block
     row = start + tl.arange(0, block)
     z = load_tile(logits, start, rows, stride, chunks, step, width, block, num_experts)
     score, _ = scores_of(z, sigmoid)
-    cost = on_every_row(charge, chunks, step, width, block, num_experts)
+    cost = tl.reshape(q, (chunks, 1, width))
     inner = tl.sum(tl.sum(score * cost, axis=0), axis=1)
     slope = score * (cost - inner[None, :, None])
     if sigmoid:

@@ -1,10 +1,10 @@
-"""Between the two passes of the fused router: count a batch and form its price, in one launch.
+"""What the second pass of a fused router does first: count a batch and form its price.
 
     running ← running + packed,    q = α λ (∇φ(m) − ⟨m, ∇φ(m)⟩) · scale · E / tokens
 
 m (E,) is the average of the steps before; with a peek it includes this batch. In torch every
 operation on a vector of E numbers is a kernel of microseconds. A dozen of them would stand between
-two passes of some tens of microseconds each; here it is one kernel.
+two passes of some tens of microseconds each; here every program of the second pass does it all.
 
 Shapes: E experts; sums are (2E + 2,).
 """
@@ -14,12 +14,10 @@ from __future__ import annotations
 from functools import singledispatch
 from typing import Any, NamedTuple, TypeGuard
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.kernels.launch import launch
-from moebalance.kernels.tiling import next_power
+from moebalance.kernels.tiling import row_of
 from moebalance.methods import Method, PhiBalancing, Together
 from moebalance.methods.base import overrides
 from moebalance.methods.ema import Ema
@@ -96,7 +94,7 @@ def _(method: Together, state: Any) -> MeanPrice | None:
 
 
 def forms(price: MeanPrice | None) -> TypeGuard[MeanPrice]:
-    """Whether `charge` can form this price; others are formed in torch.
+    """Whether a program can form this price; others are formed in torch.
 
     >>> forms(None)
     False
@@ -104,45 +102,64 @@ def forms(price: MeanPrice | None) -> TypeGuard[MeanPrice]:
     return price is not None and type(price.potential) in (NegativeEntropy, Euclidean)
 
 
-def charge(
-    price: MeanPrice,
-    packed: Float[Tensor, "sums"],
-    running: Float[Tensor, "sums"],
-    last_step: Float[Tensor, "2"],
-    scale: Float[Tensor, ""],
-) -> Float[Tensor, "E"]:
-    """Count a batch and form the charge (E,) on its tokens' scores, in one launch.
+class Settlement(NamedTuple):
+    """A batch to count, and its price to form, inside of the launch that writes the gradient.
 
-    Args:
-        price: one that `forms` accepts.
-        packed: sums of the batch, (2E + 2,), from `choose`.
+    Attributes:
+        price: one that `forms` accepts; None to count only.
+        packed: sums of the batch, (2E + 2,).
         running: sums of the step so far, (2E + 2,); added to in place.
         last_step: (2,) tokens and batches of the last finished step.
         scale: () gradient of the loss with respect to the task loss.
     """
-    mean, multiplier = price.mean, price.multiplier
-    num_experts, charged = mean.shape[0], torch.empty_like(mean)
-    launch(
-        "price_program.charge",
-        1,
-        (
-            packed,
-            running,
-            last_step,
-            scale,
-            mean,
-            price.weight,
-            mean if multiplier is None else multiplier,  # any tensor: it is not read
-            charged,
-        ),
-        float(price.strength),
-        float(price.rate if price.memory_tokens is None else price.memory_tokens),  # type: ignore[arg-type]
-        num_experts=num_experts,
-        width=next_power(num_experts),
-        entropy=type(price.potential) is NegativeEntropy,
-        hard=price.hard,
-        peek=price.peek,
-        in_tokens=price.memory_tokens is not None,
-        has_multiplier=multiplier is not None,
-    )
-    return charged
+
+    price: MeanPrice | None
+    packed: Float[Tensor, "sums"]
+    running: Float[Tensor, "sums"]
+    last_step: Float[Tensor, "2"]
+    scale: Float[Tensor, ""]
+
+
+class Terms(NamedTuple):
+    """A charge as arguments of a program.
+
+    Attributes:
+        kind: what the program is compiled for; see `options`.
+        charge: the first of its tensors that are about the charge.
+        others: the rest of these tensors.
+        numbers: strength and rate.
+    """
+
+    kind: tuple[bool, ...]
+    charge: Tensor
+    others: tuple[Tensor, ...]
+    numbers: tuple[float, float]
+
+    @staticmethod
+    def options(kind: tuple[bool, ...]) -> dict[str, bool]:
+        """Compile-time arguments of `price_program.settle`."""
+        return dict(zip(_FLAGS, kind, strict=True))
+
+
+_FLAGS = (
+    "has_charge", "counts", "forms", "entropy", "hard", "peek", "in_tokens", "has_multiplier",
+)  # fmt: skip
+
+
+def terms(charge: Float[Tensor, "E"] | Settlement | None, logits: Tensor) -> Terms:
+    """Tensors, numbers and flags. Where there is nothing to read any tensor stands in."""
+    if not isinstance(charge, Settlement):
+        kind = (charge is not None, *[False] * 7)
+        return Terms(kind, row_of(charge, logits), (logits,) * 7, (0.0, 0.0))
+    price, *sums = charge
+    if price is None:
+        kind = (False, True, *[False] * 6)
+        return Terms(kind, logits, (*sums, logits, logits, logits), (0.0, 0.0))
+    entropy, in_tokens = type(price.potential) is NegativeEntropy, price.memory_tokens is not None
+    multiplier = price.mean if price.multiplier is None else price.multiplier
+    kind = (
+        True, True, True, entropy, price.hard, price.peek, in_tokens, price.multiplier is not None
+    )  # fmt: skip
+    rate: Any = price.memory_tokens if in_tokens else price.rate
+    others = (*sums, price.mean, price.weight, multiplier)
+    return Terms(kind, logits, others, (float(price.strength), float(rate)))

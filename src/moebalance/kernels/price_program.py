@@ -1,7 +1,10 @@
-"""The Triton program of `price.charge`: one block that holds vectors of E numbers.
+"""Count a batch and form its price, at the beginning of a program that writes a gradient.
 
-It fuses φ-balancing's price (with the average's `peek`) and the sums of the step.
-Shapes: E experts, padded to `width`, a power of two.
+Every program forms the whole charge for itself: E numbers from the batch's sums and the state, less
+work than a launch. Only one counts, into a tensor that no program of the launch reads.
+
+It knows φ-balancing's price (with the average's `peek`) and the sums of the step.
+Shapes: E experts, padded to `columns`, a power of two.
 """
 # mypy: ignore-errors
 # Triton compiles these functions as its own language, in which arguments carry no types.
@@ -14,7 +17,8 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def charge(
+def settle(
+    charge,
     packed,
     running,
     last_step,
@@ -22,38 +26,82 @@ def charge(
     mean,
     weight,
     multiplier,
-    charged,
     strength,
     rate,
     num_experts: tl.constexpr,
-    width: tl.constexpr,
+    columns: tl.constexpr,
+    has_charge: tl.constexpr,
+    counts: tl.constexpr,
+    forms: tl.constexpr,
     entropy: tl.constexpr,
     hard: tl.constexpr,
     peek: tl.constexpr,
     in_tokens: tl.constexpr,
     has_multiplier: tl.constexpr,
 ):
-    """Add the batch's sums to the step's, and write the charge (E,) on the batch's scores."""
-    expert = tl.arange(0, width)
-    here = expert < num_experts
-    scores = tl.load(packed + expert, mask=here, other=0.0)
-    counts = tl.load(packed + num_experts + expert, mask=here, other=0.0)
-    tokens = tl.load(packed + 2 * num_experts)
-    batches = tl.load(packed + 2 * num_experts + 1)
-    before = tl.load(running + expert, mask=here, other=0.0)
-    tl.store(running + expert, before + scores, mask=here)
-    before = tl.load(running + num_experts + expert, mask=here, other=0.0)
-    tl.store(running + num_experts + expert, before + counts, mask=here)
-    tail = running + 2 * num_experts
-    tl.store(tail, tl.load(tail) + tokens)
-    tl.store(tail + 1, tl.load(tail + 1) + batches)
+    """The charge (columns,) on the scores of any token of the batch; 0 where no expert is.
 
+    `counts`: add the batch to the step. `forms`: form the charge; else it is loaded, if given.
+    """
+    if counts:
+        _count(packed, running, num_experts, columns)
+    if forms:
+        charged = _formed(
+            packed, last_step, scale, mean, weight, multiplier, strength, rate,
+            num_experts, columns, entropy, hard, peek, in_tokens, has_multiplier,
+        )  # fmt: skip
+    elif has_charge:
+        expert = tl.arange(0, columns)
+        charged = tl.load(charge + expert, mask=expert < num_experts, other=0.0)
+    else:
+        charged = tl.zeros((columns,), tl.float32)
+    return charged
+
+
+@triton.jit
+def _count(packed, running, num_experts: tl.constexpr, columns: tl.constexpr):
+    """Add the batch's sums to the step's, in the first program alone."""
+    if tl.program_id(0) == 0:
+        for part in tl.static_range(2):
+            expert = part * num_experts + tl.arange(0, columns)
+            here = tl.arange(0, columns) < num_experts
+            before = tl.load(running + expert, mask=here, other=0.0)
+            now = before + tl.load(packed + expert, mask=here, other=0.0)
+            tl.store(running + expert, now, mask=here)
+        for tail in tl.static_range(2):
+            at = 2 * num_experts + tail
+            tl.store(running + at, tl.load(running + at) + tl.load(packed + at))
+
+
+@triton.jit
+def _formed(
+    packed,
+    last_step,
+    scale,
+    mean,
+    weight,
+    multiplier,
+    strength,
+    rate,
+    num_experts: tl.constexpr,
+    columns: tl.constexpr,
+    entropy: tl.constexpr,
+    hard: tl.constexpr,
+    peek: tl.constexpr,
+    in_tokens: tl.constexpr,
+    has_multiplier: tl.constexpr,
+):
+    expert = tl.arange(0, columns)
+    here = expert < num_experts
+    tokens = tl.load(packed + 2 * num_experts)
     least = tl.maximum(tokens, 1.0)
     m = tl.load(mean + expert, mask=here, other=0.0)
     if peek:
-        load = scores / least
         if hard:
+            counts = tl.load(packed + num_experts + expert, mask=here, other=0.0)
             load = counts / tl.maximum(tl.sum(counts, axis=0), 1.0)
+        else:
+            load = tl.load(packed + expert, mask=here, other=0.0) / least
         if in_tokens:
             eta = _forgotten(tokens / rate)
         else:
@@ -69,7 +117,7 @@ def charge(
     factor = strength * tl.load(scale) * (num_experts / least)
     if has_multiplier:
         factor *= tl.load(multiplier)
-    tl.store(charged + expert, (price - worth) * factor, mask=here)
+    return tl.where(here, (price - worth) * factor, 0.0)
 
 
 @triton.jit

@@ -1,12 +1,7 @@
 """The fused router's two Triton programs. `plain.py` is their meaning, `router.py` starts them.
 
-Shapes: T tokens (`rows`), E experts, K top-k (padded to `slots`). A program holds `block` rows as a
-tile (chunks, block, width) of registers; expert = chunk · step + lane.
-
-The tile is loaded flat, as (chunks · block, width). Triton then spreads the width over the lanes of
-a warp, the rows over warps, and the chunks over each thread's own registers. So a reduction over
-chunks is free, and one over the width stays in a warp. With group-limited choice a chunk is a
-group. Positions without an expert are dead: never chosen and never stored.
+Shapes: T tokens (`rows`), E experts, K top-k (padded to `slots`). `tile_program.py` says how a
+block of rows lies in registers, as (chunks, block, width).
 
 Top-k is K rounds of arg-max on integer keys that sort as the floats do, NaN above all numbers. A
 round needs two integer reductions: the largest key, then the lowest expert with it. Under a price
@@ -14,16 +9,28 @@ or in groups one lies between them, for the largest logit among equal keys. Each
 instruction since Ampere; a reduction of floats or of pairs takes five or ten shuffles. 16-bit
 logits leave room for the expert inside the key, so they need one reduction.
 
-Arithmetic is float32. exp(min(z, 0)) / (1 + exp(−|z|)) is σ(z) without overflow; divided by its
-largest value it does not underflow either.
-
-Only this module, `attached_programs.py` and `price_program.py` import Triton.
+Only this module and the other four that end in `program.py` or `programs.py` import Triton.
 """
 # mypy: ignore-errors
 # Triton compiles these functions as its own language, in which arguments carry no types.
 
 import triton
 import triton.language as tl
+
+from moebalance.kernels.price_program import settle
+from moebalance.kernels.sums_program import join
+from moebalance.kernels.tile_program import (
+    experts_of,
+    flat,
+    load_tile,
+    on_every_row,
+    real_rows,
+    score_of,
+    scores_of,
+    shares_of,
+    sigmoid_of,
+    write_tokens,
+)
 
 DEAD = tl.constexpr(-2147483647)
 """Key of a dead position; below the key of every float."""
@@ -44,6 +51,8 @@ def choose(
     experts,
     normaliser,
     partials,
+    packed,
+    tickets,
     rows,
     zero,
     stride: tl.constexpr,
@@ -60,12 +69,14 @@ def choose(
     has_mask: tl.constexpr,
     kept: tl.constexpr,
     best: tl.constexpr,
+    lines: tl.constexpr,
+    columns: tl.constexpr,
 ):
-    """Choose and weigh the experts of every row; sum scores, counts and tokens per program.
+    """Choose and weigh the experts of every row; sum scores, counts and tokens.
 
     `kept`: number of groups (chunks) to keep, judged by the sum of their `best` ranks; 0 without
-    groups. Programs stride over blocks of rows. Each writes one row of `partials`,
-    (programs, 2E + 2).
+    groups. Programs stride over blocks of rows. Each writes one row of `partials`, and `join` adds
+    them up into `packed` (2E + 2,).
     """
     if kept > 0:
         # The compiler does not know that this is zero, so it assumes no alignment. Each thread then
@@ -129,7 +140,7 @@ def choose(
         z_chosen = tl.load(logits + (begin[:, None] + choice), mask=wanted, other=-float("inf"))
         z_chosen = z_chosen.to(tl.float32)
         if normalize:
-            weight = _shares(z_chosen, sigmoid)
+            weight = shares_of(z_chosen, sigmoid)
         elif sigmoid:
             weight = sigmoid_of(z_chosen)
         else:
@@ -144,6 +155,7 @@ def choose(
     tl.store(own + expert, score_sum, mask=exists)
     tl.store(own + num_experts + expert, count_sum, mask=exists)
     write_tokens(own, tokens, num_experts)
+    join(partials, packed, tickets, 2 * num_experts + 2, lines, columns)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -155,7 +167,16 @@ def pull_back(
     charge,
     mask,
     gradient,
+    packed,
+    running,
+    last_step,
+    scale,
+    mean,
+    weight,
+    multiplier,
     rows,
+    strength,
+    rate,
     stride: tl.constexpr,
     num_experts: tl.constexpr,
     top_k: tl.constexpr,
@@ -168,11 +189,24 @@ def pull_back(
     normalize: tl.constexpr,
     has_charge: tl.constexpr,
     has_mask: tl.constexpr,
+    counts: tl.constexpr,
+    forms: tl.constexpr,
+    entropy: tl.constexpr,
+    hard: tl.constexpr,
+    peek: tl.constexpr,
+    in_tokens: tl.constexpr,
+    has_multiplier: tl.constexpr,
 ):
     """Write the gradient of the logits (T, E): from the weights and from the charge on the scores.
 
     Every row is written once as if nothing had been chosen, then again at its K chosen places.
+    `counts`: whether the batch is counted here. `forms`: whether its charge is formed here.
     """
+    q = settle(
+        charge, packed, running, last_step, scale, mean, weight, multiplier, strength, rate,
+        num_experts, chunks * width, has_charge,
+        counts, forms, entropy, hard, peek, in_tokens, has_multiplier,
+    )  # fmt: skip
     slot = tl.arange(0, slots)[None, :]
     start = tl.program_id(0) * block
     row = start + tl.arange(0, block)
@@ -201,7 +235,7 @@ def pull_back(
         at_chosen = score_chosen * sent
     else:
         if normalize:
-            share = _shares(z_chosen, sigmoid)
+            share = shares_of(z_chosen, sigmoid)
             mean = tl.sum(tl.where(wanted, share * sent, 0.0), axis=1)
             at_chosen = share * (sent - mean[:, None])
             if sigmoid:
@@ -216,11 +250,11 @@ def pull_back(
         cost = tl.zeros((chunks, block, width), tl.float32)
         cost_chosen = tl.zeros((block, slots), tl.float32)
         if has_charge:
-            cost = on_every_row(charge, chunks, step, width, block, num_experts)
-            cost = tl.where(real[None, :, None], cost, 0.0)
+            cost = tl.where(real[None, :, None], tl.reshape(q, (chunks, 1, width)), 0.0)
             inner += tl.sum(tl.sum(score * cost, axis=0), axis=1)
-            cost_chosen = tl.load(charge + choice, mask=wanted, other=0.0)
-            cost_chosen = tl.where(real[:, None], cost_chosen, 0.0)
+            cost_chosen = tl.gather(q, tl.reshape(choice, (block * slots,)).to(tl.int32), axis=0)
+            cost_chosen = tl.reshape(cost_chosen, (block, slots))
+            cost_chosen = tl.where(wanted & real[:, None], cost_chosen, 0.0)
         slope = score * (cost - inner[None, :, None])
         slope_chosen = score_chosen * (cost_chosen - inner[:, None])
         if sigmoid:
@@ -237,84 +271,6 @@ def pull_back(
     # Wait: other threads have just written these places.
     tl.debug_barrier()
     tl.store(gradient + (out[:, None] + choice), at_chosen, mask=wanted)
-
-
-@triton.jit
-def real_rows(mask, row, inside, has_mask: tl.constexpr):
-    """Which of these rows (block,) are real tokens."""
-    real = inside
-    if has_mask:
-        real = tl.load(mask + row, mask=inside, other=0) != 0
-    return real
-
-
-@triton.jit
-def load_tile(
-    logits,
-    start,
-    rows,
-    stride: tl.constexpr,
-    chunks: tl.constexpr,
-    step: tl.constexpr,
-    width: tl.constexpr,
-    block: tl.constexpr,
-    num_experts: tl.constexpr,
-):
-    """The logits (chunks, block, width) from row `start` on; −∞ at dead positions."""
-    at, here = flat(start, rows, stride, chunks, step, width, block, num_experts)
-    z = tl.load(logits + at, mask=here, other=-float("inf")).to(tl.float32)
-    return tl.reshape(z, (chunks, block, width))
-
-
-@triton.jit
-def write_tokens(own, tokens, num_experts: tl.constexpr):
-    """Write the last two of a program's sums: its tokens, and 1 for the batch (once)."""
-    tl.store(own + 2 * num_experts, tl.sum(tokens, axis=0).to(tl.float32))
-    tl.store(own + 2 * num_experts + 1, (tl.program_id(0) == 0).to(tl.float32))
-
-
-@triton.jit
-def experts_of(
-    chunks: tl.constexpr, step: tl.constexpr, width: tl.constexpr, num_experts: tl.constexpr
-):
-    """The expert (chunks, 1, width) of each position, and whether it exists."""
-    lane = tl.arange(0, width)[None, None, :]
-    expert = tl.arange(0, chunks)[:, None, None] * step + lane
-    return expert, (lane < step) & (expert < num_experts)
-
-
-@triton.jit
-def flat(
-    start,
-    rows,
-    stride: tl.constexpr,
-    chunks: tl.constexpr,
-    step: tl.constexpr,
-    width: tl.constexpr,
-    block: tl.constexpr,
-    num_experts: tl.constexpr,
-):
-    """Offsets (chunks * block, width) of the tile from row `start` on, and which exist."""
-    line = tl.arange(0, chunks * block)[:, None]
-    lane = tl.arange(0, width)[None, :]
-    row = start + line % block
-    expert = (line // block) * step + lane
-    at = row.to(tl.int64) * stride + expert
-    return at, (row < rows) & (lane < step) & (expert < num_experts)
-
-
-@triton.jit
-def on_every_row(
-    values,
-    chunks: tl.constexpr,
-    step: tl.constexpr,
-    width: tl.constexpr,
-    block: tl.constexpr,
-    num_experts: tl.constexpr,
-):
-    """A row of values (E,), as a tile (chunks, block, width)."""
-    at, here = flat(0, block, 0, chunks, step, width, block, num_experts)
-    return tl.reshape(tl.load(values + at, mask=here, other=0.0), (chunks, block, width))
 
 
 @triton.jit
@@ -355,44 +311,3 @@ def _limit(key, of_equals, exists, kept: tl.constexpr, best: tl.constexpr):
         first = tl.where((group == top) & (of_equals == ahead), chunk, NOBODY)
         group = tl.where(chunk == tl.min(first, axis=0, keep_dims=True), TAKEN, group)
     return tl.where(group == TAKEN, key, DEAD)
-
-
-@triton.jit
-def sigmoid_of(z):
-    """σ(z), without overflow."""
-    small = tl.exp(-tl.abs(z))
-    return tl.where(z < 0, small, 1.0) / (1.0 + small)
-
-
-@triton.jit
-def _relative(z, peak, sigmoid: tl.constexpr):
-    """exp a(z), over exp(peak) or, with sigmoid, over exp(min(peak, 0)); at most 1."""
-    if sigmoid:
-        low = tl.exp(tl.minimum(z, 0.0) - tl.minimum(peak, 0.0))
-        return low / (1.0 + tl.exp(-tl.abs(z)))
-    return tl.exp(z - peak)
-
-
-@triton.jit
-def scores_of(z, sigmoid: tl.constexpr):
-    """The scores of a tile of logits (chunks, block, width), and the normaliser (block,)."""
-    peak = tl.max(tl.max(z, axis=0), axis=1)
-    relative = _relative(z, peak[None, :, None], sigmoid)
-    total = tl.sum(tl.sum(relative, axis=0), axis=1)
-    norm = tl.log(total) + (tl.minimum(peak, 0.0) if sigmoid else peak)
-    return relative * (1.0 / total)[None, :, None], norm
-
-
-@triton.jit
-def score_of(z, norm, sigmoid: tl.constexpr):
-    """The score p = exp(a(z) − norm)."""
-    if sigmoid:
-        return tl.exp(tl.minimum(z, 0.0) - norm) / (1.0 + tl.exp(-tl.abs(z)))
-    return tl.exp(z - norm)
-
-
-@triton.jit
-def _shares(z, sigmoid: tl.constexpr):
-    """softmax(a(z)) over axis 1."""
-    relative = _relative(z, tl.max(z, axis=1)[:, None], sigmoid)
-    return relative / tl.sum(relative, axis=1)[:, None]

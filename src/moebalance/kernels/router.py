@@ -7,22 +7,37 @@ The forward pass reads the logits. The backward pass reads them again and writes
 This is three times the logits' bytes, the minimum for a router that keeps only its logits. The sums
 exist before the backward pass needs a price, so a price may depend on them.
 
+Each pass is one launch. The second counts the batch and forms its price, if the price is one that
+`price.forms` accepts.
+
 Sums are deterministic: each program adds its rows in order into its own row of a small table, and
-torch sums the table. The number of programs depends on shapes only, not on the device.
+the last ones to finish sum the table (`sums_program.py`). The number of programs depends on shapes
+only, not on the device.
 
 Shapes: T tokens, E experts, K top-k.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance.gates import Gate, GroupLimit, Sigmoid
-from moebalance.kernels.launch import launch
+from moebalance.kernels.launch import Program, launch
 from moebalance.kernels.plain import Chosen
-from moebalance.kernels.tiling import bytes_of, next_power, row_of, tile
+from moebalance.kernels.price import Settlement, Terms, terms
+from moebalance.kernels.tiling import (
+    Tiling,
+    added,
+    bytes_of,
+    next_power,
+    row_of,
+    sums_of,
+    tile,
+)
 
 
 def choose(
@@ -34,6 +49,7 @@ def choose(
     price: Float[Tensor, "E"] | None = None,
     limit: GroupLimit | None = None,
     mask: Bool[Tensor, "T"] | None = None,
+    tickets: Int[Tensor, "counters"] | None = None,
 ) -> Chosen:
     """Choose experts, weigh them and sum what was done, in one pass over the logits.
 
@@ -49,6 +65,7 @@ def choose(
         price: (E,), subtracted from the affinities before top-k, never from the weights.
         limit: the groups that a token may choose from; None for all experts.
         mask: (T,) True for real tokens; padded rows are routed but not summed.
+        tickets: from `new_tickets`, for one launch at a time. None makes them, in one more launch.
 
     Raises:
         ValueError: K out of 1..E, or a limit that does not fit.
@@ -63,11 +80,11 @@ def choose(
     experts = logits.new_empty(rows, top_k, dtype=torch.int64)
     normaliser = logits.new_empty(rows, dtype=torch.float32)
     tiling = tile(logits, limit, sums=True)
-    programs = max(1, min(tiling.blocks(rows), tiling.programs))
-    partials = logits.new_empty(programs, 2 * num_experts + 2, dtype=torch.float32)
+    sums = sums_of(logits, tiling, tickets)
+    sigmoid, priced, padded = isinstance(gate, Sigmoid), price is not None, mask is not None
     launch(
-        "programs.choose",
-        programs,
+        _choosing(tiling, top_k, normalize, sigmoid, limit, priced, padded),
+        sums.programs,
         (
             logits,
             row_of(price, logits),
@@ -75,21 +92,14 @@ def choose(
             weights,
             experts,
             normaliser,
-            partials,
+            sums.partials,
+            sums.packed,
+            sums.tickets,
         ),
         rows,
         0,
-        **tiling.options,
-        top_k=top_k,
-        slots=next_power(top_k),
-        sigmoid=isinstance(gate, Sigmoid),
-        normalize=normalize,
-        has_price=price is not None,
-        has_mask=mask is not None,
-        kept=0 if limit is None else limit.top_groups,
-        best=1 if limit is None else limit.best,
     )
-    return Chosen(weights, experts, normaliser, partials.sum(dim=0))
+    return Chosen(weights, experts, normaliser, sums.packed)
 
 
 def pull_back(
@@ -100,7 +110,7 @@ def pull_back(
     gate: Gate,
     *,
     normalize: bool,
-    charge: Float[Tensor, "E"] | None = None,
+    charge: Float[Tensor, "E"] | Settlement | None = None,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> Float[Tensor, "T E"]:
     """Gradient of the logits from the weights and from the charge, in one pass.
@@ -113,7 +123,7 @@ def pull_back(
         gate: as given to `choose`.
         normalize: as given to `choose`.
         charge: q (E,), gradient of the loss with respect to Σ_t p_t over real tokens: price times
-            strength · E / tokens · scale of the loss. None for no charge.
+            strength · E / tokens · scale of the loss. Or what it is formed of. None for no charge.
         mask: (T,) as given to `choose`; padded rows are charged nothing.
 
     Returns:
@@ -121,27 +131,68 @@ def pull_back(
     """
     (rows, num_experts), top_k = logits.shape, chosen_experts.shape[1]
     gradient = logits.new_empty(rows, num_experts)
-    tiling = tile(logits, sums=False)
-    if rows:
-        launch(
-            "programs.pull_back",
-            tiling.blocks(rows),
-            (
-                upstream.contiguous(),
-                logits,
-                normaliser,
-                chosen_experts,
-                row_of(charge, logits),
-                bytes_of(mask, logits),
-                gradient,
-            ),
-            rows,
-            **tiling.options,
-            top_k=top_k,
-            slots=next_power(top_k),
-            sigmoid=isinstance(gate, Sigmoid),
-            normalize=normalize,
-            has_charge=charge is not None,
-            has_mask=mask is not None,
-        )
+    tiling, cost = tile(logits, sums=False), terms(charge, logits)
+    sigmoid, padded = isinstance(gate, Sigmoid), mask is not None
+    launch(
+        _pulling_back(tiling, top_k, normalize, sigmoid, padded, cost.kind),
+        max(1, tiling.blocks(rows)),  # a batch without a token is counted too
+        (
+            upstream.contiguous(),
+            logits,
+            normaliser,
+            chosen_experts,
+            cost.charge,
+            bytes_of(mask, logits),
+            gradient,
+            *cost.others,
+        ),
+        rows,
+        *cost.numbers,
+    )
     return gradient
+
+
+@cache
+def _choosing(
+    tiling: Tiling,
+    top_k: int,
+    normalize: bool,
+    sigmoid: bool,
+    limit: GroupLimit | None,
+    priced: bool,
+    padded: bool,
+) -> Program:
+    return Program(
+        "programs.choose",
+        **tiling.options,
+        top_k=top_k,
+        slots=next_power(top_k),
+        sigmoid=sigmoid,
+        normalize=normalize,
+        has_price=priced,
+        has_mask=padded,
+        kept=0 if limit is None else limit.top_groups,
+        best=1 if limit is None else limit.best,
+        **added(tiling.sizes.num_experts, 2048),
+    )
+
+
+@cache
+def _pulling_back(
+    tiling: Tiling,
+    top_k: int,
+    normalize: bool,
+    sigmoid: bool,
+    padded: bool,
+    kind: tuple[bool, ...],
+) -> Program:
+    return Program(
+        "programs.pull_back",
+        **tiling.options,
+        **Terms.options(kind),
+        top_k=top_k,
+        slots=next_power(top_k),
+        sigmoid=sigmoid,
+        normalize=normalize,
+        has_mask=padded,
+    )

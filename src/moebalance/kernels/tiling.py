@@ -11,13 +11,16 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance.gates import Gate, GroupLimit, Sigmoid, Softmax
 
 MAX_EXPERTS = 2304
 MAX_TOP_K = 32
+_MOST_PROGRAMS = 2112
+MEMBERS = 32
+"""Programs whose sums are added up together; `sums_program.MEMBERS` is the same number."""
 
 
 def supported(logits: Tensor, gate: Gate, top_k: int) -> bool:
@@ -47,8 +50,19 @@ def supported(logits: Tensor, gate: Gate, top_k: int) -> bool:
     )
 
 
+class Sizes(NamedTuple):
+    """Compile-time sizes of a program, by their names there; see `tile_program.py`."""
+
+    stride: int
+    num_experts: int
+    chunks: int
+    step: int
+    width: int
+    block: int
+
+
 class Tiling(NamedTuple):
-    """How a block of rows lies in the registers of one program; see `programs.py`.
+    """How a block of rows lies in the registers of one program; see `tile_program.py`.
 
     Attributes:
         sizes: compile-time sizes of the programs.
@@ -56,18 +70,18 @@ class Tiling(NamedTuple):
         programs: the most programs of a launch that sums.
     """
 
-    sizes: dict[str, int]
+    sizes: Sizes
     warps: int
     programs: int
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `launch`."""
-        return {**self.sizes, "num_warps": self.warps, "enable_fp_fusion": True}
+        """Compile-time arguments of a `Program`."""
+        return {**self.sizes._asdict(), "num_warps": self.warps, "enable_fp_fusion": True}
 
     def blocks(self, rows: int) -> int:
         """Number of blocks that hold all rows."""
-        return -(-rows // self.sizes["block"])
+        return -(-rows // self.sizes.block)
 
 
 def tile(logits: Float[Tensor, "T E"], limit: GroupLimit | None = None, *, sums: bool) -> Tiling:
@@ -103,15 +117,46 @@ def _tile(
         vector = 1
     per_thread = 16 if sums or columns > 64 else 8
     whole = warps * max(1, 32 * vector // width) if columns <= 1024 else 1
-    sizes = {
-        "stride": stride,
-        "num_experts": num_experts,
-        "chunks": chunks,
-        "step": step,
-        "width": width,
-        "block": max(whole, warps * 32 * per_thread // columns),
-    }
-    return Tiling(sizes, warps, 2112 if columns <= 512 else 528)
+    block = max(whole, warps * 32 * per_thread // columns)
+    sizes = Sizes(stride, num_experts, chunks, step, width, block)
+    return Tiling(sizes, warps, _MOST_PROGRAMS if columns <= 512 else 528)
+
+
+class Sums(NamedTuple):
+    """Memory in which a launch adds up what its programs sum.
+
+    Attributes:
+        programs: how many programs.
+        partials: (programs + groups, 2E + 2), their rows, and those of groups of them.
+        packed: (2E + 2,), where the sums arrive.
+        tickets: int32, 0 before and after; `sums_program.ticket`.
+    """
+
+    programs: int
+    partials: Float[Tensor, "rows sums"]
+    packed: Float[Tensor, "sums"]
+    tickets: Int[Tensor, "counters"]
+
+
+def sums_of(logits: Float[Tensor, "T E"], tiling: Tiling, tickets: Tensor | None) -> Sums:
+    """Memory for the sums of a launch over these logits."""
+    rows, num_experts = logits.shape
+    programs = max(1, min(tiling.blocks(rows), tiling.programs))
+    lines = programs + -(-programs // MEMBERS)
+    partials = logits.new_empty(lines, 2 * num_experts + 2, dtype=torch.float32)
+    packed = logits.new_empty(2 * num_experts + 2, dtype=torch.float32)
+    return Sums(programs, partials, packed, new_tickets(logits) if tickets is None else tickets)
+
+
+def new_tickets(like: Tensor) -> Int[Tensor, "counters"]:
+    """Counters by which the programs of a launch know the last of them: for all, and a group."""
+    return like.new_zeros(1 + -(-_MOST_PROGRAMS // MEMBERS), dtype=torch.int32)
+
+
+def added(num_experts: int, numbers: int) -> dict[str, int]:
+    """Lines and columns of the numbers that `sums_program.join` loads at a time."""
+    columns = min(256, next_power(2 * num_experts + 2))
+    return {"columns": columns, "lines": min(MEMBERS, numbers // columns)}
 
 
 def row_of(values: Float[Tensor, "E"] | None, logits: Tensor) -> Tensor:

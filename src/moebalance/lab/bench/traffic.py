@@ -53,7 +53,9 @@ class _Watch(TorchDispatchMode):
         name = func._schema.name
         if name in _MOVE_NOTHING:
             return result
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        written = {a.name for a in func._schema.arguments if a.is_out}  # and not read
+        read = {key: value for key, value in (kwargs or {}).items() if key not in written}
+        given = [t for t in tree_leaves((args, read)) if isinstance(t, Tensor)]
         if name.removeprefix("aten::") in _FACTORIES:
             given = []  # they look at its shape alone
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
