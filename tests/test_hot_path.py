@@ -15,6 +15,7 @@ from moebalance import (
     Sigmoid,
     Softmax,
     SwitchLoss,
+    attach,
 )
 from moebalance.core.autograd import tie
 from moebalance.core.layer import LayerBalance
