@@ -122,16 +122,20 @@ def copied(page: Path) -> Iterator[tuple[list[dict[str, str]], list[dict[str, st
 
 
 def table(page: Path, anchor: str) -> list[dict[str, str]]:
-    """Rows of the table under a heading of the page, by the names of their columns."""
+    """Rows of the tables under a heading of the page, by the names of their columns."""
     sections = re.split(r"^#+ ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     (section,) = (s for s in sections if _anchor(s.partition("\n")[0]) == anchor)
     return _rows(section)
 
 
 def _rows(text: str) -> list[dict[str, str]]:
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return [dict(zip(head, row, strict=True)) for row in rows]
+    found = []
+    for block in re.findall(r"(?:^\|.*(?:\n|$))+", text, flags=re.MULTILINE):
+        head, _, *rows = [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()
+        ]
+        found += [dict(zip(head, row, strict=True)) for row in rows]
+    return found
 
 
 def _anchor(title: str) -> str:

@@ -95,6 +95,10 @@ def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
     assert {name for name, sign in signs.items() if sign} == {"phi", "phi(load='hard')"}
     assert "within seed noise of Switch, loss-free and the rest ([all fifteen]" in words
     assert len(rivals) + 1 == 15
+    longer = read(ROOT / "evidence/results/longer.jsonl")
+    ends = [longer.less(name, "none", "loss").mean for name in (ours, "phi")]
+    assert f"it ended {ends[0]:.3f} above no balancing and φ alone {-ends[1]:.3f} below" in words
+    assert longer.seeds() == [0]
     shown = {len(study.runs(name)) for name in names.values()}
     assert shown == {4}
     assert "means over four seeds" in README

@@ -51,6 +51,13 @@ def test_the_page_of_results_has_the_numbers_of_the_runs() -> None:
     ):
         found = study.less(high, low, "loss")
         assert words.format(found.mean, found.mean - found.half, found.mean + found.half) in said
+    longer = load()["longer"]
+    gaps = {s: longer.less(s, "none", "loss").mean for s in longer.settings()}
+    rest = [gaps[s] for s in ("loss-free", ours, "switch")]
+    assert f"φ alone ends {-gaps['phi']:.3f} nats below no balancing" in said
+    assert "{:.3f} above it, the recommended method {:.3f} and Switch {:.3f}".format(*rest) in said
+    first, *_, last = (row["maxvio"] for row in longer.runs("phi")[0].evals)
+    assert f"falls from {first:.2f} at step 500 to {last:.2f}" in said
     means = [study.mean(s, "mi") for s in (ours, "loss-free", "phi", "switch", "none")]
     mi = (
         "{:.2f} nats with the recommended method, {:.2f} with loss-free, {:.2f} with φ, {:.2f} with"

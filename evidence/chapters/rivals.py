@@ -25,6 +25,7 @@ from evidence.choose import Cell, cell, choose
 from evidence.figures import Panel, Series, draw, points
 from evidence.study import METRICS, Studies, Study, family
 from moebalance.report.canvas import look
+from moebalance.report.estimates import number
 from moebalance.report.methods import display_name
 from moebalance.report.verdict import Difference, paired
 from moebalance.words.methods import build_method
@@ -148,7 +149,8 @@ def _regrets(defaults: Study, others: Study) -> str:
         plain, count = defaults.setting(name), sum(family(s) == name for s in both.settings())
         numbers = [cells(both, s, ("loss", "maxvio")) for s in (plain, best)]
         lost = both.mean(plain, "loss") - both.mean(best, "loss")
-        rows.append([f"`{name}`", str(count), *numbers[0], f"`{best}`", *numbers[1], f"{lost:.3f}"])
+        here, there = numbers
+        rows.append([f"`{name}`", str(count), *here, f"`{best}`", *there, number(lost, 3)])
     heads = ["Method", "Settings", "Loss", "MaxVio", "Best", "Its loss", "Its MaxVio", "Regret"]
     seeds = ", ".join(map(str, both.seeds()))
     return text(

@@ -48,7 +48,7 @@ def chapter(studies: Studies) -> Finding:
             "MaxVio of training batches, each a mean over a fortieth of the run: before the "
             "change, at the peak within 200 steps after it, and at the end. *Steps to recover* "
             "says when MaxVio is back within a quarter of the value before; a dash says never. "
-            "Churn is that of the last 500 steps.",
+            "Churn is over the last 500 steps.",
             _change(shifted),
         ),
         figures={
