@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from evidence.chapter import Finding, Verdict, claim, table, text
 from evidence.chapters.rivals import RECOMMENDED
-from evidence.figures import Panel, Series, draw
+from evidence.figures import GUIDE, Panel, Series, draw
 from evidence.study import Studies, Study
 from moebalance.report.canvas import look
-from moebalance.report.methods import display_name
 
 _BALANCED = ("switch", "loss-free", "phi", RECOMMENDED)
 
@@ -34,7 +34,7 @@ def chapter(studies: Studies) -> Finding:
     verdict = Verdict.IN_PART if any(found) else Verdict.NOT_HERE
     steps = [round(step) for step in evaluations(study, "none", "step")]
     costs = "; ".join(
-        f"{display_name(name)} {_signed(gap[0])} to {_signed(gap[-1])}"
+        f"{study.title(name)} {_signed(gap[0])} to {_signed(gap[-1])}"
         for name in _BALANCED
         for gap in [gaps(study, name)]
     )
@@ -81,16 +81,17 @@ def _table(study: Study, metric: str) -> str:
 
 
 def _figure(study: Study) -> Any:
-    shown = []
-    for metric, title in _SHOWN.items():
-        lines = [
-            Series(
-                display_name(name),
-                evaluations(study, name, "step"),
-                evaluations(study, name, metric),
-                {"color": look(study.method(name))["color"], "marker": "o", "markersize": 3},
-            )
-            for name in ("none", *_BALANCED)
-        ]
-        shown.append(Panel(title, "step", title, lines, log="y" if metric == "maxvio" else ""))
-    return draw(shown, columns=5)
+    costs = [_line(study, name, gaps(study, name)) for name in _BALANCED]
+    vios = [_line(study, name, evaluations(study, name, "maxvio")) for name in ("none", *_BALANCED)]
+    shown = [
+        Panel("Loss", "step", "loss − loss without balancing", costs),
+        Panel("Balance", "step", "MaxVio", vios, log="y"),
+    ]
+    figure = draw(shown, columns=5)
+    figure.axes[0].axhline(0, color=GUIDE, linewidth=1)
+    return figure
+
+
+def _line(study: Study, setting: str, values: Sequence[float]) -> Series:
+    style = {"color": look(study.method(setting))["color"], "marker": "o", "markersize": 3}
+    return Series(study.title(setting), evaluations(study, setting, "step"), values, style)

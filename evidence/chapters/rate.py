@@ -162,8 +162,11 @@ def _figure(sweeps: dict[str, Sweep]) -> Any:
             y = [sweep.maxvio(a, r) for r in sweep.rates]
             style = {"fmt": "o-", "color": colour, "markersize": 4}
             series += [Series(f"strength {a}", sweep.rates, y, style), _rings(sweep, a, colour)]
-        shown.append(Panel(f"{batching} micro-batches", "rate η", "MaxVio", series, log="xy"))
-    return draw(shown)
+        shown.append(Panel(f"{batching} micro-batches", "rate η", "MaxVio", series, log="x"))
+    figure = draw(shown)
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)  # else noise fills the picture
+    return figure
 
 
 def _rings(sweep: Sweep, strength: float, colour: str) -> Series:

@@ -48,6 +48,7 @@ LOOKS = {
     "ema-switch": Look("EMA-Switch loss", "#32a1a1", "#63cbae", "down"),
     "plug-in": Look("Plug-in loss", "#a3520b", "#f0a870", "pentagon"),
     "loss-free": Look("Loss-free bias", "#316613", "#b4e655", "plus"),
+    "smebu": Look("SMEBU", "#1d7da5", "#74c5e7", "right"),
     "quantile": Look("Quantile balancing", "#708a04", "#d4a142", "hexagon"),
     "sinkhorn": Look("Sinkhorn", "#4a1401", "#feebc8", "left"),
     "z-loss": Look("Router z-loss", "#3e0358", "#be91f7", "right"),
