@@ -261,7 +261,7 @@ def test_the_page_shows_what_the_imbalance_would_cost(tmp_path: Path) -> None:
     from moebalance.report import write_report
     from moebalance.runlog import find_runs
 
-    logs = Path(__file__).parents[1] / "evidence" / "results" / "longer"
+    logs = Path(__file__).parents[1] / "evidence" / "results" / "demo"
     page = write_report(find_runs(logs), tmp_path / "page.html").read_text(encoding="utf-8")
     assert "What the imbalance would cost" in page
     assert all(f"{size} ranks" in page for size in (4, 8, 16, 32))
