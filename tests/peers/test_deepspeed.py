@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import moebalance as mb
 from families import tiny, tokens
@@ -19,8 +21,15 @@ FAMILY, SPEED, STEPS = "qwen3_moe", 0.1, 3
 METHOD = mb.Together(mb.PhiBalancing(strength=0.5, peek=False), mb.LossFree(speed=0.02))
 """A term that does not depend on how a step is cut, and a price."""
 
-WHEN = {"1": (1, "before"), "2": (2, "before"), "3": (3, "before"), "3, sharded": (3, "after")}
-"""Stage, and whether `attach` is called before the engine shards the weights or after."""
+WHEN = {
+    "1": (1, "before"),
+    "2": (2, "before"),
+    "3": (3, "before"),
+    "3, sharded": (3, "after"),
+    "3, loaded": (3, "loaded"),
+}
+"""Stage, and whether `attach` is called before the engine shards the weights or after; or before,
+of a model whose weights `from_pretrained` has sharded."""
 
 
 class Trained(NamedTuple):
@@ -60,26 +69,43 @@ def plainly(method: mb.Method) -> Trained:
     return found._replace(tokens=balancing.metrics()["tokens"])
 
 
+def loaded(config: dict[str, Any]) -> Any:
+    """The model from its files, as a Trainer's script loads it under ZeRO-3: never whole."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    with tempfile.TemporaryDirectory() as own:
+        tiny(FAMILY).save_pretrained(own)  # rank 0 alone writes
+        folder = [own]
+        dist.broadcast_object_list(folder, src=0)
+        # Transformers looks for it as long as it lives.
+        alive = HfDeepSpeedConfig(config)
+        model = AutoModelForCausalLM.from_pretrained(folder[0], dtype=torch.float32)
+        del alive
+        dist.barrier()  # before the folder goes
+    return model.train()
+
+
 def under_zero(stage: int, when: str) -> Trained:
     """This rank's half of the batch, under DeepSpeed's engine."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    model = tiny(FAMILY)
-    if when == "before":
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # 1 by default
+    }
+    model = loaded(config) if when == "loaded" else tiny(FAMILY)
+    if when != "after":
         balancing, shape = mb.attach(model, METHOD), tuple(router_of(model).weight.shape)
     parameters = list(model.parameters())
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameters,
         optimizer=torch.optim.SGD(parameters, lr=SPEED),
-        config={
-            "train_micro_batch_size_per_gpu": 2,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "gradient_clipping": 0.0,  # 1 by default
-        },
+        config=config,
     )
     weight = router_of(model).weight
     if when == "after":
@@ -155,6 +181,12 @@ def test_the_price_is_equal_on_all_ranks_and_that_of_one_process(name, one, rank
 @pytest.mark.situation(
     "Weights", "attach after ZeRO-3 has made the router's weight a tensor of shape (0,)", "works"
 )
+@pytest.mark.situation(
+    "Weights",
+    "`from_pretrained` under `HfDeepSpeedConfig` (ZeRO-3), two ranks",
+    "works: gradient and price are one process's",
+)
 def test_a_partitioned_router_is_recognised(ranks):
-    assert {rank["3, sharded"].shape for rank in ranks} == {(0,)}
+    for name in ("3, sharded", "3, loaded"):
+        assert {rank[name].shape for rank in ranks} == {(0,)}
     assert {rank["3"].shape for rank in ranks} != {(0,)}
