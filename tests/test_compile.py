@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+import moebalance as mb
 from moebalance import (
     LossFree,
     NegativeEntropy,
@@ -92,3 +94,18 @@ def test_what_a_graph_holds_on_to_stays_in_place(router):
         balancing.step()
     balancing.load_state_dict(balancing.state_dict())
     assert addresses() == before
+
+
+@pytest.mark.parametrize("gate", [mb.Softmax(), mb.Sigmoid()], ids=repr)
+@pytest.mark.parametrize(
+    "method", [mb.PhiBalancing(), mb.NoBalancing(), mb.recommended()], ids=repr
+)
+def test_a_router_runs_on_fake_tensors_that_estimate_memory(method, gate):
+    """Nothing is read that only a real tensor has, in either direction."""
+    with FakeTensorMode():
+        router = mb.BalancedRouter(method, 8, 2, gate=gate)
+        logits = torch.randn(16, 8, requires_grad=True)
+        weights, experts = router(logits)
+        weights.sum().backward()
+        assert logits.grad.shape == (16, 8)
+        assert experts.shape == (16, 2)

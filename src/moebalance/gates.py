@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class Softmax(Gate):
         self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
     ) -> Float[Tensor, "T E"]:
         """The same, in place on a processor: there a row is read whole before it is written."""
-        if not _on_host(upstream) or upstream.dtype != affinities.dtype:
+        if not on_host(upstream) or upstream.dtype != affinities.dtype:
             return self.backward(upstream, affinities)
         backward = torch.ops.aten._softmax_backward_data.out
         backward(upstream, affinities, -1, affinities.dtype, grad_input=upstream)
@@ -205,7 +206,7 @@ class Sigmoid(Gate):
         self, upstream: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
     ) -> Float[Tensor, "T E"]:
         """The same, in place on a processor."""
-        if not _on_host(upstream) or upstream.dtype != affinities.dtype:
+        if not on_host(upstream) or upstream.dtype != affinities.dtype:
             return self.backward(upstream, affinities)
         backward = torch.ops.aten.sigmoid_backward.grad_input
         backward(upstream, affinities, grad_input=upstream)
@@ -317,7 +318,7 @@ def best(
     In no order: sorting takes time, and a mixture of experts has no use for it.
     """
     logits = logits.detach()
-    if preference is None and price is None and limit is None and _on_host(logits):
+    if preference is None and price is None and limit is None and on_host(logits):
         # Top-k has the affinities at hand. A look at them tells whether logits must rank instead.
         values, experts = affinities.topk(top_k, dim=-1, sorted=False)
         if values.numel() and _tell_apart(values):
@@ -350,7 +351,7 @@ def top_experts(
         order = limit.within(untied(order, logits))
         return order.topk(top_k, dim=-1, sorted=False).indices
     values, experts = order.topk(top_k, dim=-1, sorted=False)
-    if order is logits or not _on_host(order):
+    if order is logits or not on_host(order):
         return experts
     if not logits.numel() or all(abs(float(end)) < _MILD for end in logits.aminmax()):
         return experts
@@ -366,9 +367,11 @@ def _tell_apart(affinities: Float[Tensor, "T K"]) -> bool:
     return ends[0] > _SMALL and ends[1] < _FULL
 
 
-def _on_host(tensor: Tensor) -> bool:
-    """Whether a value may be looked at: neither a device nor a compiler has to be asked."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def on_host(tensor: Tensor) -> bool:
+    """Whether a value may be looked at: no device has to be asked, and nothing is only traced."""
+    plain = type(tensor) is Tensor or isinstance(tensor, torch.nn.Parameter)
+    real = plain and not isinstance(tensor, FakeTensor)  # a fake parameter is both
+    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def untied(order: Float[Tensor, "T E"], logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moebalance.gates import on_host
 from moebalance.methods.base import Method
 from moebalance.router import BalancedRouter
 from moebalance.routing import real_tokens
@@ -108,7 +109,7 @@ class PerClassRouter(torch.nn.Module):
                 f"{self.name}: classes of shape {tuple(classes.shape)} and {classes.dtype} for "
                 f"logits of shape {tuple(logits.shape)}: give a whole number for each token."
             )
-        if classes.device.type != "cpu" or torch.compiler.is_compiling() or not classes.numel():
+        if not on_host(classes) or not classes.numel():
             return
         low, high = int(classes.min()), int(classes.max())
         if low < 0 or high >= len(self.routers):

@@ -13,7 +13,7 @@ from torch import Tensor
 from moebalance.core.autograd import choose
 from moebalance.core.layer import LayerBalance
 from moebalance.core.sequences import Lay, packed
-from moebalance.gates import Gate, GroupLimit, Softmax, best, normalized
+from moebalance.gates import Gate, GroupLimit, Softmax, best, normalized, on_host
 from moebalance.methods.base import Method
 from moebalance.routing import real_tokens
 
@@ -236,8 +236,8 @@ class BalancedRouter(_Router):
                 f"shape {(*shape[:-1], self.top_k)}."
             )
         flat = experts.reshape(-1, self.top_k).long()
-        here = flat.device.type == "cpu" and not torch.compiler.is_compiling()
-        if here and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_experts:
+        here = on_host(flat) and flat.numel() > 0
+        if here and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_experts:
             raise ValueError(
                 f"{self.name}: experts from {int(flat.min())} to {int(flat.max())}, but the router "
                 f"has 0 to {self.num_experts - 1}. Give padding any of these, and a mask."

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moebalance.gates import Gate
+from moebalance.gates import Gate, on_host
 
 
 class Routing(NamedTuple):
@@ -231,5 +231,4 @@ def as_number(tensor: Tensor) -> Any:
 
     On a processor arithmetic on numbers is free, where every operation on a tensor is a kernel.
     """
-    here = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    return tensor.tolist() if here else tensor
+    return tensor.tolist() if on_host(tensor) else tensor
