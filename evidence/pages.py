@@ -19,7 +19,7 @@ from moebalance.runlog import find_runs
 _INTRO = """\
 # Evidence
 
-This page tests each claim of the paper, and five claims of our own. Each has a recipe, runs, a
+This page tests each claim of the paper, and six claims of our own. Each has a recipe, runs, a
 figure, and a verdict by a rule that was written before the runs. `python -m evidence` makes this
 page from `evidence/results`. The recipes are in `evidence/recipes`;
 `python -m evidence --run NAME` trains one of them again.

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from evidence.chapter import Finding, Verdict, claim, table, text
+from evidence.chapter import Finding, Verdict, claim, noise, table, text
 from evidence.chapters.rivals import RECOMMENDED
 from evidence.figures import GUIDE, Panel, Series, draw
 from evidence.study import Studies, Study
@@ -42,7 +42,7 @@ def chapter(studies: Studies) -> Finding:
         Verdict.HOLDS if all(found) else verdict,
         f"Loss less the loss without balancing, from step {steps[0]} to step {steps[-1]}: {costs}. "
         f"MaxVio of φ alone: {vios[0]:.2f} to {vios[-1]:.2f}.",
-        noise=f"{len(study.seeds())} seed here; two seeds of one method differ by about 0.03 nats.",
+        noise=noise({"mixed": study}, "loss", "maxvio"),
         body=text(
             "The learning rate falls to zero at the end of a run, so a loss half-way is not the "
             "loss of a run half as long. Compare methods at a step, not steps.",
