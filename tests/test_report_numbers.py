@@ -91,7 +91,9 @@ def test_seeds_without_a_run_to_compare_with_are_compared_as_they_are(turns):
 def test_rows_come_in_the_order_of_the_page(runs):
     rows = summary_rows(runs)
     assert [r["batching"] for r in rows] == ["mixed"] * 12 + ["one-domain"] * 12
-    assert [r["method"] for r in rows[:12]] == list(LOOKS)
+    shown = {run.method for run in runs}
+    assert len(shown) == 12
+    assert [r["method"] for r in rows[:12]] == [name for name in LOOKS if name in shown]
 
 
 def test_rows_are_plain_values(runs):
