@@ -104,6 +104,22 @@ def test_classes_that_do_not_fit_are_refused(classes, said):
         router(torch.randn(4, E), classes)
 
 
+def test_a_mask_that_would_be_broadcast_is_refused():
+    router = mb.PerClassRouter(mb.LossFree(), E, K, classes=CLASSES)
+    with pytest.raises(ValueError, match=r"mask of shape \(1,\) for classes of shape \(4,\)"):
+        router(torch.randn(4, E), torch.zeros(4, dtype=torch.long), torch.ones(1, dtype=torch.bool))
+
+
+def test_a_batch_without_a_class_moves_nothing_of_that_class():
+    router = mb.PerClassRouter(mb.LossFree(speed=0.1), E, K, classes=CLASSES)
+    balancing = mb.attach(torch.nn.ModuleDict({"gate": router}))
+    logits = two_kinds()[0].requires_grad_()
+    router(logits, torch.zeros(T, dtype=torch.long))[0].sum().backward()
+    balancing.step()
+    assert router.routers["text"].price.abs().max() > 0.05
+    assert router.routers["image"].price.abs().max() == 0
+
+
 @pytest.mark.parametrize("classes", [["text"], ["text", "text"], []])
 def test_fewer_than_two_classes_are_refused(classes):
     with pytest.raises(ValueError, match="two names or more"):

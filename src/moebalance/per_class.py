@@ -89,6 +89,11 @@ class PerClassRouter(torch.nn.Module):
                 `BalancedRouter`.
         """
         self._check(logits, classes)
+        if mask is not None and mask.shape != classes.shape:  # it would be broadcast
+            raise ValueError(
+                f"{self.name}: mask of shape {tuple(mask.shape)} for classes of shape "
+                f"{tuple(classes.shape)}: give one value for each token."
+            )
         real = None if mask is None else real_tokens(mask, f"{self.name}: mask")
         found: tuple[Tensor, Tensor] | None = None
         for number, router in enumerate(self.routers.values()):
