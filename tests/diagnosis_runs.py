@@ -45,8 +45,8 @@ def waves(period: float, size: float = 0.4, steps: int = STEPS) -> np.ndarray:
     return load
 
 
-def findings(run: Run, *beside: Run) -> dict[str, Finding]:
-    (_, found), *_ = examine([run, *beside])
+def findings(run: Run, *others: Run) -> dict[str, Finding]:
+    (_, found), *_ = examine([run, *others])
     return {finding.rule: finding for finding in found}
 
 

@@ -47,7 +47,7 @@ def test_of_two_faults_the_cause_is_mended_first_and_both_are_told():
 
 
 def costly(load: np.ndarray, method: str = HARD, word: str = "phi") -> tuple[Run, ...]:
-    """Runs of three seeds with this load, whose loss is above that of those without balancing."""
+    """Runs of three seeds with this load, whose loss is above the loss without balancing."""
     bare = [
         planted(NONE, even(), method="none", seed=seed, evals=[{"loss": 2.0}]) for seed in range(3)
     ]

@@ -57,7 +57,7 @@ OWN_NUMBERS = {
     "quantile": EXPERTS + 16 * EXPERTS,
     "phi-and-loss-free": 2 * EXPERTS,
 }
-"""What the update reads, besides the number of tokens."""
+"""What the update reads in addition to the number of tokens."""
 
 
 def count_messages() -> dict:
@@ -238,7 +238,7 @@ def inputs() -> Tensor:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stages_that_take_turns_and_split_backward_make_the_same_step(schedule, two):
-    """Zero-bubble schedules run the backward of inputs and that of weights at different times."""
+    """Zero-bubble schedules take gradients of inputs first, and of weights later."""
     model = Stack(METHODS["phi-no-peek"], layers=range(4))
     balancing = mb.attach(model)
     for _ in range(2):

@@ -139,7 +139,7 @@ class RouterHook(Hook):
         return router.training and torch.is_grad_enabled() and not self.at_rest
 
     def _follow(self, logits: Tensor) -> None:
-        """Move the state to the logits; that of an averaged copy follows the original's."""
+        """Move the state to the logits. In an averaged copy, take the original's state."""
         if torch.compiler.is_compiling():
             return
         if self.layer.running.device != logits.device:
