@@ -161,13 +161,14 @@ def noise(studies: Mapping[str, Study], *metrics: str) -> str:
     """The standard deviation of a run over seeds, root mean square over settings."""
     said = [
         f"{words} ({len(study.seeds())} seeds) "
-        + ", ".join(f"{METRICS[m][0]} {number(_sd(study, m), METRICS[m][1])}" for m in metrics)
+        + ", ".join(f"{METRICS[m][0]} {number(sd(study, m), METRICS[m][1])}" for m in metrics)
         for words, study in studies.items()
     ]
     return f"Standard deviation of one run: {'; '.join(said)}."
 
 
-def _sd(study: Study, metric: str) -> float:
+def sd(study: Study, metric: str) -> float:
+    """The standard deviation of a run over seeds, root mean square over settings."""
     found = [study.estimate(setting, metric) for setting in study.settings()]
     squares = [each.sd**2 for each in found if each is not None and each.sd is not None]
     return math.sqrt(statistics.fmean(squares)) if squares else math.nan

@@ -24,11 +24,13 @@ figure, and a verdict by a rule that was written before the runs. `python -m evi
 page from `evidence/results`. The recipes are in `evidence/recipes`;
 `python -m evidence --run NAME` trains one of them again.
 
-Read it with three limits in mind.
+Read it with four limits in mind.
 
 - **Size.** The models are tiny: 0.1 to 1 million active parameters, most with 32 experts, top-4,
   trained for minutes on a CPU with the text that Python ships, read as bytes. The paper trains 111
   to 986 million active parameters on C4. A claim that does not hold here may hold there.
+- **Length.** Chapters 10 to 12 train for 100 to 800 steps, chapter 14 for 5000, the others for
+  2000.
 - **Seed noise.** Each chapter states it first: the standard deviation of a single run over seeds,
   root mean square over settings. A difference counts only if its interval leaves out zero.
 - **Intervals.** They are Student's 95 % intervals of differences that are paired over seeds. They

@@ -456,7 +456,21 @@ def test_methods_are_reported_at_their_defaults_on_seeds_that_nothing_was_chosen
     chosen = {seed for name in (*CELLS, "strengths") for seed in studies[name].seeds()}
     for name in rivals.TEXTS:
         assert set(studies[name].families()) <= set(studies[name].settings())
+        # One cell of the grid needs a strength that is no default.
+        more = set(studies[name].settings()) - set(studies[name].families())
+        assert more == ({"global-batch(strength=0.01)"} if name == "one_domain" else set())
         assert not chosen & set(studies[name].seeds())
+
+
+def test_the_page_says_how_long_its_runs_are():
+    steps = {name: kept.about["steps"] for name, kept in load().items()}
+    short = {"target_qwen", "target_olmoe", "target_glm", "target_course"}
+    short |= {"proportions", "groups", "memory_small", "memory_large"}
+    assert {steps[name] for name in short} == {100, 400, 800}
+    assert steps["longer"] == 5000
+    assert {steps[name] for name in steps.keys() - short - {"longer", "demo"}} == {2000}
+    used = {number for number, c in enumerate(CHAPTERS, start=1) if short & {*c.needs}}
+    assert used == {10, 11, 12}
 
 
 def course(losses: dict[str, tuple[float, float]], vios: tuple[float, float]):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from evidence.chapter import sd
 from evidence.chapters.length import evaluations
 from evidence.keep import RESULTS, TABLES, load, recipe_file
 from moebalance.lab.compare import plan
@@ -32,12 +33,23 @@ def test_results_are_of_the_recipe_as_it_stands(name: str) -> None:
 def test_every_fine_tuning_starts_from_the_same_model() -> None:
     before = [run.evals[0]["old_loss"] for run in load()["finetune"].results]
     assert before == pytest.approx([before[0]] * len(before), abs=1e-6)
+    page = " ".join((ROOT / "docs/choosing.md").read_text("utf-8").split())
+    assert f"its loss was {before[0]:.2f} before" in page
+
+
+def test_what_a_bias_costs_in_fine_tuning_is_told_as_it_was_measured() -> None:
+    found = load()["finetune"].less("loss-free", "phi", "loss")
+    said = f"{found.mean:.3f} above φ on the new text ({found.mean - found.half:.3f} to "
+    page = " ".join((ROOT / "docs/choosing.md").read_text("utf-8").split())
+    assert f"{said}{found.mean + found.half:.3f})" in page
 
 
 def test_the_page_of_results_has_the_numbers_of_the_runs() -> None:
     study = load()["rivals"]
     said = " ".join((ROOT / "docs/results.md").read_text("utf-8").split())
     ours = "phi+loss-free(scale='nats')"
+    loss, spread = (sd(study, metric) for metric in ("loss", "maxvio"))
+    assert f"standard deviation of {loss:.3f} nats in loss and {spread:.2f} in MaxVio" in said
     vio = {name: f"{study.mean(name, 'maxvio'):.2f}" for name in study.settings()}
     assert f"{study.mean('none', 'dead_experts'):.0f} of 64 experts are dead" in said
     assert f"MaxVio is {vio['none']}. With the recommended method MaxVio is {vio[ours]}." in said

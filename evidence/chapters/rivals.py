@@ -186,7 +186,7 @@ def equals(study: Study) -> dict[Cell, str]:
     return {
         found: s
         for s in study.settings()
-        if (found := cell(s)) and build_method(s).strength == STRENGTH  # type: ignore[attr-defined]
+        if (found := cell(s)) and getattr(build_method(s), "strength", None) == STRENGTH
     }
 
 
