@@ -12,13 +12,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from family_configs import (
     COMMON_FAMILIES,
-    MULTIMODAL_FAMILIES,
     NEWER_FAMILIES,
     OTHER_FAMILIES,
     SHARED,
     VOCABULARY,
     Settings,
 )
+from family_towers import MULTIMODAL_FAMILIES
 
 FAMILIES: dict[str, Settings] = {
     **COMMON_FAMILIES,
