@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import moebalance as mb
+from experiments import MODEL
 from moebalance.lab.cli import app
 from moebalance.lab.compare import compare, is_complete, plan
 from moebalance.lab.evaluate import evaluate
@@ -29,18 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-MODEL = {
-    "architecture": "qwen3_moe",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "moe_intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-}
 TRAIN = {"steps": 4, "batch_size": 2, "accumulation": 2, "eval_sequences": 6}
 OLD, NEW = ["animals", "numbers"], ["verbs"]
 WORDS = {

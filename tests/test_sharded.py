@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 import moebalance as mb
+from experiments import MODEL
 from moebalance.integrations.huggingface.sharded import PARTS, sharding_for_accelerate
 from moebalance.lab.checkpoints import last_whole_checkpoint
 from moebalance.lab.recipe import Recipe
@@ -24,18 +25,6 @@ from processes import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
-MODEL = {
-    "architecture": "qwen3_moe",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "moe_intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-}
 STEPS, SAVED = 6, 4
 KINDS = ("parts", "copies")
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
