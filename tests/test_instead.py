@@ -10,8 +10,18 @@ import torch
 import families
 import moebalance as mb
 from family_checks import checkpoint_activations
-from moebalance import LossFree, NoBalancing, PhiBalancing, Sinkhorn, SwitchLoss, Together, attach
+from moebalance import (
+    LossFree,
+    NoBalancing,
+    PhiBalancing,
+    Sinkhorn,
+    SwitchLoss,
+    Together,
+    attach,
+    kernels,
+)
 from moebalance.integrations.huggingface.instead import form_of
+from moebalance.kernels import router as fused
 
 RECOMMENDED = Together(PhiBalancing(strength=1.0), LossFree(scale="nats", speed=0.3))
 METHODS = {
@@ -72,6 +82,32 @@ def test_it_counts_charges_and_answers_as_the_router_and_a_second_choice_do(fami
     mine = trained(family, method, stood_in=True)
     theirs = trained(family, method, stood_in=False)
     same(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["recommended", "loss-free"])
+def test_the_fused_kernels_stand_in_alike(name, dtype, interpreted):
+    """As on a GPU: one launch forward and one backward, instead of the router's own pass."""
+    how = {"stood_in": True, "dtype": dtype}
+    mine = interpreted(trained, "qwen3_moe", METHODS[name], **how)
+    theirs = trained("qwen3_moe", METHODS[name], **how)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    same(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_the_recommended_method_sends_a_gpu_one_launch_forward_and_one_backward(monkeypatch):
+    sent: list[str] = []
+    monkeypatch.setattr(kernels, "supported", lambda *_: True)
+    monkeypatch.setattr(fused, "launch", lambda program, *_: sent.append(program.name))
+    model = families.tiny("qwen3_moe").bfloat16()
+    with attach(model, RECOMMENDED) as balancing:
+        router = model.get_submodule(next(iter(balancing.layers)))
+        _, weights, _ = router(torch.randn(6, 32, dtype=torch.bfloat16))
+        assert sent == ["programs.choose"]
+        weights.backward(torch.ones_like(weights))
+        assert sent == ["programs.choose", "programs.pull_back"]
+        # Nothing of torch lies between the kernel and what the model gets.
+        assert type(weights.grad_fn).__name__ == "_ChooseFusedBackward"
 
 
 def test_bfloat16_keeps_the_dtypes_of_the_router():

@@ -33,16 +33,36 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
+@pytest.mark.parametrize("in_nats", [True, False], ids=["nats", "affinity"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "tokens"),
     [(2, 1, 3), (8, 2, 1), (60, 4, 19), (64, 8, 33), (96, 6, 7), (256, 8, 9), (320, 32, 3)],
 )
 def test_a_priced_batch_with_padding_is_that_of_the_plain_form(
-    gate, normalize, experts, top_k, tokens, interpreted
+    gate, normalize, in_nats, experts, top_k, tokens, interpreted
 ):
-    compare(
-        interpreted, gate, experts, top_k, tokens, normalize=normalize, priced=True, padded=True
-    )
+    how = {"normalize": normalize, "priced": True, "in_nats": in_nats, "padded": True}
+    compare(interpreted, gate, experts, top_k, tokens, **how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_written_in_the_dtype_that_is_asked_for(dtype, interpreted):
+    logits = rows(5, 16, torch.bfloat16)
+    found = interpreted(choose, logits, Softmax(), 4, normalize=True, dtype=dtype)
+    assert found.weights.dtype == dtype
+    wanted = plain.choose(logits.double(), Softmax(), 4, normalize=True).weights
+    close(found.weights, wanted, TOLERANCE[dtype])
+
+
+def test_log_affinities_far_from_zero_are_ranked_as_exactly_as_others(interpreted):
+    """σ(z) is 1 in float32 from z = 17 on; its logarithm is not 0 there, but −e^−z."""
+    logits = torch.tensor([[12.0, 12.5, -40.0, 5.0], [19.0, 18.0, -3.0, 0.0]])
+    for price in (2e-6 * torch.eye(4)[1], torch.tensor([0.0, 0.0, -50.0, 0.0])):
+        found = interpreted(
+            choose, logits, Sigmoid(), 1, normalize=False, price=price, in_nats=True
+        )
+        wanted = torch.nn.functional.logsigmoid(logits.double()) - price.double()
+        assert torch.equal(found.experts[:, 0], wanted.argmax(dim=-1))
 
 
 @pytest.mark.parametrize(
@@ -85,6 +105,7 @@ def test_any_batch_is_that_of_the_plain_form(interpreted, data):
         limit=limit,
         normalize=draw(st.booleans()),
         priced=draw(st.booleans()),
+        in_nats=draw(st.booleans()),
         charged=draw(st.booleans()),
         padded=draw(st.booleans()),
         beside=draw(st.integers(0, 5)),
@@ -121,6 +142,7 @@ def compare(
     limit=None,
     normalize=True,
     priced=False,
+    in_nats=False,
     charged=True,
     padded=False,
     beside=0,
@@ -128,11 +150,11 @@ def compare(
 ):
     """Forward and backward against the plain form and its autograd, in float64."""
     logits = rows(tokens, experts + beside, dtype, seed)[:, :experts]
-    price = 0.01 * torch.randn(experts) if priced else None
+    price = (0.5 if in_nats else 0.01) * torch.randn(experts) if priced else None
     mask = torch.rand(tokens) < 0.7 if padded else None
     upstream = torch.randn(tokens, top_k).to(dtype)
     charge = torch.randn(experts) if charged else None
-    how = {"normalize": normalize, "limit": limit, "mask": mask}
+    how = {"normalize": normalize, "limit": limit, "mask": mask, "in_nats": priced and in_nats}
     found, gradient = interpreted(both, logits, gate, top_k, upstream, charge, price=price, **how)
 
     exact = logits.double().requires_grad_()

@@ -78,7 +78,10 @@ def compiled(experts, top_k, limit, dtype):
     flags = {"sigmoid": limit is not None, "normalize": True, "has_mask": True}
     flags |= {"top_k": top_k, "slots": next_power(top_k), "slab": 1024}
     flags |= {"bins": next_power(experts + 1)}
-    flags |= {"has_price": limit is not None, "has_charge": True, "counts": True, "forms": True}
+    # The widest router spills a little more under a price: 440 bytes.
+    priced = bool(limit) or (dtype == torch.float32 and experts < 2304)
+    flags |= {"has_price": priced, "in_nats": bool(limit)}
+    flags |= {"has_charge": True, "counts": True, "forms": True}
     flags |= {"entropy": True, "hard": False, "peek": True, "in_tokens": True}
     flags |= {"has_multiplier": True}
     flags |= {"kept": limit.top_groups if limit else 0, "best": limit.best if limit else 1}

@@ -7,6 +7,7 @@ import torch
 
 from cases import skewed_state
 from moebalance import (
+    SMEBU,
     BalancedRouter,
     Euclidean,
     LossFree,
@@ -21,6 +22,7 @@ from moebalance import (
     Targeted,
     Together,
     kernels,
+    recommended,
 )
 from moebalance.core.autograd import Pass, Tally, _in_kernel, settle
 from moebalance.kernels import router as passes
@@ -145,7 +147,8 @@ def kernels_of_a_batch(method: Method, monkeypatch, *, padded: bool = False) -> 
 @pytest.mark.parametrize("peek", [True, False], ids=["peek", "no peek"])
 def test_phi_sends_a_gpu_one_launch_forward_and_one_backward(peek, padded, monkeypatch):
     """Counting and the price are inside, and nothing of torch is around; so is counting alone."""
-    for method in (PhiBalancing(peek=peek), NoBalancing(), LossFree()):
+    methods = (PhiBalancing(peek=peek), NoBalancing(), LossFree(), SMEBU(scale="nats"))
+    for method in (*methods, recommended()):
         found = kernels_of_a_batch(method, monkeypatch, padded=padded)
         assert found == ["programs.choose", "programs.pull_back"]
 

@@ -308,25 +308,21 @@ class GroupLimit:
 def best(
     logits: Float[Tensor, "T E"],
     affinities: Float[Tensor, "T E"],
-    preference: Float[Tensor, "T E"] | None,
-    price: Float[Tensor, "E"] | None,
+    order: Float[Tensor, "T E"] | None,
     top_k: int,
     limit: GroupLimit | None = None,
 ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
-    """The K best experts by preference, else by affinity less price: affinities and indices.
+    """The K best experts by `order`, or by affinity if it is None: affinities and indices.
 
     In no order: sorting takes time, and a mixture of experts has no use for it.
     """
     logits = logits.detach()
-    if preference is None and price is None and limit is None and on_host(logits):
+    if order is None and limit is None and on_host(logits):
         # Top-k has the affinities at hand. A look at them tells whether logits must rank instead.
         values, experts = affinities.topk(top_k, dim=-1, sorted=False)
         if values.numel() and _tell_apart(values):
             return values, experts
-    order = preference
-    if order is None and price is not None:
-        order = affinities.detach() - price
-    elif order is None:
+    if order is None:
         order = logits if limit is None else affinities.detach()
     experts = top_experts(order, logits, top_k, limit)
     return affinities.gather(-1, experts), experts

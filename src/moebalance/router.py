@@ -207,7 +207,7 @@ class BalancedRouter(_Router):
     ) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
         """Weights of the chosen experts, tied to counting and charging, and the choice."""
         traits, preference = self.traits, None
-        if traits.selects and not traits.has_selection_price and given is None:
+        if traits.selects and not self.has_price and given is None:
             preference = self.preference(logits, lay.mask, training=self.training)
         # Where the two gradients are weighed they need branches of their own, which `tie` has.
         plain = traits.from_sums and given is None and self.weighing is None
@@ -216,9 +216,9 @@ class BalancedRouter(_Router):
             return choose(logits, how, preference=preference, mask=lay.mask)
         affinities = self.gate.affinities(logits)
         if given is None:
-            weights, experts = best(
-                logits, affinities, preference, self.price, self.top_k, self.limit
-            )
+            if self.has_price:
+                preference = self.priced(logits.detach(), affinities)
+            weights, experts = best(logits, affinities, preference, self.top_k, self.limit)
         else:
             weights, experts = affinities.gather(-1, given), given
         if self.normalize:

@@ -32,7 +32,7 @@ from torch import Tensor
 from moebalance import kernels
 from moebalance.core.packing import unpack
 from moebalance.gates import Gate, GroupLimit, best, normalized
-from moebalance.methods.base import Method, State, Traits, per_token
+from moebalance.methods.base import Method, State, Traits, per_token, priced
 from moebalance.routing import Batch, Routing, Sums, as_number, count, real_rows, route
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -69,6 +69,7 @@ class Pass(NamedTuple):
         top_k: K, of a router of ours.
         normalize: whether a router of ours divides a token's weights by their sum.
         limit: the groups of experts that a router of ours may choose from; None for all experts.
+        dtype: of the weights that the fused kernels write; None for the logits' own.
         sequences: number of sequences in which the tokens lie.
         replayed: whether the choice came from elsewhere.
         weight: this batch's weight in the mean over its step, (); None for 1.
@@ -83,6 +84,7 @@ class Pass(NamedTuple):
     top_k: int = 0
     normalize: bool = False
     limit: GroupLimit | None = None
+    dtype: torch.dtype | None = None
     sequences: int = 1
     replayed: bool = False
     weight: Tensor | None = None
@@ -108,7 +110,7 @@ def choose(
     Args:
         logits: (T, E), requires grad.
         how: the router, with a method whose price comes `from_sums`.
-        preference: (T, E) for top-k to rank; None for the affinities less the selection price.
+        preference: (T, E) for top-k to rank; None for the affinities less the method's price.
         mask: (T,) True for real tokens, or None.
     """
     fits = how.fused and preference is None and kernels.supported(logits, how.gate, how.top_k)
@@ -181,10 +183,10 @@ class _Choose(torch.autograd.Function):
         ctx: Any, how: Pass, preference: Tensor | None, mask: Tensor | None, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
         affinities = how.gate.affinities(logits)  # (T,E)
-        price = how.method.selection_price(how.state)  # (E,) or None
-        weights, experts = best(
-            logits, affinities, preference, price, how.top_k, how.limit
-        )  # (T,K)
+        order = preference
+        if order is None:
+            order = priced(how.method, how.state, how.gate, logits.detach(), affinities)
+        weights, experts = best(logits, affinities, order, how.top_k, how.limit)  # (T,K)
         total = None
         if how.normalize:
             weights, total = normalized(weights)
@@ -221,14 +223,20 @@ class _ChooseFused(torch.autograd.Function):
     def forward(
         ctx: Any, how: Pass, preference: None, mask: Tensor | None, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
+        price = how.method.selection_price(how.state)
+        in_nats = price is None
+        if in_nats:
+            price = how.method.price_in_nats(how.state)
         found = kernels.choose(
             logits,
             how.gate,
             how.top_k,
             normalize=how.normalize,
-            price=how.method.selection_price(how.state),
+            price=price,
+            in_nats=in_nats,
             limit=how.limit,
             mask=mask,
+            dtype=how.dtype,
             tickets=how.tally.tickets,
         )
         # The sums are here already, but a batch is counted in backward: forward may run twice.

@@ -23,7 +23,7 @@ from moebalance.core.sound import check_price, tensors_problem, trial_problem
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax, at_least_float32
 from moebalance.kernels import new_tickets, supported
-from moebalance.methods.base import Method, State, observe, sees_sequences
+from moebalance.methods.base import Method, State, observe, priced, sees_sequences
 from moebalance.methods.lineage import Lineage, inherit
 from moebalance.routing import Sums, as_number, measure, route
 
@@ -97,8 +97,23 @@ class LayerBalance(nn.Module):
 
     @property
     def price(self) -> Float[Tensor, "E"] | None:
-        """The selection price in force, or None."""
+        """The selection price in force, in units of the affinity, or None."""
         return self.method.selection_price(self.state)
+
+    @property
+    def has_price(self) -> bool:
+        """Whether top-k ranks affinities, or their logarithms, less a price."""
+        state = self.state
+        return any(
+            price(state) is not None
+            for price in (self.method.selection_price, self.method.price_in_nats)
+        )
+
+    def priced(
+        self, logits: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"] | None:
+        """What top-k ranks (T, E) under the price in force, of either scale, or None."""
+        return priced(self.method, self.state, self.gate, logits, affinities)
 
     def preference(
         self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool

@@ -114,6 +114,7 @@ def _tried(method: Method, state: State, routing: Routing) -> Iterator[tuple[str
     batch = Batch(routing, sums, sums)
     named = {
         "the selection price": method.selection_price(state),
+        "the selection price in nats": method.price_in_nats(state),
         "the price in the loss": method.loss_price(state, batch),
         "the router's gradient": method.penalty_gradient(state, batch),
     }

@@ -1,6 +1,7 @@
 """The fused router in plain torch: `router.choose` computes the same in one pass.
 
-    r = a(z) − price (T, E),            experts (T, K) = top-k of r (in the kept groups),
+    r = a(z) − price (T, E), or log a(z) − price for a price in nats,
+    experts (T, K) = top-k of r (in the kept groups),
     normaliser (T,) = log Σ_e exp a(z_e),   packed (2E + 2,) = [Σ_t p_t, counts, tokens, 1].
 
 Autograd of ⟨g, weights⟩ + ⟨q, packed[:E]⟩ through this function is `router.pull_back` with upstream
@@ -45,12 +46,13 @@ def choose(
     *,
     normalize: bool,
     price: Float[Tensor, "E"] | None = None,
+    in_nats: bool = False,
     limit: GroupLimit | None = None,
     mask: Bool[Tensor, "T"] | None = None,
 ) -> Chosen:
     """Choose experts, weigh them and sum what was done; see `router.choose`."""
     scores = gate.scores(logits)
-    experts = ranking(logits.detach(), gate, price, limit)[:, :top_k]
+    experts = ranking(logits.detach(), gate, price, limit, in_nats=in_nats)[:, :top_k]
     weights = (
         gate.log_affinity(logits.gather(-1, experts)).softmax(dim=-1)
         if normalize
@@ -81,6 +83,8 @@ def ranking(
     gate: Gate,
     price: Float[Tensor, "E"] | None,
     limit: GroupLimit | None,
+    *,
+    in_nats: bool = False,
 ) -> Int[Tensor, "T E"]:
     """All experts (T, E), best first, NaN above all.
 
@@ -91,7 +95,7 @@ def ranking(
     if price is None and limit is None:
         # Affinities grow with the logits, and logits do not underflow.
         return logits.argsort(dim=-1, descending=True, stable=True)
-    scores = gate.affinities(logits)
+    scores = gate.log_affinity(logits) if in_nats else gate.affinities(logits)
     ranks = untied(scores if price is None else scores - price, logits)
     order = ranks.argsort(dim=-1, descending=True, stable=True)
     if limit is None:

@@ -23,6 +23,7 @@ from moebalance.kernels.tile_program import (
     experts_of,
     flat,
     load_tile,
+    log_affinity_of,
     on_every_row,
     real_rows,
     score_of,
@@ -66,6 +67,7 @@ def choose(
     sigmoid: tl.constexpr,
     normalize: tl.constexpr,
     has_price: tl.constexpr,
+    in_nats: tl.constexpr,
     has_mask: tl.constexpr,
     kept: tl.constexpr,
     best: tl.constexpr,
@@ -110,6 +112,8 @@ def choose(
         of_equals = key
         if ties:
             rank = sigmoid_of(z) if sigmoid else score
+            if in_nats:
+                rank = log_affinity_of(z, sigmoid)
             if has_price:
                 rank -= on_every_row(price, chunks, step, width, block, num_experts)
             key = _key(rank)

@@ -20,6 +20,7 @@ Shapes: T tokens, E experts, K top-k.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,15 +48,18 @@ def choose(
     *,
     normalize: bool,
     price: Float[Tensor, "E"] | None = None,
+    in_nats: bool = False,
     limit: GroupLimit | None = None,
     mask: Bool[Tensor, "T"] | None = None,
+    dtype: torch.dtype | None = None,
     tickets: Int[Tensor, "counters"] | None = None,
 ) -> Chosen:
     """Choose experts, weigh them and sum what was done, in one pass over the logits.
 
-    Experts are ranked by affinity minus price; without price and group limit, by their logit. The
-    lowest index wins among equals. NaN ranks above all numbers, so a broken row still names K
-    experts, and shows in the sums.
+    Experts are ranked by affinity minus price, or by log-affinity minus a price in nats; without
+    price and group limit, by their logit. Of equals the larger logit is ahead, then the lowest
+    index. NaN ranks above all numbers, so a broken row still names K experts, and shows in the
+    sums.
 
     Args:
         logits: (T, E), as `supported` wants them.
@@ -63,8 +67,10 @@ def choose(
         top_k: K.
         normalize: True divides a token's weights by their sum; False uses affinities.
         price: (E,), subtracted from the affinities before top-k, never from the weights.
+        in_nats: True subtracts it from their logarithms instead.
         limit: the groups that a token may choose from; None for all experts.
         mask: (T,) True for real tokens; padded rows are routed but not summed.
+        dtype: of the weights; None for the logits' own.
         tickets: from `new_tickets`, for one launch at a time. None makes them, in one more launch.
 
     Raises:
@@ -76,12 +82,13 @@ def choose(
     if limit is not None:
         limit.check(num_experts, top_k)
         limit = limit if limit.narrows else None
-    weights = logits.new_empty(rows, top_k)
+    weights = logits.new_empty(rows, top_k, dtype=dtype or logits.dtype)
     experts = logits.new_empty(rows, top_k, dtype=torch.int64)
     normaliser = logits.new_empty(rows, dtype=torch.float32)
     tiling = tile(logits, limit, sums=True)
     sums = sums_of(logits, tiling, tickets)
-    sigmoid, priced, padded = isinstance(gate, Sigmoid), price is not None, mask is not None
+    sigmoid, padded = isinstance(gate, Sigmoid), mask is not None
+    priced = _UNPRICED if price is None else _Priced(True, in_nats)
     launch(
         _choosing(tiling, top_k, normalize, sigmoid, limit, priced, padded),
         sums.programs,
@@ -152,6 +159,16 @@ def pull_back(
     return gradient
 
 
+class _Priced(NamedTuple):
+    """What the choice subtracts, by the names in the program."""
+
+    has_price: bool
+    in_nats: bool
+
+
+_UNPRICED = _Priced(False, False)
+
+
 @cache
 def _choosing(
     tiling: Tiling,
@@ -159,7 +176,7 @@ def _choosing(
     normalize: bool,
     sigmoid: bool,
     limit: GroupLimit | None,
-    priced: bool,
+    priced: _Priced,
     padded: bool,
 ) -> Program:
     return Program(
@@ -169,7 +186,7 @@ def _choosing(
         slots=next_power(top_k),
         sigmoid=sigmoid,
         normalize=normalize,
-        has_price=priced,
+        **priced._asdict(),
         has_mask=padded,
         kept=0 if limit is None else limit.top_groups,
         best=1 if limit is None else limit.best,

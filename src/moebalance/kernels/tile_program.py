@@ -104,6 +104,18 @@ def sigmoid_of(z):
 
 
 @triton.jit
+def log_affinity_of(z, sigmoid: tl.constexpr):
+    """log σ(z); for softmax z itself, which differs by a constant per token."""
+    if sigmoid:
+        # log(1 + small) by the rounded sum: where that is 1, small itself is the logarithm.
+        small = tl.exp(-tl.abs(z))
+        sum = 1.0 + small
+        rounded = tl.where(sum == 1.0, 1.0, sum - 1.0)
+        return tl.minimum(z, 0.0) - tl.where(sum == 1.0, small, tl.log(sum) * (small / rounded))
+    return z
+
+
+@triton.jit
 def _relative(z, peak, sigmoid: tl.constexpr):
     """exp a(z), over exp(peak) or, with sigmoid, over exp(min(peak, 0)); at most 1."""
     if sigmoid:

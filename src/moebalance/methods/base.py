@@ -7,7 +7,8 @@ comes out. A method does not know where its state lives, which ranks share it, o
     memory      `init`, `extra` (sums of its own), `update` once a step
     one lever   `loss_price`        a price q charged in the loss: E · ⟨stop_grad(q), mean_t p_t⟩
                 `penalty`           or another term, by autograd or by its own `penalty_gradient`
-                `selection_price`   or a price subtracted before top-k, never from the weights
+                `selection_price`   or a price subtracted from the affinities before top-k, never
+                                    from the weights; `price_in_nats`: from their logarithms
                 `preference`        or whatever top-k should rank
     traits      facts that the body needs before it sees a batch, as data
 
@@ -87,7 +88,7 @@ class Method:
         """
         has_price = overrides(self, "selection_price")
         charges = overrides(self, "loss_price", "penalty", "penalty_gradient")
-        selects = has_price or overrides(self, "preference")
+        selects = has_price or overrides(self, "price_in_nats", "preference")
         return Traits(
             charges=charges,
             selects=selects,
@@ -140,6 +141,10 @@ class Method:
         """Price (E,) subtracted from the affinities before top-k; None for no effect."""
         return None
 
+    def price_in_nats(self, state: State) -> Float[Tensor, "E"] | None:
+        """Price (E,) subtracted from the log-affinities before top-k; None for no effect."""
+        return None
+
     def adopt(self, state: State, price: Float[Tensor, "E"]) -> State:
         """Take over a selection price (E,) that a model was trained with."""
         return state
@@ -153,9 +158,11 @@ class Method:
         mask: Bool[Tensor, "T"] | None,
         training: bool,
     ) -> Float[Tensor, "T E"] | None:
-        """Scores (T, E) for top-k to rank instead of the affinities; None for no effect."""
-        price = self.selection_price(state)
-        return None if price is None else gate.affinities(logits) - price
+        """Scores (T, E) for top-k to rank instead of the affinities; None for no effect.
+
+        A method with a price does not override this.
+        """
+        return priced(self, state, gate, logits)
 
     def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "*rows E"] | None:
         """Price (E,) or (T, E) charged on the scores in the loss, strength included."""
@@ -197,6 +204,29 @@ class Method:
 def observe(method: Method, state: State, routing: Routing) -> Sums:
     """The additive statistics of one batch: scores, counts, tokens and the method's own."""
     return measure(routing, method.extra(state, routing))
+
+
+def priced(
+    method: Method,
+    state: State,
+    gate: Gate,
+    logits: Float[Tensor, "T E"],
+    affinities: Float[Tensor, "T E"] | None = None,
+) -> Float[Tensor, "T E"] | None:
+    """What top-k ranks under the method's price: a − price, or log a − price. None without one.
+
+    Args:
+        method: the method.
+        state: its state.
+        gate: affinities from logits.
+        logits: (T, E), detached.
+        affinities: (T, E), if they are at hand; None to form them from the logits.
+    """
+    price = method.selection_price(state)
+    if price is not None:
+        return (gate.affinities(logits) if affinities is None else affinities.detach()) - price
+    price = method.price_in_nats(state)
+    return None if price is None else gate.log_affinity(logits) - price
 
 
 def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, ""]:

@@ -116,6 +116,10 @@ class Scheduled(Scaled):
         """The method's own."""
         return self.method.selection_price(state.inner)
 
+    def price_in_nats(self, state: Progress) -> Float[Tensor, "E"] | None:
+        """The method's own."""
+        return self.method.price_in_nats(state.inner)
+
     def preference(
         self,
         state: Progress,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from moebalance.gates import Gate
@@ -93,18 +93,12 @@ class Selecting(Method):
         price: Tensor = state.price
         return price
 
-    def preference(
-        self,
-        state: State,
-        gate: Gate,
-        logits: Float[Tensor, "T E"],
-        *,
-        mask: Bool[Tensor, "T"] | None,
-        training: bool,
-    ) -> Float[Tensor, "T E"]:
-        """The affinities, or their logarithms, less the price."""
+    def price_in_nats(self, state: State) -> Float[Tensor, "E"] | None:
+        """The price in nats; None for a price in units of the affinity."""
+        if self.scale == "affinity":
+            return None
         price: Tensor = state.price
-        return self.priceable(gate, logits) - price
+        return price
 
     def priceable(self, gate: Gate, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """The scores from which the price is subtracted."""

@@ -103,6 +103,10 @@ class Together(Method):
         """The price of the method that has one."""
         return _total(part.selection_price(own) for part, own in self._parts(state))
 
+    def price_in_nats(self, state: States) -> Float[Tensor, "E"] | None:
+        """The price in nats of the method that has one."""
+        return _total(part.price_in_nats(own) for part, own in self._parts(state))
+
     def adopt(self, state: States, price: Float[Tensor, "E"]) -> States:
         """Hand the price to each; a method without a selection price ignores it."""
         return tuple(part.adopt(own, price) for part, own in self._parts(state))

@@ -108,19 +108,25 @@ class RouterHook(Hook):
         self._follow(logits)
         training = self._trains(router)
         layout = self._layout(logits, strict=training)
-        preference = layer.preference(logits, layout.mask, training=router.training)
-        if preference is None:  # as Sinkhorn in evaluation
-            return None
         # Choosing, counting and charging can be one node of the graph.
         at_once = training and layer.traits.from_sums and not self.by_sequence
         at_once = at_once and layer.weighing is None and logits.requires_grad
+        preference = None  # a price is subtracted by that node
+        if not (at_once and layer.has_price):
+            preference = layer.preference(logits, layout.mask, training=router.training)
+            if preference is None:  # as Sinkhorn in evaluation
+                return None
         if at_once:
             how = layer.pass_for(
-                top_k=self.site.top_k, normalize=rule.normalized, weight=self._weight(logits)
+                top_k=self.site.top_k,
+                normalize=rule.normalized,
+                dtype=form.dtype,
+                weight=self._weight(logits),
             )
             weights, experts = choose(logits, how, preference=preference, mask=layout.mask)
             weights = weights * rule.scaling if rule.scaling != 1 else weights
         else:
+            assert preference is not None
             experts = top_experts(preference, logits.detach(), self.site.top_k)
             weights = rule.weigh(logits, experts)
         weights = weights.to(form.dtype or logits.dtype)

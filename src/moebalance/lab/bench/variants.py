@@ -90,12 +90,13 @@ class Attached:
 
     def __call__(self, logits: Tensor) -> Outputs:
         """Weights, of another choice if the method has one, charged on the way back."""
-        preference = self.layer.preference(logits, None, training=True)
+        layer = self.layer
+        if layer.has_price and layer.traits.from_sums:  # the router's own choice is not made
+            how = layer.pass_for(top_k=self.bare.top_k, normalize=self.bare.normalized)
+            return choose(logits, how)[0], None
+        preference = layer.preference(logits, None, training=True)
         if preference is None:
             _, weights, experts = self.bare.route(logits)
-        elif self.layer.traits.from_sums:  # the router's own choice is not made
-            how = self.layer.pass_for(top_k=self.bare.top_k, normalize=self.bare.normalized)
-            return choose(logits, how, preference=preference)[0], None
         else:
             experts = top_experts(preference, logits.detach(), self.bare.top_k)
             weights = self.rule.weigh(logits, experts)
