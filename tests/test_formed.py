@@ -66,7 +66,7 @@ def charged(route, gate, dtype, name, *, mask=None, weight=None, joined):
         if joined:
             weights = own.tie(weights, z, experts, mask=mask, weight=weight)
         else:
-            how = own.pass_for(weight=weight)
+            how = own.pass_for(z, experts.shape[-1], weight=weight)
             weights = autograd.tie(weights, how, logits=z, experts=experts, mask=mask)
         (weights * torch.arange(1.0, TOP_K + 1)).sum().backward()
         own.commit()

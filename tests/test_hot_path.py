@@ -150,7 +150,7 @@ def test_what_is_attached_to_another_router_forms_scores_only_where_it_must(name
         weights, experts = affinities.topk(TOP_K, dim=-1)
         if where[1] == "formed":
             return layer.tie(weights, z, experts)
-        return tie(weights, layer.pass_for(), logits=z, experts=experts)
+        return tie(weights, layer.pass_for(z, experts.shape[-1]), logits=z, experts=experts)
 
     balanced = watched(attached, logits)
     plain = watched(lambda z: bare(z, normalize=False, gate=gate), logits)

@@ -212,7 +212,7 @@ class BalancedRouter(_Router):
         # Where the two gradients are weighed they need branches of their own, which `tie` has.
         plain = traits.from_sums and given is None and self.weighing is None
         if training and logits.requires_grad and plain:
-            how = self.pass_for(top_k=self.top_k, normalize=self.normalize, limit=self.limit)
+            how = self.pass_for(logits, self.top_k, normalize=self.normalize, limit=self.limit)
             return choose(logits, how, preference=preference, mask=lay.mask)
         affinities = self.gate.affinities(logits)
         if given is None:

@@ -66,7 +66,7 @@ class Pass(NamedTuple):
         state: the method's state, constant during a step.
         tally: tensors that the backward pass reads and writes.
         fused: whether to take the fused kernels if they can run.
-        top_k: K, of a router of ours.
+        top_k: K.
         normalize: whether a router of ours divides a token's weights by their sum.
         limit: the groups of experts that a router of ours may choose from; None for all experts.
         dtype: of the weights that the fused kernels write; None for the logits' own.

@@ -20,6 +20,7 @@ from moebalance.core.formed import find, join
 from moebalance.core.leaves import leaves, refill
 from moebalance.core.packing import pack, packed_size, unpack
 from moebalance.core.sound import check_price, tensors_problem, trial_problem
+from moebalance.core.trial import trusted
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax, at_least_float32
 from moebalance.kernels import new_tickets, supported
@@ -162,8 +163,9 @@ class LayerBalance(nn.Module):
             return carrier
         if self.weighing is not None and logits.requires_grad:
             logits = self.weighing.branch(logits)
-        how = self.pass_for(sequences=sequences, replayed=replayed, weight=weight)
-        fits = self.fused and supported(logits, self.gate, experts.shape[-1])
+        more = {"sequences": sequences, "replayed": replayed, "weight": weight}
+        how = self.pass_for(logits, experts.shape[-1], **more)
+        fits = how.fused and supported(logits, self.gate, how.top_k)
         if self.traits.from_sums and self.weighing is None and not fits:
             formed = find(carrier, logits, self.gate)
             if formed is not None:
@@ -314,7 +316,7 @@ class LayerBalance(nn.Module):
             self._begin_anew()
         self.settle()
 
-    def pass_for(self, **more: Any) -> Pass:
+    def pass_for(self, logits: Float[Tensor, "T E"], top_k: int, **more: Any) -> Pass:
         """What a batch of this layer is counted and charged with, and `more` fields of a `Pass`."""
         if self.last_step.dtype in (torch.bfloat16, torch.float16):
             raise RuntimeError(
@@ -323,7 +325,9 @@ class LayerBalance(nn.Module):
                 "MixedPrecision(buffer_dtype=torch.float32), or use FSDP2."
             )
         tally = Tally(self.running, self.last_step, self.loss_scale, self.replayed, self.tickets)
-        return Pass(self.method, self.traits, self.gate, self.state, tally, self.fused, **more)
+        fused = self.fused and trusted(logits, self.gate, top_k)
+        about = (self.method, self.traits, self.gate, self.state, tally, fused)
+        return Pass(*about, top_k=top_k, **more)
 
     def _write(self, state: State) -> None:
         for name, (_, tensor) in zip(self._state_names, leaves(state), strict=True):

@@ -118,7 +118,8 @@ class RouterHook(Hook):
                 return None
         if at_once:
             how = layer.pass_for(
-                top_k=self.site.top_k,
+                logits,
+                self.site.top_k,
                 normalize=rule.normalized,
                 dtype=form.dtype,
                 weight=self._weight(logits),

@@ -92,7 +92,7 @@ class Attached:
         """Weights, of another choice if the method has one, charged on the way back."""
         layer = self.layer
         if layer.has_price and layer.traits.from_sums:  # the router's own choice is not made
-            how = layer.pass_for(top_k=self.bare.top_k, normalize=self.bare.normalized)
+            how = layer.pass_for(logits, self.bare.top_k, normalize=self.bare.normalized)
             return choose(logits, how)[0], None
         preference = layer.preference(logits, None, training=True)
         if preference is None:
