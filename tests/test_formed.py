@@ -179,6 +179,8 @@ def test_common_routers_form_their_affinities_once(family, monkeypatch):
     )
     model = families.tiny(family)
     with attach(model, PhiBalancing()) as balancing:
+        for module in model.modules():  # as where our pass does not stand in for the router's
+            vars(module).pop("forward", None)
         families.loss(model, families.tokens()).backward()
         balancing.step()
         assert len(joined) == len(balancing.layers) == 2

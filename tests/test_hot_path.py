@@ -17,7 +17,7 @@ from moebalance import (
     SwitchLoss,
     attach,
 )
-from moebalance.core.autograd import tie
+from moebalance.core.autograd import choose, tie
 from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate
 from moebalance.lab.bench.traffic import Traffic, _Watch, kept_for_backward, traffic
@@ -157,6 +157,27 @@ def test_what_is_attached_to_another_router_forms_scores_only_where_it_must(name
     more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
     assert more <= size, (more, balanced.large, plain.large)
     assert len(balanced.large) <= len(plain.large) + kernels, (balanced.large, plain.large)
+
+
+@pytest.mark.parametrize("name", [n for n, b in PRICED.items() if b.traits.charges])
+def test_our_pass_in_place_of_a_routers_moves_eight_bytes_a_score_more_at_most(name):
+    """As attached to a router of Transformers that is known whole; its choice is in its order."""
+    logits, layer = leaf(), LayerBalance(PRICED[name], EXPERTS)
+
+    def instead(z):
+        return choose(z, layer.pass_for(z, TOP_K, normalize=True, ordered=True))[0]
+
+    balanced = watched(instead, logits)
+    plain = watched(lambda z: bare(z, normalize=True), logits)
+    more = (balanced.bytes - plain.bytes) / (TOKENS * EXPERTS)
+    assert more <= 8, (more, balanced.large, plain.large)
+    assert len(balanced.large) <= len(plain.large) + 3, (balanced.large, plain.large)
+    kept = [kept_for_backward(lambda run=run: run(logits)) for run in (instead, whole)]
+    assert kept[0] <= kept[1]
+
+
+def whole(z):
+    return bare(z, normalize=True)
 
 
 def kernels_of_a_step(layers: int) -> list[str]:

@@ -14,6 +14,7 @@ from moebalance import (
     LossFree,
     NoBalancing,
     PhiBalancing,
+    SequenceLoss,
     Sinkhorn,
     SwitchLoss,
     Together,
@@ -29,6 +30,8 @@ METHODS = {
     "loss-free": LossFree(speed=0.05),
     "switch + loss-free": Together(SwitchLoss(strength=1.0), LossFree(speed=0.05)),
     "sinkhorn": Sinkhorn(),
+    "phi": PhiBalancing(strength=1.0),
+    "switch + phi": Together(SwitchLoss(strength=1.0), PhiBalancing(strength=0.5)),
 }
 STOOD_IN = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "minimax"]
 
@@ -77,7 +80,7 @@ def test_a_router_that_we_know_whole_is_stood_in_for(family):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", STOOD_IN)
-def test_it_counts_charges_and_answers_as_the_router_and_a_second_choice_do(family, name):
+def test_it_counts_charges_and_answers_as_the_router_and_the_hook_behind_it_do(family, name):
     method = METHODS[name]
     mine = trained(family, method, stood_in=True)
     theirs = trained(family, method, stood_in=False)
@@ -85,7 +88,7 @@ def test_it_counts_charges_and_answers_as_the_router_and_a_second_choice_do(fami
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["recommended", "loss-free"])
+@pytest.mark.parametrize("name", ["recommended", "loss-free", "phi"])
 def test_the_fused_kernels_stand_in_alike(name, dtype, interpreted):
     """As on a GPU: one launch forward and one backward, instead of the router's own pass."""
     how = {"stood_in": True, "dtype": dtype}
@@ -123,23 +126,25 @@ def test_bfloat16_keeps_the_dtypes_of_the_router():
     same(mine[:2], theirs[:2], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("name", ["recommended", "phi"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_activations_are_counted_once(reentrant):
+def test_checkpointed_activations_are_counted_once(reentrant, name):
     def prepare(model):
         checkpoint_activations(model, {"use_reentrant": reentrant})
         model.enable_input_require_grads()
 
-    plain = trained("qwen3_moe", RECOMMENDED, stood_in=True)
-    same(trained("qwen3_moe", RECOMMENDED, stood_in=True, prepare=prepare), plain)
+    plain = trained("qwen3_moe", METHODS[name], stood_in=True)
+    same(trained("qwen3_moe", METHODS[name], stood_in=True, prepare=prepare), plain)
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's, of every kind
-def test_a_compiled_model_is_stood_in_for_alike():
+@pytest.mark.parametrize("name", ["recommended", "phi"])
+def test_a_compiled_model_is_stood_in_for_alike(name):
     torch._dynamo.reset()
-    plain = trained("qwen3_moe", RECOMMENDED, stood_in=True)
+    plain = trained("qwen3_moe", METHODS[name], stood_in=True)
     compiled = trained(
         "qwen3_moe",
-        RECOMMENDED,
+        METHODS[name],
         stood_in=True,
         prepare=lambda model: model.compile(backend="eager", fullgraph=True),
     )
@@ -198,11 +203,55 @@ def test_a_router_whose_forward_was_replaced_is_left_to_itself():
     assert form_of(mb.huggingface.find_sites(model)[0]) is None
 
 
-def test_a_method_that_leaves_the_choice_alone_leaves_the_forward_alone():
-    for method in (PhiBalancing(), NoBalancing()):
-        model = families.tiny("mixtral")
-        with attach(model, method):
-            assert not any("forward" in vars(module) for module in model.modules())
+@pytest.mark.parametrize("method", [NoBalancing(), SequenceLoss()], ids=repr)
+def test_what_charges_nothing_or_looks_at_more_than_sums_leaves_the_router_alone(method):
+    model = families.tiny("mixtral")
+    with attach(model, method):
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", STOOD_IN)
+def test_a_method_that_only_charges_gets_the_routers_answer_to_the_bit(family, dtype):
+    model = families.tiny(family).to(dtype)
+    name = mb.huggingface.find_sites(model)[0].name
+    router, x = model.get_submodule(name), torch.randn(2, 60, 32).to(dtype)
+    x[0, 0] *= 1000  # saturated: all affinities but one are 0
+    theirs = router(x)
+    with attach(model, PhiBalancing()):
+        assert "forward" in vars(router)
+        ours = router(x)
+    assert [each.dtype for each in ours] == [each.dtype for each in theirs]
+    assert all(map(torch.equal, ours, theirs))
+    assert "_ChooseBackward" in nodes(ours[1])
+    assert "_ChooseBackward" not in nodes(theirs[1])
+
+
+def nodes(tensor):
+    """Names of the nodes behind a tensor."""
+    found, ahead = set(), [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        found.add(node.name())
+        ahead += [before for before, _ in node.next_functions if before is not None]
+    return found
+
+
+def test_a_router_with_a_selection_bias_of_its_own_is_left_to_itself_by_a_charge():
+    model = families.tiny("glm4_moe")
+    assert not form_of(mb.huggingface.find_sites(model)[0]).exact
+    with attach(model, PhiBalancing()) as balancing:
+        routers = [model.get_submodule(name) for name in balancing.layers]
+        assert not any("forward" in vars(router) for router in routers)
+
+
+def test_evaluation_under_a_charge_is_left_to_the_router():
+    model = families.tiny("qwen3_moe").eval()
+    with attach(model, PhiBalancing()) as balancing:
+        name = next(iter(balancing.layers))
+        balancing.layers[name].start_watching()
+        model.get_submodule(name)(torch.randn(6, 32))
+        assert balancing.layers[name].watched.tokens == 6
 
 
 def test_padding_and_a_share_of_the_step_count_as_before():

@@ -69,6 +69,8 @@ class Pass(NamedTuple):
         top_k: K.
         normalize: whether a router of ours divides a token's weights by their sum.
         limit: the groups of experts that a router of ours may choose from; None for all experts.
+        ordered: whether a router of ours ranks by affinity alone and names a token's experts from
+            the best to the worst, as the router does that it stands in for.
         dtype: of the weights that the fused kernels write; None for the logits' own.
         sequences: number of sequences in which the tokens lie.
         replayed: whether the choice came from elsewhere.
@@ -84,6 +86,7 @@ class Pass(NamedTuple):
     top_k: int = 0
     normalize: bool = False
     limit: GroupLimit | None = None
+    ordered: bool = False
     dtype: torch.dtype | None = None
     sequences: int = 1
     replayed: bool = False
@@ -183,10 +186,13 @@ class _Choose(torch.autograd.Function):
         ctx: Any, how: Pass, preference: Tensor | None, mask: Tensor | None, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
         affinities = how.gate.affinities(logits)  # (T,E)
-        order = preference
-        if order is None:
-            order = priced(how.method, how.state, how.gate, logits.detach(), affinities)
-        weights, experts = best(logits, affinities, order, how.top_k, how.limit)  # (T,K)
+        if how.ordered:
+            weights, experts = affinities.topk(how.top_k, dim=-1)  # (T,K)
+        else:
+            order = preference
+            if order is None:
+                order = priced(how.method, how.state, how.gate, logits.detach(), affinities)
+            weights, experts = best(logits, affinities, order, how.top_k, how.limit)
         total = None
         if how.normalize:
             weights, total = normalized(weights)

@@ -1,8 +1,10 @@
-"""Route in a router's place, where its choice would be replaced anyway.
+"""Route in a router's place: choose, count and charge in one node of the graph.
 
-A price before top-k that the model cannot hold makes a router's own softmax and top-k useless.
 Where a router is known to be a linear map and a rule that we have, only its linear map is run, and
-our pass does the rest: one top-k instead of two, and one node in the graph.
+our pass does the rest. A price before top-k that the model cannot hold would make the router's own
+softmax and top-k useless. A method that only charges needs the scores that they form: there our
+pass gives the weights and experts of the router to the bit, in its order (on a GPU, in the fused
+kernels, weights to rounding).
 """
 
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moebalance.gates import normalized
 from moebalance.integrations.huggingface.conventions import COMMON
 from moebalance.integrations.huggingface.probe import NATIVE_BIAS, PLAIN_DTYPES, stand_in
 from moebalance.integrations.huggingface.routers import Site
@@ -27,10 +30,12 @@ class Form(NamedTuple):
     Attributes:
         logits: (T, E) from hidden states (…, D), to the bit as the router's own.
         dtype: of its weights; None for the dtype of the logits.
+        exact: whether our pass chooses and weighs as the router does, to the bit and in its order.
     """
 
     logits: Linear
     dtype: torch.dtype | None
+    exact: bool
 
 
 def form_of(site: Site) -> Form | None:
@@ -51,22 +56,24 @@ def form_of(site: Site) -> Form | None:
         return None
     for logits in (_as_it_is, _in_float32):
         try:
-            dtypes = {d: _agrees(site, logits, d) for d in (torch.float32, torch.bfloat16)}
+            wide, narrow = (_seen(site, logits, d) for d in (torch.float32, torch.bfloat16))
         except (RuntimeError, TypeError, ValueError, IndexError):
             continue
-        if None not in dtypes.values():
-            narrow = dtypes[torch.bfloat16]
-            return Form(logits, None if narrow == torch.bfloat16 else narrow)
+        if wide is not None and narrow is not None:
+            unbiased = site.bias_name is None and held <= {"weight", "bias"}
+            exact = unbiased and wide.exact and narrow.exact
+            return narrow._replace(exact=exact)
     return None
 
 
 @torch.no_grad()
-def _agrees(site: Site, logits: Linear, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype of the router's weights, if its answer is what we would say; else None."""
+def _seen(site: Site, logits: Linear, dtype: torch.dtype) -> Form | None:
+    """The form of a router in this dtype, if its answer is what we would say; else None."""
     random = torch.Generator().manual_seed(0)
     twin = stand_in(site.router, random).to(dtype)
     columns = next(p for p in twin.parameters() if p.dim() == 2).shape[1]
     assert site.rule is not None
+    exact = True
     for shape in ((_TOKENS, columns), (2, _TOKENS // 2, columns)):
         hidden = torch.randn(shape, generator=random, device="cpu").to(dtype)
         answer: Any = twin(hidden)
@@ -81,7 +88,11 @@ def _agrees(site: Site, logits: Linear, dtype: torch.dtype) -> torch.dtype | Non
         ours = site.rule.weigh(theirs, experts)
         if not torch.allclose(ours, weights.float(), rtol=0.02 if dtype != torch.float32 else 1e-5):
             return None
-    return found
+        values, chosen = site.gate.affinities(theirs).topk(site.top_k, dim=-1)
+        values = normalized(values)[0] if site.rule.normalized else values
+        ours = (values * site.rule.scaling).to(found)
+        exact = exact and torch.equal(chosen, experts) and torch.equal(ours, weights)
+    return Form(logits, None if found == dtype else found, exact)
 
 
 def _as_it_is(router: nn.Module, hidden: Float[Tensor, "*tokens D"]) -> Float[Tensor, "T E"]:

@@ -44,7 +44,10 @@ class RouterHook(Hook):
         self.layer, self.site, self.forward = layer, site, forward
         self.stack, self.reselect, self.by_sequence = stack, reselect, by_sequence
         self.calls = 0
-        self.form = form_of(site) if reselect else None
+        traits = layer.traits
+        charges_alone = traits.charges and traits.from_sums and not traits.selects
+        form = form_of(site) if reselect or charges_alone else None
+        self.form = form if form is not None and (reselect or form.exact) else None
         self.answered = False
         self.origin: Origin | None = None
 
@@ -104,15 +107,19 @@ class RouterHook(Hook):
         layer, rule, form = self.layer, self.site.rule, self.form
         assert rule is not None
         assert form is not None
+        training = self._trains(router)
+        if not (self.reselect or training):
+            return None
         logits = form.logits(router, hidden)
         self._follow(logits)
-        training = self._trains(router)
         layout = self._layout(logits, strict=training)
         # Choosing, counting and charging can be one node of the graph.
         at_once = training and layer.traits.from_sums and not self.by_sequence
         at_once = at_once and layer.weighing is None and logits.requires_grad
+        if not (self.reselect or at_once):
+            return None
         preference = None  # a price is subtracted by that node
-        if not (at_once and layer.has_price):
+        if self.reselect and not (at_once and layer.has_price):
             preference = layer.preference(logits, layout.mask, training=router.training)
             if preference is None:  # as Sinkhorn in evaluation
                 return None
@@ -121,6 +128,7 @@ class RouterHook(Hook):
                 logits,
                 self.site.top_k,
                 normalize=rule.normalized,
+                ordered=not self.reselect,
                 dtype=form.dtype,
                 weight=self._weight(logits),
             )

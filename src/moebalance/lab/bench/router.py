@@ -141,4 +141,9 @@ def _variants(
                 method, case.experts, case.top_k, case.rule
             )
             attached.layer.to(device)
+        if method.traits.charges and not method.traits.selects:
+            found[f"{name}, attached, in the router's own pass"] = own_pass = Attached(
+                method, case.experts, case.top_k, case.rule, instead=False
+            )
+            own_pass.layer.to(device)
     return {**found, **others(case.experts, case.top_k, case.rule)}

@@ -78,11 +78,29 @@ class Ours:
 
 
 class Attached:
-    """A bare router of somebody else's model, with a method attached to its outputs."""
+    """A bare router of somebody else's model, with a method attached to its outputs.
+
+    Args:
+        method: the method.
+        experts: E.
+        top_k: K.
+        rule: how affinities become weights.
+        fused: whether the fused kernels may run.
+        instead: whether our pass stands in for the router's, as `attach` does where it knows the
+            router whole. If not, a method that only charges leaves the pass to the router.
+    """
 
     def __init__(
-        self, method: Method, experts: int, top_k: int, rule: Rule, *, fused: bool = True
+        self,
+        method: Method,
+        experts: int,
+        top_k: int,
+        rule: Rule,
+        *,
+        fused: bool = True,
+        instead: bool = True,
     ) -> None:
+        self.instead = instead
         self.bare = BareRouter(rule, top_k)
         gate: Gate = Sigmoid() if self.bare.sigmoid else Softmax()
         self.layer = LayerBalance(method, experts, gate=gate, fused=fused)
@@ -91,8 +109,10 @@ class Attached:
     def __call__(self, logits: Tensor) -> Outputs:
         """Weights, of another choice if the method has one, charged on the way back."""
         layer = self.layer
-        if layer.has_price and layer.traits.from_sums:  # the router's own choice is not made
-            how = layer.pass_for(logits, self.bare.top_k, normalize=self.bare.normalized)
+        left = not layer.traits.selects
+        if layer.traits.from_sums and (layer.has_price or (left and self.instead)):
+            about = {"normalize": self.bare.normalized, "ordered": left}
+            how = layer.pass_for(logits, self.bare.top_k, **about)
             return choose(logits, how)[0], None
         preference = layer.preference(logits, None, training=True)
         if preference is None:
