@@ -20,6 +20,7 @@ from moebalance import NoBalancing, PhiBalancing, SwitchLoss
 from moebalance.kernels.tiling import tile
 from moebalance.lab.bench import RULES, Case, StepCase, measure_routers, measure_steps, write_page
 from moebalance.lab.bench import timing as clock
+from moebalance.lab.bench.step import PENALTY
 from moebalance.lab.bench.timing import BARE, NULL, interleaved
 from moebalance.lab.bench.variants import STRENGTH, Attached, BareRouter, Ours, others
 from moebalance.lab.cli import app
@@ -117,7 +118,7 @@ def test_the_null_control_differs_from_the_bare_router_in_nothing_that_is_counte
 def test_a_step_of_a_model_is_timed_with_and_without_a_method():
     case = StepCase(tokens=16, experts=4, top_k=2, layers=1, hidden=16, length=8)
     (row,) = measure_steps([case], {"phi": PhiBalancing()}, rounds=2)
-    assert set(row["variants"]) == {BARE, NULL, "phi"}
+    assert set(row["variants"]) == {BARE, NULL, "phi", PENALTY}
     assert all(v["time_ms"] > 0 for v in row["variants"].values())
 
 
@@ -192,7 +193,7 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path, interpreted):
         assert row["gradient"] < (1e-5 if exact else 1e-2)
         assert row["attached sums"] < 1e-5
         assert row["attached gradient"] < (1e-5 if exact else 1e-2)
-    assert set(found["step"][0]["variants"]) == {BARE, NULL, "φ"}
+    assert set(found["step"][0]["variants"]) == {BARE, NULL, "φ", PENALTY}
     assert {"device", "commit", "torch", "triton", "cuda"} <= set(found["machine"])
     reached = {line["what"]: line for line in found["targets"]}
     (on, whole) = reached.values()  # of the parts that ran

@@ -28,7 +28,10 @@ def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Pa
         f"{results['rounds']} rounds, with its quartiles. The null control is the bare router once "
         "more; its distance from 1 is noise. Our router names a token's experts in no order. A "
         "bare router that does the same has a row of its own: compare with that row to see how "
-        "much time balancing adds.",
+        "much time balancing adds. *Attached* is our pass in the place of another's router, as "
+        "`attach` does where it knows the router whole; *in the router's own pass* is what happens "
+        "elsewhere. *Kept* is counted by hooks on saved tensors. Under such hooks the router's own "
+        "pass forms its scores anew and also keeps its logits; without them it does not.",
         *([results["notes"]] if results.get("notes") else []),
         for_markdown(
             f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
@@ -206,4 +209,14 @@ def _plan(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| {row['ranks']} | {row['message_ms']:.1f} | {assumed_ms:.2f} | {whole_s:.2f} |"
         )
+    most = found["message"]["plan"][-1]["ranks"]
+    whole_ms = 1e3 * tree_s(size, most)
+    hops_ms = 1e3 * tree_s(0, most)
+    lines += [
+        "",
+        f"What breaks first: nothing that grows with tokens, for it stays the same part of a "
+        f"router. At {most} ranks the message takes {whole_ms:.1f} ms on the assumed network, "
+        f"{hops_ms:.1f} ms of it for hops, and the end of a step {end_ms:.1f} ms. So the first to "
+        "feel it are steps of a few tenths of a second, by the message, if nothing hides it.",
+    ]
     return lines

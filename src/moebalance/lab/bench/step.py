@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from moebalance.attachment import attach
 from moebalance.lab.bench.timing import BARE, NULL, interleaved, keep_freed_memory
-from moebalance.methods import Method
+from moebalance.methods import Method, orthogonality
+
+PENALTY = "orthogonality of the routers' weights"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def measure_steps(
         ids = torch.randint(0, 256, (case.tokens // case.length, case.length), device=device)
         named: dict[str, Method | None] = {BARE: None, NULL: None, **methods}
         calls = {name: _step(twin(model), ids, method) for name, method in named.items()}
+        calls[PENALTY] = _penalised(twin(model), ids)
         timed = interleaved(calls, rounds=rounds, device=device)
         sizes = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
         variants = {name: asdict(found) for name, found in timed.items()}
@@ -100,6 +103,17 @@ def twin(model: nn.Module) -> nn.Module:
     """A model with modules of its own, for hooks of its own, on the same parameters and buffers."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _penalised(model: nn.Module, ids: Tensor) -> Callable[[], object]:
+    weights = [weight for name, weight in model.named_parameters() if name.endswith("gate.weight")]
+
+    def step() -> None:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        (loss + 0.01 * sum(map(orthogonality, weights))).backward()
+
+    return step
 
 
 def _step(model: nn.Module, ids: Tensor, method: Method | None) -> Callable[[], object]:
