@@ -256,7 +256,9 @@ class Ledger:
         columns = []
         for bank, *mine in zip(banks, own, timely, strict=True):
             settled = ~(notice.to(bank.sums.device) > 0).expand_as(mine[0])
-            finite, seen = torch.isfinite(bank.sums).all(dim=1), bank.tokens > 0
+            # Without other ranks these are the same sums.
+            finite = mine[0] if together is None else torch.isfinite(bank.sums).all(dim=1)
+            seen = bank.tokens > 0
             here = settled if together is None else together.to(finite.device).expand_as(finite)
             columns.append(torch.stack([*mine, finite, seen, settled, here]))
         flags = torch.cat([column.to(columns[0].device) for column in columns], dim=1)
