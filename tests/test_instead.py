@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 import families
 import moebalance as mb
@@ -177,6 +178,20 @@ def test_a_call_of_forward_itself_does_not_hide_the_next_call_from_the_hook():
         router(x)
         assert balancing.layers[name].watched.tokens == 6
         assert hook.calls == 1
+
+
+@pytest.mark.parametrize("name", ["recommended", "phi"])
+def test_a_hook_that_accelerate_puts_around_it_outlives_the_detach(name):
+    model = families.tiny("qwen3_moe")
+    router, x = mb.huggingface.find_sites(model)[0].router, torch.randn(6, 32)
+    theirs = router(x)
+    balancing = attach(model, METHODS[name])
+    add_hook_to_module(router, AlignDevicesHook("cpu"))
+    router(x)[1].sum().backward()
+    balancing.step()
+    balancing.detach()
+    assert hasattr(router, "_hf_hook")
+    assert all(map(torch.equal, router(x), theirs))
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "jamba", "llama4_text", "gemma4_text"])

@@ -89,12 +89,19 @@ class RouterHook(Hook):
             return lambda: None
         # A bound method, so that a copy of the model routes by the copied weights.
         state["forward"] = self.route
-        return lambda: state.pop("forward", None)
+
+        def stop() -> None:
+            self.form = None  # where another wrapper holds `route`, it calls the router from now on
+            if state.get("forward") == self.route:
+                del state["forward"]
+
+        return stop
 
     def route(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What stands in for the router's `forward`."""
         router, found = self.site.router, None
-        if not (args or kwargs or hidden_states.is_meta or self.forward.reference):
+        plain = not (args or kwargs or hidden_states.is_meta or self.forward.reference)
+        if plain and self.form is not None:
             found = self._instead(router, hidden_states)
         # Set at every call: who calls `forward` itself runs no hook that would take it back.
         self.answered = found is not None
