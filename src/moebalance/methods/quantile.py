@@ -68,13 +68,14 @@ class QuantileBalancing(Selecting):
             bar = others.amax(dim=-1, keepdim=True)  # α_t (T,1)
         else:  # every expert is chosen by every token
             bar = excess.amin(dim=-1, keepdim=True)
-        # The clamp comes after: NaN becomes an integer far outside.
-        bins = self._compress(excess - bar).long().clamp_(0, self.bins - 1)
-        cells = bins.add_(self.bins * torch.arange(experts, device=bins.device))
+        # The clamp comes after: NaN becomes an integer far outside. A processor turns floats into
+        # int64 one by one, so int32.
+        bins = self._compress(excess - bar).int().clamp_(0, self.bins - 1)
+        cells = bins.add_(self.bins * torch.arange(experts, device=bins.device, dtype=torch.int32))
         weights = routing.token_weights
         ones = excess.new_ones(()) if weights is None else weights.unsqueeze(-1)
         empty = excess.new_zeros(experts * self.bins)
-        filled = empty.scatter_add(0, cells.reshape(-1), ones.expand_as(cells).reshape(-1))
+        filled = empty.index_add(0, cells.reshape(-1), ones.expand_as(cells).reshape(-1))
         return (filled.view(experts, self.bins),)
 
     def update(self, state: State, sums: Sums) -> State:
