@@ -50,6 +50,7 @@ METHODS = {
     "Switch": mb.SwitchLoss(),
     "loss-free": mb.LossFree(),
     "none": mb.NoBalancing(),
+    "recommended": mb.recommended(),
 }
 
 

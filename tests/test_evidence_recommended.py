@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 
 from evidence.chapter import Verdict
-from evidence.chapters.recommended import CELLS, NOISE, REPORT, Score, chapter, recommend
+from evidence.chapters.recommended import CELLS, NOISE, REPORT, TESTS, Score, chapter, recommend
 from synthetic_studies import study
 
 SETTINGS = ("none", "switch", "phi", "phi+loss-free")
 
 
 def planted(maxvio: dict[str, float], *, dead: float = 0.0, cheap: float = 0.0):
-    """Cells in which φ + loss-free has these MaxVio, and Switch a loss lower by `cheap`."""
+    """Cells in which φ + loss-free has these MaxVio, and Switch a loss lower by `cheap`.
+
+    A cell that tests has a MaxVio of 0.2 if none is given.
+    """
+    maxvio = dict.fromkeys(TESTS, 0.2) | maxvio
 
     def plant(cell: str):
         def numbers(setting: str, seed: int, batching: str):
@@ -27,7 +31,7 @@ def planted(maxvio: dict[str, float], *, dead: float = 0.0, cheap: float = 0.0):
 
         return numbers
 
-    return {cell: study(cell, SETTINGS, plant(cell), seeds=2) for cell in (*CELLS, REPORT)}
+    return {cell: study(cell, SETTINGS, plant(cell), seeds=2) for cell in (*CELLS, *TESTS, REPORT)}
 
 
 @pytest.mark.parametrize(
@@ -35,12 +39,14 @@ def planted(maxvio: dict[str, float], *, dead: float = 0.0, cheap: float = 0.0):
     [
         ((0.1, 0.2, 0.25), 0.0, Verdict.HOLDS),
         ((0.1, 0.2, 0.4), 0.0, Verdict.IN_PART),
-        ((0.3, 0.3, 0.4), 0.0, Verdict.NOT_HERE),
+        ((0.3, 0.3, 0.4), 0.0, Verdict.IN_PART),
         ((0.1, 0.1, 0.1), 0.5, Verdict.NOT_HERE),
+        ((0.1, 0.2, 0.25, 0.3), 0.0, Verdict.IN_PART),
+        ((0.3, 0.3, 0.4, 0.3, 0.3, 0.3, 0.3), 0.0, Verdict.NOT_HERE),
     ],
 )
-def test_the_goal_is_held_in_every_cell(maxvio, dead, verdict):
-    found = chapter(planted(dict(zip(CELLS, maxvio, strict=True)), dead=dead))
+def test_the_goal_is_held_in_every_cell_that_chooses_or_tests(maxvio, dead, verdict):
+    found = chapter(planted(dict(zip((*CELLS, *TESTS), maxvio, strict=False)), dead=dead))
     assert found.verdict is verdict
     assert "The rule takes `phi+loss-free`." in found.because
 
@@ -49,6 +55,11 @@ def test_a_lower_loss_beyond_noise_wins_over_balance():
     cells = dict.fromkeys(CELLS, 0.1)
     assert "takes `phi+loss-free`" in chapter(planted(cells, cheap=0.9 * NOISE)).because
     assert "takes `switch`" in chapter(planted(cells, cheap=1.1 * NOISE)).because
+
+
+def test_a_cell_that_tests_chooses_nothing():
+    cells = planted(dict.fromkeys(CELLS, 0.1) | dict.fromkeys(TESTS, 9.0))
+    assert "takes `phi+loss-free`" in chapter(cells).because
 
 
 def test_the_worst_cell_decides_among_equals():

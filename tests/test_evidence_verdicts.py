@@ -103,6 +103,19 @@ def test_a_default_is_held_against_the_best_setting_of_its_method():
     assert "| `global-batch` | 1 |" not in body
 
 
+def test_a_regret_compares_runs_of_the_same_seeds():
+    def plant(setting: str, seed: int, batching: str):
+        return {"loss": 2.0 + seed, "maxvio": 1.0}
+
+    studies = against(2.0, 1.0) | {
+        "recommend_e32": study("recommend_e32", GRID, plant, seeds=2),
+        "strengths": study("strengths", STRONGER, plant, seeds=1),
+    }
+    body = rivals.chapter(studies).body
+    assert "| `phi` | 2 | 2.000 | 1.00 | `phi(strength=0.01)` | 2.000 | 1.00 | 0.000 |" in body
+    assert "on seed 0, mixed text" in body
+
+
 def test_settings_with_fewer_seeds_are_named():
     whole = study("s", ("none", "phi", "switch"), lambda *_: {}, seeds=3)
     assert rivals.seeds_of(whole) == "3 seeds each."

@@ -1,7 +1,7 @@
 """Claim 13, our own: one method at its defaults serves models that differ in every way.
 
 Candidates at their defaults train in three cells. The cells differ in the number of experts, the
-gate and the batches. Their seed is used by no report. The rule was written before the runs:
+gate and the batches. Their seeds are used by no report. The rule was written before the runs:
 
 1. A candidate's regret in a cell is its mean loss over seeds less the lowest in that cell.
 2. Candidates whose mean regret over the cells is within `NOISE` of the lowest are equal in loss.
@@ -35,6 +35,14 @@ CELLS = {
     "recommend_e32": "32 softmax experts, top-4, mixed text",
     "recommend_e128": "128 softmax experts, top-8, mixed text",
 }
+TESTS = {
+    "recommend_e8_softmax": "8 softmax experts, top-2, 8192 bytes of mixed text of packages",
+    "recommend_e32_sigmoid": "32 sigmoid experts, top-4, 8192 bytes of one domain of packages",
+    "recommend_e128_sigmoid": "128 sigmoid experts, top-8, 1024 bytes of mixed text of packages",
+    "recommend_e128_softmax": "128 softmax experts, top-8, 8192 bytes of one domain",
+}
+"""Cells that chose nothing, on a seed of their own."""
+
 REPORT = "rivals"
 """The study of the chosen method on other seeds."""
 
@@ -88,32 +96,35 @@ def recommend(found: Mapping[str, Score]) -> str:
     "and costs no loss (our own claim).",
     rule=f"of the candidates whose mean regret in loss is within {NOISE} nats of the lowest, the "
     "one with the lowest worst MaxVio is recommended. *holds* if its MaxVio is at most "
-    f"{GOAL} with no dead expert in every cell, *in part* if in some.",
-    needs=(*CELLS, REPORT),
+    f"{GOAL} with no dead expert in every cell of the choice and of the test, *in part* if in "
+    "some.",
+    needs=(*CELLS, *TESTS, REPORT),
 )
 def chapter(studies: Studies) -> Finding:
-    """From the three cells, and from runs on other seeds."""
-    cells = {name: studies[name] for name in CELLS}
+    """From the three cells that choose, four that test, and runs on other seeds."""
+    cells, tests = ({name: studies[name] for name in names} for names in (CELLS, TESTS))
     found = scores(cells)
     chosen = recommend(found)
-    reached = [
-        cell.mean(chosen, "maxvio") <= GOAL and cell.mean(chosen, "dead_experts") == 0
-        for cell in cells.values()
-    ]
-    verdict = Verdict.IN_PART if any(reached) else Verdict.NOT_HERE
-    worst = max(regret(cell, chosen) for cell in cells.values())
+    reached = {name: _reached(cell, chosen) for name, cell in (cells | tests).items()}
+    verdict = Verdict.IN_PART if any(reached.values()) else Verdict.NOT_HERE
+    highest = max(cell.mean(chosen, "maxvio") for cell in tests.values())
+    worst, tested = (max(regret(cell, chosen) for cell in of.values()) for of in (cells, tests))
     return Finding(
-        Verdict.HOLDS if all(reached) else verdict,
-        f"The rule takes `{chosen}`. Its MaxVio is {found[chosen].maxvio:.2f} in its worst cell. "
-        f"It reaches the goal in {sum(reached)} of {len(cells)} cells. Its loss is at most "
-        f"{worst:.3f} above the lowest of any candidate in a cell. On other seeds its loss less "
-        f"the loss without balancing is {change(studies[REPORT], chosen, 'none', 'loss')}.",
+        Verdict.HOLDS if all(reached.values()) else verdict,
+        f"The rule takes `{chosen}`. Its highest MaxVio is {found[chosen].maxvio:.2f} in the "
+        f"{len(cells)} cells that chose it, and it reaches the goal in "
+        f"{sum(reached[name] for name in cells)} of them. In the {len(tests)} test cells its "
+        f"highest MaxVio is {highest:.2f}, and it reaches the goal in "
+        f"{sum(reached[name] for name in tests)}. Its loss is at most {worst:.3f} above the lowest "
+        f"of a cell, and {tested:.3f} in the test cells. On other seeds its loss less the loss "
+        f"without balancing is {change(studies[REPORT], chosen, 'none', 'loss')}.",
         noise=f"About {NOISE} nats of loss between two seeds of one method. "
-        + " ".join(f"{words}: {_seeds(cells[name])}." for name, words in CELLS.items()),
+        + " ".join(f"{words}: {_seeds(studies[name])}." for name, words in (CELLS | TESTS).items()),
         body=text(
             "Every candidate runs at its defaults for 2000 steps of 1024 bytes in one batch. The "
-            "two with SMEBU were added after the first choice, and the rule was applied again. Two "
-            "more ran in the second cell only, for lack of time; the rule cannot take those two.",
+            "three with SMEBU and all seeds but the first were added after a first choice, and the "
+            "rule was applied again; it took φ with a loss-free price in nats before. Two more ran "
+            "in the second cell only, for lack of time; the rule cannot take those two.",
             table(
                 ["Candidate", "Mean regret, nats", "Worst MaxVio"],
                 [[f"`{s}`", f"{found[s].regret:.3f}", f"{found[s].maxvio:.2f}"] for s in found],
@@ -121,6 +132,12 @@ def chapter(studies: Studies) -> Finding:
             *(
                 f"### {words[0].upper()}{words[1:]}\n\n" + settings_table(cells[name], _METRICS)
                 for name, words in CELLS.items()
+            ),
+            "### Cells that test\n\nNothing was chosen on these four. They differ from the three "
+            "above in experts, gate, text, batches and tokens a step.",
+            *(
+                f"#### {words[0].upper()}{words[1:]}\n\n" + settings_table(tests[name], _METRICS)
+                for name, words in TESTS.items()
             ),
             "### On other seeds\n\nThe second cell again, on seeds that nothing was chosen on. "
             "[Chapter 2](#2-against-the-rivals) has the methods' own numbers.",
@@ -134,8 +151,16 @@ def chapter(studies: Studies) -> Finding:
                 head=f"`{chosen}` − rival, 95 % interval",
             ),
         ),
-        figures={"cells": (_figure(cells), "Loss against MaxVio, a mark for each candidate.")},
+        figures={
+            "cells": (_figure(cells), "Loss against MaxVio, a mark for each candidate."),
+            "tests": (_figure(tests), "The same in the cells that test."),
+        },
     )
+
+
+def _reached(cell: Study, setting: str) -> bool:
+    """Whether a setting reaches the goal in this cell."""
+    return cell.mean(setting, "maxvio") <= GOAL and cell.mean(setting, "dead_experts") == 0
 
 
 def _seeds(cell: Study) -> str:
@@ -150,5 +175,7 @@ def _figure(cells: Mapping[str, Study]) -> Any:
         filled = [s for s in settings if "loss-free" not in s or "nats" in s]
         hollow = [s for s in settings if s not in filled]
         marks = points(cell, settings, "maxvio", "loss", label=str, hollow=hollow)
-        shown.append(Panel(CELLS[name], "MaxVio, log scale", "loss, nats per byte", marks, log="x"))
+        shown.append(
+            Panel((CELLS | TESTS)[name], "MaxVio, log scale", "loss, nats per byte", marks, log="x")
+        )
     return draw(shown, columns=4, height=3.6, width=11)
