@@ -6,6 +6,7 @@ import pytest
 
 from evidence.chapter import sd
 from evidence.chapters.length import evaluations
+from evidence.chapters.recommended import CELLS, TESTS
 from evidence.keep import RESULTS, TABLES, load, recipe_file
 from moebalance.lab.compare import plan
 from moebalance.lab.recipe import Recipe
@@ -82,6 +83,25 @@ def test_the_page_of_results_has_the_numbers_of_the_runs() -> None:
     lowest = min(vio, key=lambda name: study.mean(name, "maxvio"))
     assert lowest == ours
     assert "No other method here has a lower MaxVio" in said
+
+
+def test_what_is_said_of_other_cells_is_what_they_measured() -> None:
+    studies = load()
+    said = " ".join((ROOT / "docs/results.md").read_text("utf-8").split())
+    ours, before = "phi+smebu(scale='nats')", "phi+loss-free(scale='nats')"
+    for words, setting, names in (
+        ("that chose it MaxVio is", ours, CELLS),
+        ("in four test cells", ours, TESTS),
+        ("the choice before, has", before, TESTS),
+    ):
+        *first, last = (f"{studies[name].mean(setting, 'maxvio'):.2f}" for name in names)
+        assert f"{words} {', '.join(first)} and {last}" in said
+    cell = studies["recommend_e128_sigmoid"]
+    slow = cell.mean("phi+smebu(scale='nats', speed=0.003)", "maxvio")
+    assert f"MaxVio is {slow:.2f} instead of {cell.mean(ours, 'maxvio'):.2f} in the third" in said
+    cell = studies["recommend_e8"]
+    losses = [cell.by_seed(setting, "loss").values() for setting in cell.settings()]
+    assert f"differ by up to {max(max(each) - min(each) for each in losses):.2f} nats" in said
 
 
 @pytest.mark.parametrize("name", RECIPES)
