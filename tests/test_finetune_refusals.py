@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from experiments import MODEL
 from moebalance.lab.recipe import FINAL, Recipe
 from moebalance.lab.text.tokens import TOKENIZER_FILE, ByteTokenizer
 from moebalance.lab.train import train_run
@@ -17,17 +18,7 @@ from moebalance.runlog import LOG_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
 
-MODEL = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "moe_intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-}
+SIZES = {key: value for key, value in MODEL.items() if key != "architecture"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +27,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, objec
     root = tmp_path_factory.mktemp("refusals")
     lines = (f"{number} run! go? sit, eat;\n" for number in range(300))
     (root / "verbs.txt").write_text("".join(lines))
-    config = AutoConfig.for_model("qwen3_moe", vocab_size=257, **MODEL)
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=257, **SIZES)
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
     ByteTokenizer().save_beside(root / "model")
     return {
@@ -76,7 +67,7 @@ def broken(name: str, checkpoint: Path, folder: Path) -> Path:
         save_file(changed, folder / "it" / "model.safetensors", metadata={"format": "pt"})
     else:
         kind = {"dense": "qwen3", "no language model": "vit"}[name]
-        config = AutoConfig.for_model(kind, vocab_size=257, **MODEL)
+        config = AutoConfig.for_model(kind, vocab_size=257, **SIZES)
         if kind == "qwen3":
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / "it")
         config.save_pretrained(folder / "it")
