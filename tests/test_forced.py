@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moebalance as mb
+from families import tiny
 from moebalance.methods.forced import Forced
 
 EXPERTS, TOP_K, TOKENS = 8, 2, 4096
@@ -113,3 +116,27 @@ def test_patterns_and_parts_that_do_not_exist_are_refused():
         Forced("even")
     with pytest.raises(ValueError, match=r"hot=1\.5"):
         Forced("skewed", hot=1.5)
+
+
+@dataclass(frozen=True, repr=False)
+class Reversed(mb.LossFree):
+    """Ranks by itself, although it has a price."""
+
+    def preference(self, state, gate, logits, *, mask, training):
+        return -super().preference(state, gate, logits, mask=mask, training=training)
+
+
+@pytest.mark.parametrize("scale", ["affinity", "nats"])
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: mb.Together(mb.PhiBalancing(), m)])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_methods_own_preference_is_ranked_although_it_has_a_price(scale, wrap, training):
+    router = mb.BalancedRouter(wrap(Reversed(scale=scale)), 8, 2).train(training)
+    logits = torch.randn(20, 8, requires_grad=True)
+    _, experts = router(logits)
+    worst = logits.topk(2, largest=False).indices
+    assert torch.equal(experts.sort().values, worst.sort().values)
+    model = tiny("qwen3_moe").train(training)
+    with mb.attach(model, wrap(Reversed(scale=scale))) as balancing:
+        logits, _, experts = model.get_submodule(next(iter(balancing.layers)))(torch.randn(20, 32))
+    worst = logits.topk(2, largest=False).indices
+    assert torch.equal(experts.sort().values, worst.sort().values)

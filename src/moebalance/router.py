@@ -14,7 +14,7 @@ from moebalance.core.autograd import choose
 from moebalance.core.layer import LayerBalance
 from moebalance.core.sequences import Lay, packed
 from moebalance.gates import Gate, GroupLimit, Softmax, best, normalized, on_host
-from moebalance.methods.base import Method
+from moebalance.methods.base import Method, under_price
 from moebalance.routing import real_tokens
 
 _SOFTMAX = Softmax()
@@ -217,7 +217,9 @@ class BalancedRouter(_Router):
         affinities = self.gate.affinities(logits)
         if given is None:
             if self.has_price:
-                preference = self.priced(logits.detach(), affinities)
+                preference = under_price(
+                    self.method, self.state, self.gate, logits.detach(), affinities
+                )
             weights, experts = best(logits, affinities, preference, self.top_k, self.limit)
         else:
             weights, experts = affinities.gather(-1, given), given

@@ -32,7 +32,7 @@ from torch import Tensor
 from moebalance import kernels
 from moebalance.core.packing import unpack
 from moebalance.gates import Gate, GroupLimit, best, normalized
-from moebalance.methods.base import Method, State, Traits, per_token, priced
+from moebalance.methods.base import Method, State, Traits, per_token, price_in_force, under_price
 from moebalance.routing import Batch, Routing, Sums, as_number, count, real_rows, route
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -147,17 +147,6 @@ def tie(
     return tied
 
 
-def follow(
-    loss: Float[Tensor, ""], scale: Float[Tensor, ""], factor: float = 1.0
-) -> Float[Tensor, ""]:
-    """Return `loss` unchanged, and write the gradient that it receives, by `factor`, into `scale`.
-
-    So a strength means the same under a gradient scaler, accumulation and any world size.
-    """
-    followed: Tensor = _Follow.apply(loss, scale, factor)  # type: ignore[no-untyped-call]
-    return followed
-
-
 def exactly(backward: Backward) -> Backward:
     """Run a backward without recording it, and without the caller's autocast.
 
@@ -191,7 +180,7 @@ class _Choose(torch.autograd.Function):
         else:
             order = preference
             if order is None:
-                order = priced(how.method, how.state, how.gate, logits.detach(), affinities)
+                order = under_price(how.method, how.state, how.gate, logits.detach(), affinities)
             weights, experts = best(logits, affinities, order, how.top_k, how.limit)
         total = None
         if how.normalize:
@@ -229,10 +218,7 @@ class _ChooseFused(torch.autograd.Function):
     def forward(
         ctx: Any, how: Pass, preference: None, mask: Tensor | None, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        price = how.method.selection_price(how.state)
-        in_nats = price is None
-        if in_nats:
-            price = how.method.price_in_nats(how.state)
+        price, in_nats = price_in_force(how.method, how.state)
         found = kernels.choose(
             logits,
             how.gate,
@@ -304,24 +290,6 @@ class _Tie(torch.autograd.Function):
                 gradient = how.gate.backward(gradient, real)
         gradient = None if gradient is None else gradient.to(logits.dtype)
         return None, None, None, gradient, gradients[0]
-
-
-class _Follow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, scale: Tensor, factor: float) -> Tensor:
-        ctx.scale, ctx.factor = scale, factor
-        # A clone, not a view: trainers scale the loss they are given in place.
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        # An exact zero says that the trainer made its own loss (DDP sends one to unused outputs).
-        found = gradient.to(ctx.scale.dtype)
-        if ctx.factor != 1:
-            found = found * ctx.factor
-        ctx.scale.copy_(torch.where(gradient == 0, ctx.scale, found))
-        return gradient, None, None
 
 
 def _from_affinities(

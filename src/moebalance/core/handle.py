@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance import metrics
-from moebalance.core.autograd import follow
 from moebalance.core.distributed import Group
 from moebalance.core.layer import LayerBalance
+from moebalance.core.loss_scale import follow
 from moebalance.core.state import FORMAT, check_fit, method_name
 from moebalance.core.step import Ledger
 from moebalance.core.weighing import Weighing, gradient_ratio

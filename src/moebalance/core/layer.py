@@ -24,7 +24,14 @@ from moebalance.core.trial import trusted
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax, at_least_float32
 from moebalance.kernels import new_tickets, supported
-from moebalance.methods.base import Method, State, observe, priced, sees_sequences
+from moebalance.methods.base import (
+    Method,
+    State,
+    observe,
+    price_in_force,
+    ranks_by_itself,
+    sees_sequences,
+)
 from moebalance.methods.lineage import Lineage, inherit
 from moebalance.routing import Sums, as_number, measure, route
 
@@ -100,21 +107,6 @@ class LayerBalance(nn.Module):
     def price(self) -> Float[Tensor, "E"] | None:
         """The selection price in force, in units of the affinity, or None."""
         return self.method.selection_price(self.state)
-
-    @property
-    def has_price(self) -> bool:
-        """Whether top-k ranks affinities, or their logarithms, less a price."""
-        state = self.state
-        return any(
-            price(state) is not None
-            for price in (self.method.selection_price, self.method.price_in_nats)
-        )
-
-    def priced(
-        self, logits: Float[Tensor, "T E"], affinities: Float[Tensor, "T E"]
-    ) -> Float[Tensor, "T E"] | None:
-        """What top-k ranks (T, E) under the price in force, of either scale, or None."""
-        return priced(self.method, self.state, self.gate, logits, affinities)
 
     def preference(
         self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
@@ -257,6 +249,9 @@ class LayerBalance(nn.Module):
     def _reset(self) -> None:
         """Make the state before the first step, on the device in force."""
         self._template = self.method.init(self.num_experts)
+        price, _ = price_in_force(self.method, self._template)
+        # Whether top-k ranks affinities, or their logarithms, less a price, and nothing else.
+        self.has_price = price is not None and not ranks_by_itself(self.method)
         self._state_names = [f"state_{name}" for name, _ in leaves(self._template)]
         for name, (_, tensor) in zip(self._state_names, leaves(self._template), strict=True):
             self.register_buffer(name, tensor.clone())

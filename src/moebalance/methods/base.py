@@ -160,9 +160,9 @@ class Method:
     ) -> Float[Tensor, "T E"] | None:
         """Scores (T, E) for top-k to rank instead of the affinities; None for no effect.
 
-        A method with a price does not override this.
+        A method with a price need not override this. If it does, its own form is ranked.
         """
-        return priced(self, state, gate, logits)
+        return under_price(self, state, gate, logits)
 
     def loss_price(self, state: State, batch: Batch) -> Float[Tensor, "*rows E"] | None:
         """Price (E,) or (T, E) charged on the scores in the loss, strength included."""
@@ -206,7 +206,19 @@ def observe(method: Method, state: State, routing: Routing) -> Sums:
     return measure(routing, method.extra(state, routing))
 
 
-def priced(
+def price_in_force(method: Method, state: State) -> tuple[Float[Tensor, "E"] | None, bool]:
+    """The price that is subtracted before top-k, if any, and whether it is in nats."""
+    price = method.selection_price(state)
+    return (method.price_in_nats(state), True) if price is None else (price, False)
+
+
+def ranks_by_itself(method: Method) -> bool:
+    """Whether the method, or a part of it, has a `preference` of its own."""
+    inner = inner_methods(method)
+    return any(map(ranks_by_itself, inner)) if inner else overrides(method, "preference")
+
+
+def under_price(
     method: Method,
     state: State,
     gate: Gate,
@@ -222,11 +234,12 @@ def priced(
         logits: (T, E), detached.
         affinities: (T, E), if they are at hand; None to form them from the logits.
     """
-    price = method.selection_price(state)
-    if price is not None:
-        return (gate.affinities(logits) if affinities is None else affinities.detach()) - price
-    price = method.price_in_nats(state)
-    return None if price is None else gate.log_affinity(logits) - price
+    price, in_nats = price_in_force(method, state)
+    if price is None:
+        return None
+    if in_nats:
+        return gate.log_affinity(logits) - price
+    return (gate.affinities(logits) if affinities is None else affinities.detach()) - price
 
 
 def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, ""]:
