@@ -115,14 +115,15 @@ class RouterHook(Hook):
         assert rule is not None
         assert form is not None
         training = self._trains(router)
-        if not (self.reselect or training):
+        # Choosing, counting and charging can be one node of the graph.
+        at_once = training and layer.traits.from_sums and not self.by_sequence
+        at_once = at_once and layer.weighing is None
+        if not (self.reselect or at_once):
             return None
         logits = form.logits(router, hidden)
         self._follow(logits)
         layout = self._layout(logits, strict=training)
-        # Choosing, counting and charging can be one node of the graph.
-        at_once = training and layer.traits.from_sums and not self.by_sequence
-        at_once = at_once and layer.weighing is None and logits.requires_grad
+        at_once = at_once and logits.requires_grad
         if not (self.reselect or at_once):
             return None
         preference = None  # a price is subtracted by that node
