@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -62,6 +63,20 @@ def trained(family, method, *, stood_in, dtype=torch.float32, prepare=lambda mod
     return losses, counts, gradients
 
 
+def trained_and_started(family, method, **how):
+    """The same, and how often each program was started."""
+    started = Counter()
+    launch = fused.launch
+
+    def counted(program, *arguments):
+        started[program.name] += 1
+        launch(program, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "launch", counted)
+        return trained(family, method, **how), dict(started)
+
+
 def same(mine, theirs, **tolerance):
     for one, other in zip(mine, theirs, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -93,8 +108,10 @@ def test_it_counts_charges_and_answers_as_the_router_and_the_hook_behind_it_do(f
 def test_the_fused_kernels_stand_in_alike(name, dtype, interpreted):
     """As on a GPU: one launch forward and one backward, instead of the router's own pass."""
     how = {"stood_in": True, "dtype": dtype}
-    mine = interpreted(trained, "qwen3_moe", METHODS[name], **how)
+    mine, started = interpreted(trained_and_started, "qwen3_moe", METHODS[name], **how)
     theirs = trained("qwen3_moe", METHODS[name], **how)
+    # Of three steps of two layers; an evaluation is left to torch.
+    assert started == {"programs.choose": 6, "programs.pull_back": 6}
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     same(mine, theirs, rtol=tolerance, atol=tolerance)
 

@@ -17,6 +17,7 @@ from moebalance import (
     NoBalancing,
     PhiBalancing,
     Scheduled,
+    Sigmoid,
     Softmax,
     SwitchLoss,
     Targeted,
@@ -162,3 +163,14 @@ def test_nor_do_a_target_a_memory_in_tokens_or_a_bias_send_more(name, monkeypatc
 def test_a_price_formed_in_torch_shows_in_that_count(monkeypatch):
     """The control."""
     assert len(kernels_of_a_batch(PhiBalancing(Softplus()), monkeypatch)) > 8
+
+
+def test_log_affinities_far_from_zero_are_ranked_as_exactly_as_others(interpreted):
+    """σ(z) is 1 in float32 from z = 17 on; its logarithm is not 0 there, but −e^−z."""
+    logits = torch.tensor([[12.0, 12.5, -40.0, 5.0], [19.0, 18.0, -3.0, 0.0]])
+    for price in (2e-6 * torch.eye(4)[1], torch.tensor([0.0, 0.0, -50.0, 0.0])):
+        found = interpreted(
+            passes.choose, logits, Sigmoid(), 1, normalize=False, price=price, in_nats=True
+        )
+        wanted = torch.nn.functional.logsigmoid(logits.double()) - price.double()
+        assert torch.equal(found.experts[:, 0], wanted.argmax(dim=-1))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moebalance import BalancedRouter, PhiBalancing, Sigmoid, Softmax
 from moebalance.core import layer, trial
@@ -49,6 +51,26 @@ def test_a_layer_leaves_nothing_to_kernels_that_differ(monkeypatch):
     assert made.pass_for(logits, 2).fused
     monkeypatch.setattr(layer, "trusted", lambda *_: False)
     assert not made.pass_for(logits, 2).fused
+
+
+@pytest.mark.parametrize("capturing", [False, True], ids=["", "in a graph's capture"])
+@pytest.mark.parametrize("answer", [False, True])
+def test_on_a_gpu_the_trial_decides_but_not_while_a_graph_is_captured(
+    capturing, answer, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(trial, "agree", lambda *kind: asked.append(kind) or answer)
+    device = torch.device("cuda", 1)
+    logits = SimpleNamespace(device=device, dtype=torch.bfloat16, shape=torch.Size([6, 8]))
+    assert trial.trusted(logits, Softmax(), 2) is (capturing or answer)
+    assert asked == [] if capturing else asked == [(device, torch.bfloat16, Softmax(), 8, 2)]
+
+
+def test_fake_tensors_are_not_tried(monkeypatch):
+    monkeypatch.setattr(trial, "agree", None)  # a call would fail
+    with FakeTensorMode():
+        assert trial.trusted(torch.empty(6, 8, device="cuda"), Softmax(), 2)
 
 
 def test_nothing_is_tried_where_no_kernel_runs(monkeypatch):
