@@ -7,8 +7,8 @@ gate and the batches. Their seeds are used by no report. The rule was written be
 2. Candidates whose mean regret over the cells is within `NOISE` of the lowest are equal in loss.
 3. Of these, take the one whose highest held-out MaxVio over the cells is the lowest.
 4. Four more cells test that choice on seed 0. With the three they hold every pair of: 8, 32 or 128
-   experts; softmax or sigmoid; 1024 or 8192 bytes a step; mixed text or one domain; Python's own
-   text or that of packages. The verdict counts these cells as well.
+   experts; softmax or sigmoid; 1024 or 8192 bytes a step; mixed text or one domain; text of Python
+   or text of packages. The verdict counts these cells as well.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A program that Triton compiles wrongly would spoil a run in silence, and one that it cannot compile
 would end it. So on a GPU, before the first batch of a kind (device, dtype, gate, E, K), one random
 batch goes through the kernels and through torch. Where they differ, torch goes on alone, and a
-warning says so. The trial takes as long as the compilation, once in a process.
+warning says so. That is once in a process; a batch under a graph's capture is not tried.
 
 T tokens, E experts, K chosen experts per token.
 """

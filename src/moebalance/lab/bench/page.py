@@ -29,9 +29,10 @@ def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Pa
         "more; its distance from 1 is noise. Our router names a token's experts in no order. A "
         "bare router that does the same has a row of its own: compare with that row to see how "
         "much time balancing adds. *Attached* is our pass in the place of another's router, as "
-        "`attach` does where it knows the router whole; *in the router's own pass* is what happens "
-        "elsewhere. *Kept* is counted by hooks on saved tensors. Under such hooks the router's own "
-        "pass forms its scores anew and also keeps its logits; without them it does not.",
+        "`attach` does where it knows the router whole. *In the router's own pass* is what happens "
+        "elsewhere, for example where a router has a selection bias of its own, as most sigmoid "
+        "routers of Transformers do. *Kept* is counted by hooks on saved tensors; under such hooks "
+        "the router's own pass forms its scores anew, and keeps the logits too.",
         *([results["notes"]] if results.get("notes") else []),
         for_markdown(
             f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, "
