@@ -40,8 +40,8 @@ LEADERS = ("phi+smebu", "phi+loss-free", "phi")
 
 # The order is the order of rows: the leaders first, then their rivals, the baseline last.
 LOOKS = {
-    "phi+smebu": Look("φ + SMEBU", "#8e5188", "#c4476c", "star"),
-    "phi+loss-free": Look("φ + loss-free", "#b57bb0", "#e58aa5", "hexagon"),
+    "phi+smebu": Look("φ + SMEBU", "#8e5188", "#c4476c", "hexagon"),
+    "phi+loss-free": Look("φ + loss-free", "#b57bb0", "#e58aa5", "star"),
     "phi": Look("φ-balancing", "#f2465f", "#e0731a", "circle"),
     "switch": Look("Switch loss", "#414fcb", "#4d72aa", "square"),
     "global-batch": Look("Global-batch loss", "#4586de", "#9ed9ff", "diamond"),
