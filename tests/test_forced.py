@@ -126,17 +126,34 @@ class Reversed(mb.LossFree):
         return -super().preference(state, gate, logits, mask=mask, training=training)
 
 
+@dataclass(frozen=True, init=False)
+class Upended(mb.Together):
+    """A wrapper that ranks by itself what it wraps."""
+
+    def preference(self, state, gate, logits, *, mask, training):
+        return -super().preference(state, gate, logits, mask=mask, training=training)
+
+
+WRAPS = {
+    "alone": Reversed,
+    "together": lambda **how: mb.Together(mb.PhiBalancing(), Reversed(**how)),
+    "scheduled": lambda **how: mb.Scheduled(Reversed(**how), warmup_tokens=5),
+    "a wrapper's own": lambda **how: Upended(mb.PhiBalancing(), mb.LossFree(**how)),
+    "a wrapper's own, within": lambda **how: mb.Together(Upended(mb.LossFree(**how))),
+}
+
+
 @pytest.mark.parametrize("scale", ["affinity", "nats"])
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: mb.Together(mb.PhiBalancing(), m)])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_a_methods_own_preference_is_ranked_although_it_has_a_price(scale, wrap, training):
-    router = mb.BalancedRouter(wrap(Reversed(scale=scale)), 8, 2).train(training)
+    router = mb.BalancedRouter(wrap(scale=scale), 8, 2).train(training)
     logits = torch.randn(20, 8, requires_grad=True)
     _, experts = router(logits)
     worst = logits.topk(2, largest=False).indices
     assert torch.equal(experts.sort().values, worst.sort().values)
     model = tiny("qwen3_moe").train(training)
-    with mb.attach(model, wrap(Reversed(scale=scale))) as balancing:
+    with mb.attach(model, wrap(scale=scale)) as balancing:
         logits, _, experts = model.get_submodule(next(iter(balancing.layers)))(torch.randn(20, 32))
     worst = logits.topk(2, largest=False).indices
     assert torch.equal(experts.sort().values, worst.sort().values)

@@ -17,7 +17,7 @@ Override the members that your method needs. `traits` follows from them.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +37,8 @@ state from a file is refused then.
 MOST_PRICE = 1e6
 """Added to such a price, an affinity of 0.1 is rounded away in float32."""
 
+
+Member = TypeVar("Member", bound=Any)
 
 Coupling = Literal["token", "sequence", "batch", "step"]
 """The part of a step that a method sees together, from the smallest to the largest."""
@@ -212,10 +214,17 @@ def price_in_force(method: Method, state: State) -> tuple[Float[Tensor, "E"] | N
     return (method.price_in_nats(state), True) if price is None else (price, False)
 
 
+def forwarded(preference: Member) -> Member:
+    """Mark a wrapper's `preference` that hands on the one of what it wraps, and adds nothing."""
+    preference.forwarded = True
+    return preference
+
+
 def ranks_by_itself(method: Method) -> bool:
     """Whether the method, or a part of it, has a `preference` of its own."""
-    inner = inner_methods(method)
-    return any(map(ranks_by_itself, inner)) if inner else overrides(method, "preference")
+    own = type(method).preference
+    forwards = own is Method.preference or getattr(own, "forwarded", False)
+    return not forwards or any(map(ranks_by_itself, inner_methods(method)))
 
 
 def under_price(

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import Method, beyond, check_positive
+from moebalance.methods.base import Method, beyond, check_positive, forwarded
 from moebalance.methods.scaled import Scaled
 from moebalance.methods.selection import Selecting
 from moebalance.routing import Sums
@@ -120,6 +120,7 @@ class Scheduled(Scaled):
         """The method's own."""
         return self.method.price_in_nats(state.inner)
 
+    @forwarded
     def preference(
         self,
         state: Progress,

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moebalance.gates import Gate
-from moebalance.methods.base import Method, Traits, most_coupled
+from moebalance.methods.base import Method, Traits, forwarded, most_coupled
 from moebalance.routing import Batch, Routing, Sums
 
 T = TypeVar("T")
@@ -111,6 +111,7 @@ class Together(Method):
         """Hand the price to each; a method without a selection price ignores it."""
         return tuple(part.adopt(own, price) for part, own in self._parts(state))
 
+    @forwarded
     def preference(
         self,
         state: States,
