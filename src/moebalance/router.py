@@ -217,9 +217,8 @@ class BalancedRouter(_Router):
         affinities = self.gate.affinities(logits)
         if given is None:
             if self.has_price:
-                preference = under_price(
-                    self.method, self.state, self.gate, logits.detach(), affinities
-                )
+                about = (self.method, self.state, self.gate, logits.detach(), affinities)
+                preference = under_price(*about, summed=self.limit is not None)
             weights, experts = best(logits, affinities, preference, self.top_k, self.limit)
         else:
             weights, experts = affinities.gather(-1, given), given

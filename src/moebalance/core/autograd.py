@@ -180,7 +180,8 @@ class _Choose(torch.autograd.Function):
         else:
             order = preference
             if order is None:
-                order = under_price(how.method, how.state, how.gate, logits.detach(), affinities)
+                about = (how.method, how.state, how.gate, logits.detach(), affinities)
+                order = under_price(*about, summed=how.limit is not None)
             weights, experts = best(logits, affinities, order, how.top_k, how.limit)
         total = None
         if how.normalize:

@@ -233,8 +233,10 @@ def under_price(
     gate: Gate,
     logits: Float[Tensor, "T E"],
     affinities: Float[Tensor, "T E"] | None = None,
+    *,
+    summed: bool = True,
 ) -> Float[Tensor, "T E"] | None:
-    """What top-k ranks under the method's price: a − price, or log a − price. None without one.
+    """What top-k ranks under the method's price: a − price or log a − price. None without one.
 
     Args:
         method: the method.
@@ -242,13 +244,18 @@ def under_price(
         gate: affinities from logits.
         logits: (T, E), detached.
         affinities: (T, E), if they are at hand; None to form them from the logits.
+        summed: whether scores may be added up, for groups of experts, before they are ranked. If
+            not, a e^−price ranks as log a − price does, and needs no logarithm of every score.
     """
     price, in_nats = price_in_force(method, state)
     if price is None:
         return None
-    if in_nats:
+    if in_nats and (summed or gate.sums_to_one):
         return gate.log_affinity(logits) - price
-    return (gate.affinities(logits) if affinities is None else affinities.detach()) - price
+    affinities = gate.affinities(logits) if affinities is None else affinities.detach()
+    if in_nats:
+        return affinities * (price.min() - price).exp()  # no factor above 1, or it overflows
+    return affinities - price
 
 
 def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, ""]:
