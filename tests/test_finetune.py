@@ -21,7 +21,7 @@ from moebalance.lab.inputs import load_texts
 from moebalance.lab.recipe import FINAL, Recipe
 from moebalance.lab.text.tokens import TOKENIZER_FILE
 from moebalance.lab.train import train_run
-from moebalance.lab.trainer import held_out
+from moebalance.lab.trainer import sample
 from moebalance.runlog import LOG_NAME, Run, read_run
 
 pytestmark = [
@@ -96,11 +96,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def loss_of(model: torch.nn.Module, balancing: mb.Balancing, recipe: Recipe) -> float:
-    data = load_texts(recipe).data
-    return evaluate(model, balancing, held_out(data, recipe.train.eval_sequences), batch_size=2)[
-        "loss"
-    ]
+def losses_of(model: torch.nn.Module, balancing: mb.Balancing, recipe: Recipe) -> list[float]:
+    """On held-out text, and on text that it was trained on."""
+    data, size = load_texts(recipe).data, recipe.train.eval_sequences
+    texts = [sample(part, size) for part in (data.validation, data.train)]
+    return [evaluate(model, balancing, text, batch_size=2)["loss"] for text in texts]
 
 
 def without_times(path: Path) -> list[dict[str, object]]:
@@ -139,7 +139,8 @@ def test_the_final_model_loads_back_to_the_last_bit(table, tmp_path):
     parts = mb.Together(mb.PhiBalancing(), mb.LossFree())
     balancing = mb.attach(model, parts)
     mb.huggingface.load(balancing, final)
-    assert loss_of(model, balancing, recipe) == pytest.approx(log.evals[-1]["loss"], rel=1e-6)
+    logged = [log.evals[-1][name] for name in ("loss", "seen_loss")]
+    assert losses_of(model, balancing, recipe) == pytest.approx(logged, rel=1e-6)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -156,7 +157,8 @@ def test_lora_trains_its_factors_and_the_routers_and_peft_loads_what_it_leaves(t
     trained = [layer.mlp.gate.weight for layer in model.get_base_model().model.layers]
     assert not any(torch.equal(a, b) for a, b in zip(routers, trained, strict=True))
     balancing = mb.attach(model, mb.NoBalancing())
-    assert loss_of(model, balancing, recipe) == pytest.approx(log.evals[-1]["loss"], rel=1e-6)
+    logged = [log.evals[-1][name] for name in ("loss", "seen_loss")]
+    assert losses_of(model, balancing, recipe) == pytest.approx(logged, rel=1e-6)
     names = weights(tmp_path / FINAL, "adapter_model")
     assert {name.split(".")[-2] for name in names} == {"lora_A", "lora_B", "gate"}
 

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from moebalance.lab.text.batches import TokenDataset
 from moebalance.methods.describe import describe
 from moebalance.runlog import RunLog
 
-OLD = "old_"
-"""Prefix of numbers that were measured on the old text."""
+OLD, SEEN = "old_", "seen_"
+"""Prefixes of numbers on the old text, and on text that the model is trained on."""
 
 
 class Journal(TrainerCallback):
@@ -35,7 +36,7 @@ class Journal(TrainerCallback):
         recipe: says how often each row is written.
         balancing: the handle of the model in training.
         held_out: sequences to evaluate on.
-        old: sequences of the old text, whose numbers are called `old_…`; None for none.
+        also: other sequences to evaluate on, by the prefix of their numbers.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class Journal(TrainerCallback):
         recipe: Recipe,
         balancing: Balancing,
         held_out: TokenDataset,
-        old: TokenDataset | None = None,
+        also: Mapping[str, TokenDataset],
     ) -> None:
         self.log, self.spec = log, recipe.train
-        self.balancing, self.held_out, self.old = balancing, held_out, old
+        self.balancing, self.held_out, self.also = balancing, held_out, also
         self.choices: Choices = {}
         self.fine_tunes = recipe.checkpoint is not None
         self.started = 0.0
@@ -95,9 +96,9 @@ class Journal(TrainerCallback):
         found = evaluate(
             model, self.balancing, self.held_out, batch_size=size, choices=self.choices
         )
-        if self.old is not None:
-            old = evaluate(model, self.balancing, self.old, batch_size=size)
-            found |= {OLD + key: value for key, value in old.items() if not isinstance(value, list)}
+        for prefix, text in self.also.items():
+            more = evaluate(model, self.balancing, text, batch_size=size)
+            found |= {prefix + key: v for key, v in more.items() if not isinstance(v, list)}
         self.log.write("eval", step=step, **found)
 
 

@@ -16,13 +16,13 @@ from moebalance.integrations.huggingface import BalanceCallback
 from moebalance.integrations.huggingface.sharded import ShardedTrainer, shard
 from moebalance.lab.identity import Identity
 from moebalance.lab.inputs import Texts
-from moebalance.lab.journal import Journal
+from moebalance.lab.journal import OLD, SEEN, Journal
 from moebalance.lab.recipe import Recipe, TrainSpec
 from moebalance.lab.text.batches import TokenDataset, ordered_indices
 from moebalance.lab.text.data import TextData
 from moebalance.runlog import RunLog
 
-_EVAL_SEED = 20260523  # of the held-out sequences: the same for every run
+_EVAL_SEED = 20260523  # of the sequences to evaluate on: the same for every run
 
 
 def make_trainer(
@@ -51,8 +51,10 @@ def make_trainer(
         ValueError: a step cannot be shared out equally.
     """
     spec = share_out(recipe.train, world)
-    new = held_out(texts.data, spec.eval_sequences)
-    old = None if texts.old is None else held_out(texts.old, spec.eval_sequences)
+    new = sample(texts.data.validation, spec.eval_sequences)
+    also = {SEEN: sample(texts.data.train, spec.eval_sequences)}
+    if texts.old is not None:
+        also[OLD] = sample(texts.old.validation, spec.eval_sequences)
     kind: Callable[..., Trainer] = _NamesWhatItWrites
     if spec.sharded:
         shard(model)
@@ -65,7 +67,7 @@ def make_trainer(
         callbacks=[
             # The log has loads, of which trackers make all else.
             BalanceCallback(balancing, show=(), state_file=not spec.sharded),
-            Journal(log, recipe, balancing, new, old),
+            Journal(log, recipe, balancing, new, also),
             _FollowSchedule(),
         ],
     )
@@ -118,12 +120,10 @@ def share_out(spec: TrainSpec, world: int) -> TrainSpec:
     )
 
 
-def held_out(data: TextData, sequences: int) -> TokenDataset:
-    """The held-out sequences to evaluate on: the same for every run."""
-    order = ordered_indices(
-        data.validation.domains, batch_size=1, num_batches=sequences, seed=_EVAL_SEED
-    )
-    return data.validation.in_order(order)
+def sample(part: TokenDataset, sequences: int) -> TokenDataset:
+    """The sequences of this text to evaluate on: the same for every run."""
+    order = ordered_indices(part.domains, batch_size=1, num_batches=sequences, seed=_EVAL_SEED)
+    return part.in_order(order)
 
 
 def _training_order(whole: TrainSpec, identity: Identity, data: TextData) -> TokenDataset:
