@@ -4,12 +4,12 @@
     d_e = tanh(κ (E m_e − 1)), centred   small near balance, at most 1 far from it
     price ← price + λ d
 
-Other rules clamp, or take the sign of, the error of a single step. Where a step holds one domain,
-that error is even in the mean at another load than the even one: a step with a few tokens too many
-weighs as much as a step with a lot. Here the mean comes first, so the price comes to rest where the
-expected load is even. It is φ-balancing's expectation, for the hard load.
+Other rules clamp the error of a single step, or take its sign. A step with a few tokens too many
+then weighs as much as a step with a lot, and where each step holds one domain the price comes to
+rest at an uneven load. Here the mean comes first, so the price rests where the expected load is
+even. It is the expectation that φ-balancing is about, for the hard load.
 
-Source: our own; the clamp is that of `smebu.py`. Derivation: docs/mathematics.md.
+Source: our own. docs/mathematics.md derives it. The clamp comes from SMEBU (`smebu.py`).
 """
 
 from __future__ import annotations

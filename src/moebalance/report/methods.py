@@ -35,13 +35,13 @@ class Look:
     line: str = "-"
 
 
-LEADERS = ("phi+smebu", "phi+loss-free", "phi")
+LEADERS = ("phi+steady-price", "phi+smebu", "phi")
 """The recommended method, φ with another price on the choice, and φ-balancing alone."""
 
 # The order is the order of rows: the leaders first, then their rivals, the baseline last.
 LOOKS = {
-    "phi+smebu": Look("φ + SMEBU", "#8e5188", "#c4476c", "hexagon"),
-    "phi+loss-free": Look("φ + loss-free", "#b57bb0", "#e58aa5", "star"),
+    "phi+steady-price": Look("φ + steady price", "#8e5188", "#c4476c", "hexagon"),
+    "phi+smebu": Look("φ + SMEBU", "#b57bb0", "#e58aa5", "star"),
     "phi": Look("φ-balancing", "#f2465f", "#e0731a", "circle"),
     "switch": Look("Switch loss", "#414fcb", "#4d72aa", "square"),
     "global-batch": Look("Global-batch loss", "#4586de", "#9ed9ff", "diamond"),
@@ -152,8 +152,8 @@ def _luminance(colour: str) -> float:
 def leader(methods: Iterable[str]) -> str | None:
     """The method that a report puts first: the recommended one, else φ-balancing, else none.
 
-    >>> leader(["none", "phi", "phi+smebu"]), leader(["none", "switch"])
-    ('phi+smebu', None)
+    >>> leader(["none", "phi", "phi+steady-price"]), leader(["none", "switch"])
+    ('phi+steady-price', None)
     """
     there = set(methods)
     return next((word for word in LEADERS if word in there), None)
