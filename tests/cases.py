@@ -29,7 +29,6 @@ from moebalance import (
     Sigmoid,
     Sinkhorn,
     Softmax,
-    SteadyPrice,
     SwitchLoss,
     Targeted,
     Together,
@@ -87,8 +86,6 @@ METHODS: dict[str, Method] = {
     "quantile-coarse": QuantileBalancing(bins=64),
     "smebu": SMEBU(speed=0.01),
     "smebu-nats": SMEBU(scale="nats"),
-    "steady": SteadyPrice(speed=0.01, scale="affinity"),
-    "steady-nats": SteadyPrice(rate=0.3),
     "loss-free-nats": LossFree(scale="nats"),
     "loss-free-scheduled": Scheduled(LossFree(speed=0.05), relax_after=800.0),
     "quantile-nats": QuantileBalancing(bins=128, scale="nats", memory=0.5),
@@ -133,7 +130,6 @@ OF_EIGHT: dict[str, Method] = {
         speed=0.02, rule="proportional", proportions=PROPORTIONS
     ),
     "smebu-shares": SMEBU(speed=0.01, proportions=PROPORTIONS),
-    "steady-shares": SteadyPrice(speed=0.01, proportions=PROPORTIONS),
     "quantile-shares": QuantileBalancing(bins=64, proportions=PROPORTIONS),
     "sinkhorn-shares": Sinkhorn(proportions=PROPORTIONS),
     "targeted-shares": Targeted(

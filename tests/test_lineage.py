@@ -18,7 +18,6 @@ from moebalance import (
     PhiBalancing,
     QuantileBalancing,
     Softmax,
-    SteadyPrice,
     SwitchLoss,
     Together,
     attach,
@@ -148,9 +147,8 @@ def test_the_state_of_a_copied_layer_is_the_one_it_would_have_had_from_the_start
         QuantileBalancing(),
         QuantileBalancing(scale="nats"),
         SMEBU(speed=0.2),
-        SteadyPrice(speed=0.2),
     ],
-    ids=["loss-free", "loss-free in nats", "quantile", "quantile in nats", "smebu", "steady"],
+    ids=["loss-free", "loss-free in nats", "quantile", "quantile in nats", "smebu"],
 )
 def test_tokens_go_to_the_copies_of_the_experts_that_they_went_to(method, gate):
     gate = GATES[gate]

@@ -145,7 +145,6 @@ INTEGRATES: dict[str, Method] = {
     "nats": mb.LossFree(scale="nats"),
     "quantile": mb.QuantileBalancing(),
     "smebu": mb.SMEBU(speed=0.01),
-    "steady": mb.SteadyPrice(speed=0.01),
     "targeted": mb.Targeted(mb.PhiBalancing(load="hard"), mb.MaxVio(0.1)),
     "scheduled": mb.Scheduled(mb.LossFree(speed=0.01), warmup_tokens=10),
     "together": mb.Together(mb.PhiBalancing(), mb.LossFree(speed=0.01)),

@@ -150,7 +150,6 @@ SELECTING = [
     mb.LossFree(speed=0.02),
     mb.LossFree(scale="nats"),
     mb.SMEBU(speed=0.02),
-    mb.SteadyPrice(),
     mb.QuantileBalancing(bins=64),
 ]
 

@@ -127,7 +127,6 @@ LIMITED = {
     "a price in nats": ("loss-free-nats", "state_price", 1e14),
     "a price in affinities": ("loss-free", "state_price", 1e14),
     "a momentum": ("smebu", "state_momentum", 1e14),
-    "a mean load of a price that adds up to 8": ("steady", "state_load_mean", 1.0),
     "a part of a composition": ("phi-and-loss-free", "state_0_mean", -1.0),
     "an inner price": ("loss-free-scheduled", "state_inner_price", -1e14),
     "fewer than 0 tokens in the last step": ("phi-hard", "last_step", -3.0),

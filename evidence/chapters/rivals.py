@@ -36,12 +36,20 @@ CELL, STRENGTHS = "recommend_e32", "strengths"
 """Studies of the defaults, and of other strengths, on one seed that no report uses."""
 STRENGTH = 0.01
 """Of every cell of the grid. The default of the global-batch loss is a tenth of it."""
-RECOMMENDED = "phi+smebu(scale='nats')"
+RECOMMENDED = "phi+loss-free(scale='nats')"
 _METRICS = ("loss", "maxvio", "soft_maxvio", "mi", "dead_experts")
 _EFFECTS = ("loss", "maxvio", "soft_maxvio", "mi")
 _RIVALS = ("switch", "loss-free")
 _SHOWN = (
-    *("none", "switch", "global-batch", "ema-switch", "loss-free", "smebu"),
+    *(
+        "none",
+        "switch",
+        "global-batch",
+        "ema-switch",
+        "loss-free",
+        "loss-free(scale='nats')",
+        "smebu",
+    ),
     *("phi", "phi(load='hard')", RECOMMENDED),
 )
 _INGREDIENTS = {

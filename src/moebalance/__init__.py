@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from moebalance.methods import Scheduled as Scheduled
     from moebalance.methods import SequenceLoss as SequenceLoss
     from moebalance.methods import Sinkhorn as Sinkhorn
-    from moebalance.methods import SteadyPrice as SteadyPrice
     from moebalance.methods import SwitchLoss as SwitchLoss
     from moebalance.methods import Targeted as Targeted
     from moebalance.methods import Together as Together
@@ -72,7 +71,6 @@ _HOME = {
         "Scheduled",
         "SequenceLoss",
         "Sinkhorn",
-        "SteadyPrice",
         "SwitchLoss",
         "Targeted",
         "Together",

@@ -178,7 +178,7 @@ class CompareSpec:
         save_models: keep the model of every run in its folder `final`.
     """
 
-    methods: _Names = ("none", "switch", "loss-free", "phi", "phi+steady-price")
+    methods: _Names = ("none", "switch", "loss-free", "phi", "phi+loss-free(scale='nats')")
     seeds: Annotated[tuple[StrictInt, ...], AfterValidator(_each_once)] = (0, 1)
     batching: Annotated[tuple[Batching, ...], AfterValidator(_each_once)] = ("mixed",)
     save_models: StrictBool = False

@@ -15,7 +15,6 @@ from moebalance.methods.scheduled import Scheduled
 from moebalance.methods.sequence import SequenceLoss
 from moebalance.methods.sinkhorn import Sinkhorn
 from moebalance.methods.smebu import SMEBU
-from moebalance.methods.steady import SteadyPrice
 from moebalance.methods.switch import SwitchLoss
 from moebalance.methods.targeted import Targeted
 from moebalance.methods.together import Together
@@ -39,7 +38,6 @@ __all__ = [
     "Scheduled",
     "SequenceLoss",
     "Sinkhorn",
-    "SteadyPrice",
     "SwitchLoss",
     "Targeted",
     "Together",

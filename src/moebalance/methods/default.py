@@ -5,8 +5,8 @@ that chose it, and the runs: docs/evidence.md, the chapter "One default for all"
 """
 
 from moebalance.methods.base import Method
+from moebalance.methods.loss_free import LossFree
 from moebalance.methods.phi import PhiBalancing
-from moebalance.methods.steady import SteadyPrice
 from moebalance.methods.together import Together
 
 
@@ -23,7 +23,7 @@ def recommended(*, native_bias: bool = False, choosable: bool = True) -> Method:
     ('affinity', 0.01)
     """
     if native_bias:
-        return Together(PhiBalancing(), SteadyPrice(scale="affinity"))
+        return Together(PhiBalancing(), LossFree(rule="proportional"))
     if choosable:
-        return Together(PhiBalancing(), SteadyPrice())
+        return Together(PhiBalancing(), LossFree(scale="nats"))
     return PhiBalancing()

@@ -35,12 +35,12 @@ class Look:
     line: str = "-"
 
 
-LEADERS = ("phi+steady-price", "phi+smebu", "phi")
+LEADERS = ("phi+loss-free", "phi+smebu", "phi")
 """The recommended method, φ with another price on the choice, and φ-balancing alone."""
 
 # The order is the order of rows: the leaders first, then their rivals, the baseline last.
 LOOKS = {
-    "phi+steady-price": Look("φ + steady price", "#8e5188", "#c4476c", "hexagon"),
+    "phi+loss-free": Look("φ + loss-free", "#8e5188", "#c4476c", "hexagon"),
     "phi+smebu": Look("φ + SMEBU", "#b57bb0", "#e58aa5", "star"),
     "phi": Look("φ-balancing", "#f2465f", "#e0731a", "circle"),
     "switch": Look("Switch loss", "#414fcb", "#4d72aa", "square"),
@@ -152,8 +152,8 @@ def _luminance(colour: str) -> float:
 def leader(methods: Iterable[str]) -> str | None:
     """The method that a report puts first: the recommended one, else φ-balancing, else none.
 
-    >>> leader(["none", "phi", "phi+steady-price"]), leader(["none", "switch"])
-    ('phi+steady-price', None)
+    >>> leader(["none", "phi", "phi+loss-free"]), leader(["none", "switch"])
+    ('phi+loss-free', None)
     """
     there = set(methods)
     return next((word for word in LEADERS if word in there), None)
