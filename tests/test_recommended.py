@@ -9,8 +9,8 @@ import moebalance as mb
 from families import loss, tiny, tokens
 
 PHI = mb.PhiBalancing()
-NATS = mb.Together(PHI, mb.SMEBU(scale="nats"))
-NATIVE = mb.Together(PHI, mb.SMEBU())
+NATS = mb.Together(PHI, mb.LossFree(scale="nats"))
+NATIVE = mb.Together(PHI, mb.LossFree(rule="proportional"))
 
 
 @pytest.mark.parametrize(

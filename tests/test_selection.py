@@ -296,6 +296,42 @@ def test_smebu_refuses_numbers_out_of_range_by_name(wrong):
         SMEBU(**wrong)
 
 
+# --- one domain a step -------------------------------------------------------------------------
+
+EXPERTS, TOP_K = 32, 4
+
+
+def text_of(domain: int, tokens: int, *, seed: int) -> torch.Tensor:
+    """Logits of text of one of four domains, whose experts differ."""
+    of_domain = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(100 + domain))
+    noise = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(1000 + seed))
+    return of_domain + noise
+
+
+def load_under(price: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    chosen = (logits - price).topk(TOP_K).indices
+    return torch.bincount(chosen.flatten(), minlength=EXPERTS).float()
+
+
+def resting_maxvio(method) -> float:
+    """MaxVio over all domains, where every step holds one of them; mean over the last steps."""
+    state, found = method.init(EXPERTS), []
+    whole = torch.cat([text_of(domain, 1024, seed=domain) for domain in range(4)])
+    turns = torch.randint(4, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    for step, domain in enumerate(turns):
+        counts = load_under(state.price, text_of(domain, 256, seed=step))
+        state = method.update(state, Sums(counts, counts, counts.sum()))
+        if step >= 400 and step % 10 == 0:
+            found.append(metrics.max_violation(load_under(state.price, whole)).item())
+    return sum(found) / len(found)
+
+
+def test_where_each_step_has_one_domain_the_error_itself_evens_out_all_of_them():
+    assert resting_maxvio(LossFree(scale="nats")) < 0.3
+    for method in (LossFree(scale="nats", rule="sign"), SMEBU(scale="nats")):
+        assert resting_maxvio(method) > 0.8
+
+
 # --- Sinkhorn ---------------------------------------------------------------------------------
 
 
