@@ -16,6 +16,7 @@ from moebalance import (
     Softmax,
     SwitchLoss,
     attach,
+    recommended,
 )
 from moebalance.core.autograd import choose, tie
 from moebalance.core.layer import LayerBalance
@@ -180,8 +181,8 @@ def whole(z):
     return bare(z, normalize=True)
 
 
-def kernels_of_a_step(layers: int) -> list[str]:
-    model = torch.nn.Sequential(*[BalancedRouter(PhiBalancing(), 16, 2) for _ in range(layers)])
+def kernels_of_a_step(method: Method, layers: int) -> list[str]:
+    model = torch.nn.Sequential(*[BalancedRouter(method, 16, 2) for _ in range(layers)])
     balancing = attach(model)
     for watch in (_Watch(1), _Watch(1)):  # the first step agrees, and warms up
         for layer in model:
@@ -191,11 +192,12 @@ def kernels_of_a_step(layers: int) -> list[str]:
     return watch.seen.small + watch.seen.large
 
 
-def test_the_end_of_a_step_takes_as_many_kernels_for_many_layers_as_for_one():
-    """36 of them, without other ranks: sums and their verdict, the update, and what is cleared."""
-    one, many = kernels_of_a_step(1), kernels_of_a_step(16)
+@pytest.mark.parametrize(("method", "most"), [(PhiBalancing(), 36), (recommended(), 48)], ids=str)
+def test_the_end_of_a_step_takes_as_many_kernels_for_many_layers_as_for_one(method, most):
+    """Without other ranks: sums and their verdict, the update, and what is cleared."""
+    one, many = kernels_of_a_step(method, 1), kernels_of_a_step(method, 16)
     assert sorted(one) == sorted(many)
-    assert len(many) <= 36, many
+    assert len(many) == most, many
 
 
 def test_the_count_sees_what_a_second_pass_would_cost():
