@@ -65,6 +65,37 @@ def test_experts_of_equal_price_are_ranked_by_logits(name, gate):
     assert torch.equal(by_expert(experts), by_expert(expected))
 
 
+def drawn(seed: int, spread: float) -> Tensor:
+    return spread * torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(seed))
+
+
+HARD = {
+    "mild logits": (drawn(1, 2.0), drawn(2, 1.0)[0]),
+    "an expert that is never chosen, and ever cheaper": (
+        drawn(1, 2.0).index_fill(-1, torch.tensor([5]), float("-inf")),
+        drawn(2, 1.0)[0].index_fill(-1, torch.tensor([5]), -120.0),
+    ),
+    "prices 80 nats apart": (drawn(1, 2.0), torch.linspace(-40, 40, EXPERTS)),
+    "low logits, and a tie in one row": (
+        (drawn(1, 2.0) - 22).index_fill(0, torch.tensor([0]), -22.0),
+        drawn(2, 1.0)[0].index_fill(-1, torch.tensor([5]), -15.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gate", [mb.Sigmoid(), mb.SqrtSoftplus()], ids=str)
+@pytest.mark.parametrize("case", HARD)
+def test_a_price_in_nats_is_subtracted_from_logarithms_however_large(case, gate, training):
+    logits, price = HARD[case]
+    router = mb.BalancedRouter(mb.LossFree(scale="nats"), EXPERTS, TOP_K, gate=gate)
+    router.adopt(price)
+    _, experts = router.train(training)(logits.clone().requires_grad_())
+    ranked = gate.log_affinity(logits.double()) - price.double()
+    rows = slice(1, None)  # of the first one, all may be equal
+    assert torch.equal(by_expert(experts)[rows], by_expert(ranked.topk(TOP_K).indices)[rows])
+
+
 def test_a_price_is_never_outweighed_by_a_logit():
     """1e-6 is far below any step of a price, and 60 far above any difference of logits."""
     logits = torch.tensor([[30.0, -30.0, -30.0]])

@@ -26,6 +26,8 @@ def counted(*counts: float) -> Sums:
     [
         (LossFree(speed=0.1), [0.1, 0.0, -0.1, -0.1]),
         (LossFree(speed=0.1, rule="proportional"), [0.1 * 1.5, 0, -0.1 * 0.5, -0.1]),
+        (LossFree(scale="nats"), [0.01 * 1.5, 0, -0.01 * 0.5, -0.01]),
+        (LossFree(scale="nats", rule="sign"), [0.025, 0.005, -0.015, -0.015]),
         (LossFree(speed=0.1, recentre=True), [0.125, 0.025, -0.075, -0.075]),
     ],
     ids=repr,

@@ -347,9 +347,7 @@ def top_experts(
         order = limit.within(untied(order, logits))
         return order.topk(top_k, dim=-1, sorted=False).indices
     values, experts = order.topk(top_k, dim=-1, sorted=False)
-    if order is logits or not on_host(order):
-        return experts
-    if not logits.numel() or all(abs(float(end)) < _MILD for end in logits.aminmax()):
+    if order is logits or not on_host(order) or mild(logits):
         return experts
     last = values.amin(dim=-1, keepdim=True)
     if int((order >= last).sum()) > experts.numel():  # some of the best are as good as others
@@ -361,6 +359,13 @@ def _tell_apart(affinities: Float[Tensor, "T K"]) -> bool:
     """Whether these are neither so small nor so large that different logits share one."""
     ends: list[float] = [end.tolist() for end in affinities.aminmax()]  # type: ignore[misc]
     return ends[0] > _SMALL and ends[1] < _FULL
+
+
+def mild(logits: Float[Tensor, "T E"]) -> bool:
+    """Whether no affinity is near its ends, as far as the host can see."""
+    if not on_host(logits):
+        return False
+    return not logits.numel() or all(abs(float(end)) < _MILD for end in logits.aminmax())
 
 
 def on_host(tensor: Tensor) -> bool:

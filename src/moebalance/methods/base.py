@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moebalance.gates import Gate
+from moebalance.gates import Gate, mild
 from moebalance.proportions import Proportions, check_proportions
 from moebalance.routing import Batch, Routing, Sums, measure, real_rows, route
 
@@ -33,6 +33,8 @@ State = Any
 One whose values have limits may have `problem()`: what is wrong with them, empty if nothing. A
 state from a file is refused then.
 """
+
+_SPREAD = 30.0  # nats: e^-30 times an affinity of a mild logit is far from underflow
 
 MOST_PRICE = 1e6
 """Added to such a price, an affinity of 0.1 is rounded away in float32."""
@@ -245,17 +247,21 @@ def under_price(
         logits: (T, E), detached.
         affinities: (T, E), if they are at hand; None to form them from the logits.
         summed: whether scores may be added up, for groups of experts, before they are ranked. If
-            not, a e^−price ranks as log a − price does, and needs no logarithm of every score.
+            not, a e^−price ranks as log a − price does, and needs no logarithm of every score. It
+            is taken where nothing can underflow.
     """
     price, in_nats = price_in_force(method, state)
     if price is None:
         return None
-    if in_nats and (summed or gate.sums_to_one):
+    affinities = None if affinities is None else affinities.detach()
+    if not in_nats:
+        return (gate.affinities(logits) if affinities is None else affinities) - price
+    if summed or affinities is None or gate.sums_to_one or not mild(logits):
         return gate.log_affinity(logits) - price
-    affinities = gate.affinities(logits) if affinities is None else affinities.detach()
-    if in_nats:
-        return affinities * (price.min() - price).exp()  # no factor above 1, or it overflows
-    return affinities - price
+    low, high = (float(end) for end in price.aminmax())
+    if not high - low < _SPREAD:  # also if one is NaN or endless
+        return gate.log_affinity(logits) - price
+    return affinities * (low - price).exp()
 
 
 def charge(price: Float[Tensor, "*rows E"], routing: Routing) -> Float[Tensor, ""]:
