@@ -22,7 +22,7 @@ from moebalance.runlog import Row
 METRICS = {
     "loss": ("Validation loss", 3),
     "maxvio": ("MaxVio", 2),
-    "seen_maxvio": ("MaxVio, trained text", 2),
+    "seen_maxvio": ("MaxVio, training split", 2),
     "soft_maxvio": ("Soft MaxVio", 2),
     "soft_hard_gap": ("Soft–hard gap", 3),
     "gini": ("Gini", 3),

@@ -29,7 +29,7 @@ GRID = (
     "phi(strength=0.01)",
     "loss-free(speed=0.001)",
     "smebu",
-    "phi(strength=0.001)+smebu(scale='nats')",
+    "phi(strength=0.001)+loss-free(scale='nats')",
 )
 _FINAL = {
     "loss": 2.0,

@@ -296,7 +296,7 @@ def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path
         cells = " | ".join(f"{row[name]['ratio']:.2f}" for row in rows)
         assert f"| {title} | {cells} |" in tutorial
     words = " ".join(tutorial.split())
-    attached = [row["phi+smebu(scale='nats'), attached"]["ratio"] for row in rows]
+    attached = [row["phi+loss-free(scale='nats'), attached"]["ratio"] for row in rows]
     said = "The recommended method, attached, takes {:.2f}, {:.2f} and {:.2f}:".format(*attached)
     assert said in words
     for adder, said, without in (

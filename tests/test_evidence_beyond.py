@@ -135,7 +135,7 @@ def test_gap_recommends_what_balances_at_no_loss():
     found = gap.chapter({name: study(name, GRID, plant) for name in rivals.TEXTS})
     assert found.verdict is Verdict.HOLDS
     assert (
-        "The recommendation is `phi(strength=0.001)+smebu(scale='nats')`: MaxVio 0.20"
+        "The recommendation is `phi(strength=0.001)+loss-free(scale='nats')`: MaxVio 0.20"
         in found.because
     )
 

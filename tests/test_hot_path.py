@@ -197,7 +197,7 @@ def test_the_end_of_a_step_takes_as_many_kernels_for_many_layers_as_for_one(meth
     """Without other ranks: sums and their verdict, the update, and what is cleared."""
     one, many = kernels_of_a_step(method, 1), kernels_of_a_step(method, 16)
     assert sorted(one) == sorted(many)
-    assert len(many) == most, many
+    assert len(many) <= most, many
 
 
 def test_the_count_sees_what_a_second_pass_would_cost():

@@ -91,11 +91,8 @@ def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
     rivals = [s for s in study.settings() if s not in ("none", ours)]
     signs = {rival: study.less(ours, rival, "loss").sign for rival in rivals}
     assert signs["switch"] == signs["loss-free"] == 0
-    assert set(signs.values()) <= {0, -1}
-    assert list(signs.values()).count(0) > len(rivals) / 2
-    assert (
-        f"within seed noise of Switch, loss-free and most others ([all {len(rivals) + 1}]" in words
-    )
+    assert set(signs.values()) == {0}
+    assert f"within seed noise of all other methods ([all {len(rivals) + 1}]" in words
     longer = read(ROOT / "evidence/results/longer.jsonl")
     ends = [longer.less("none", name, "loss") for name in (ours, "phi")]
     assert f"it ended {ends[0].mean:.3f} and φ alone {ends[1].mean:.3f} below no balancing" in words
@@ -104,10 +101,11 @@ def test_the_comparison_in_the_readme_is_that_of_the_evidence() -> None:
     shown = {len(study.runs(name)) for name in names.values()}
     assert shown == {5}
     assert "means over five seeds" in README
-    assert min(study.settings(), key=lambda setting: study.mean(setting, "maxvio")) == ours
+    lowest = sorted(study.settings(), key=lambda setting: study.mean(setting, "maxvio"))[:2]
+    assert lowest == ["phi+smebu(scale='nats')", ours]
     less = study.less("loss-free", ours, "maxvio")
     low, high = less.mean - less.half, less.mean + less.half
-    said = f"lowest of all, {less.mean:.2f} below loss-free (interval {low:.2f} to {high:.2f})"
+    said = f"{less.mean:.2f} below loss-free (interval {low:.2f} to {high:.2f}); only φ with SMEBU"
     assert low > 0
     assert said in words
 

@@ -10,7 +10,7 @@ from families import loss, tiny, tokens
 
 PHI = mb.PhiBalancing()
 NATS = mb.Together(PHI, mb.LossFree(scale="nats"))
-NATIVE = mb.Together(PHI, mb.LossFree(rule="proportional"))
+NATIVE = mb.Together(PHI, mb.SMEBU())
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,13 @@ def test_the_page_of_results_has_the_numbers_of_the_runs() -> None:
         "{:.2f} nats with the recommended method, {:.2f} with loss-free, {:.2f} with φ, {:.2f} with"
     )
     assert mi.format(*means) in said
-    lowest = min(vio, key=lambda name: study.mean(name, "maxvio"))
-    assert lowest == ours
-    assert "No other method here has a lower MaxVio" in said
+    first, second = sorted(vio, key=lambda name: study.mean(name, "maxvio"))[:2]
+    assert (first, second) == ("phi+smebu(scale='nats')", ours)
+    assert f"Only φ with SMEBU, at {vio[first]}, has a lower MaxVio here" in said
+    assert {study.less(ours, name, "loss").sign for name in vio if name not in ("none", ours)} == {
+        0
+    }
+    assert "It is within seed noise of every other method" in said
 
 
 def test_what_is_said_of_other_cells_is_what_they_measured() -> None:

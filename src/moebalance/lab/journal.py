@@ -23,7 +23,7 @@ from moebalance.methods.describe import describe
 from moebalance.runlog import RunLog
 
 OLD, SEEN = "old_", "seen_"
-"""Prefixes of numbers on the old text, and on text that the model is trained on."""
+"""Prefixes of numbers on the old text, and on a sample of the training split."""
 
 
 class Journal(TrainerCallback):

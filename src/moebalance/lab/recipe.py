@@ -113,8 +113,8 @@ class TrainSpec:
         max_grad_norm: gradients are clipped at this norm; 0 clips nothing.
         batching: `"mixed"` or `"one-domain"` micro-batches; or `"shift"`, mixed ones of half of the
             domains first and of the other half from half-way on.
-        eval_sequences: held-out sequences in an evaluation, and as many of the text that the model
-            is trained on; the same for every run.
+        eval_sequences: held-out sequences in an evaluation, and as many of the training split; the
+            same for every run.
         eval_every: steps between evaluations; 0 evaluates once, at the end.
         snapshot_every: steps between load snapshots in the log.
         gradient_ratio: log how much of the routers' gradient is balancing, at some cost.

@@ -7,6 +7,7 @@ that chose it, and the runs: docs/evidence.md, the chapter "One default for all"
 from moebalance.methods.base import Method
 from moebalance.methods.loss_free import LossFree
 from moebalance.methods.phi import PhiBalancing
+from moebalance.methods.smebu import SMEBU
 from moebalance.methods.together import Together
 
 
@@ -23,7 +24,7 @@ def recommended(*, native_bias: bool = False, choosable: bool = True) -> Method:
     ('affinity', 0.01)
     """
     if native_bias:
-        return Together(PhiBalancing(), LossFree(rule="proportional"))
+        return Together(PhiBalancing(), SMEBU())
     if choosable:
         return Together(PhiBalancing(), LossFree(scale="nats"))
     return PhiBalancing()

@@ -8,8 +8,8 @@ once per optimizer step. c (E,) are the assignment counts of the whole step. Wit
 ρ_e Σ_j c_j replaces the mean.
 
 The proportional rule is a subgradient step on the dual of the balanced assignment, so its price
-rests where the *expected* load is even. A sign is not linear in the load: its price rests where the
-load is above its part as often as below. Where each step holds one domain, that is another load
+settles where the *expected* load is even. A sign is not linear in the load: its price settles where
+the load is above its part as often as below. Where each step holds one domain, that is another load
 (docs/mathematics.md). In affinities the published rule is the default. In nats, where one speed
 suits every gate, the proportional one is.
 

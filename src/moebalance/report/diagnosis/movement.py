@@ -77,11 +77,11 @@ def overshoot(log: Reading) -> Iterator[Finding]:
         turns = float(np.mean(moves[1:] * moves[:-1])) / size**2 if size > 0 else 0.0
         if turns < _TURNS and size > 0.2:
             speed = part.number("speed")
+            other = ", or use rule='proportional'" if part.settings.get("rule") == "sign" else ""
             yield Finding(
                 Severity.WARNING,
                 f"{log.names[layer]} jumps to and fro: the price of {part.word} overshoots.",
-                f"Lower the speed from {speed:g} to about {speed / 10:.2g}, or use "
-                "rule='proportional'."
+                f"Lower the speed from {speed:g} to about {speed / 10:.2g}{other}."
                 if speed
                 else "Use loss-free, whose speed can be lowered.",
                 f"load off its mean by {size:.2f} even shares, autocorrelation {turns:.2f} from "
