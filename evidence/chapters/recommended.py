@@ -145,7 +145,7 @@ def chapter(studies: Studies) -> Finding:
             ),
             "### Cells that test\n\nThe rule takes nothing from these four. They differ from the "
             "three above in experts, gate, text, batches and tokens a step. MaxVio is of held-out "
-            "documents. The column beside it is of a sample of the training split, so of text like "
+            "documents. The next column is of a sample of the training split, so of text like "
             "that which the price was set on. What lies between the two is a difference of texts "
             "that no price can know.",
             *(
