@@ -13,20 +13,16 @@ RUN_PEERS := $(PEERS)/bin/python -m pytest -n 2 --dist loadfile --timeout 900
 
 NEWEST_MEGATRON := 0.19.2
 
-.PHONY: demo test checks slow fuzz lint shapes peers megatron frameworks clients docs corpora clean
+.PHONY: demo test slow fuzz lint shapes peers megatron frameworks clients docs corpora clean
 
 demo: $(READY)
 	$(BIN)/moebalance demo
 
 # Two workers on two cores: more threads than that only wait for each other.
-test checks slow fuzz peers megatron frameworks shapes: export OMP_NUM_THREADS := 1
+test slow fuzz peers megatron frameworks shapes: export OMP_NUM_THREADS := 1
 
-# The peers' tests wait for their processes half of the time, in which lint and docs are done.
-test: $(PEERS_READY)
-	$(MAKE) --jobs=2 --output-sync=target checks
+test: lint shapes peers megatron-$(NEWEST_MEGATRON) docs
 	$(BIN)/pytest -n 2 --dist worksteal $(LAWS:%=--ignore=%)
-
-checks: peers lint docs megatron-$(NEWEST_MEGATRON) shapes
 
 # Also names the 40 slowest tests. For some files only: make slow TESTS=tests/test_laws.py
 slow: $(READY)
