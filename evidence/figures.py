@@ -71,11 +71,22 @@ def points(
     *,
     label: Callable[[str], str | None],
     hollow: Collection[str] = (),
+    number: Callable[[str], int] = lambda _: 0,
 ) -> list[Series]:
-    """A mark for each setting: the means of two metrics over seeds, ± sd."""
+    """A mark for each setting: the means of two metrics over seeds, ± sd.
+
+    Args:
+        study: the runs.
+        settings: what is shown.
+        x: the metric across.
+        y: the metric upwards.
+        label: the words of a setting in the legend; None for none.
+        hollow: settings whose marks are hollow.
+        number: of a setting among those of its method, which tells their marks apart.
+    """
     found = []
     for setting in settings:
-        style = {"linestyle": "", "markersize": 7, **look(study.method(setting))}
+        style = {"linestyle": "", "markersize": 7, **look(study.method(setting), number(setting))}
         style |= {"markerfacecolor": "white"} if setting in hollow else {}
         across, up = study.estimate(setting, x), study.estimate(setting, y)
         if across and up:

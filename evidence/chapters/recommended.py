@@ -13,7 +13,7 @@ gate and the batches. Their seeds are used by no report. The rule was written be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -189,11 +189,23 @@ def _seeds(cell: Study) -> str:
 
 
 def _figure(cells: Mapping[str, Study]) -> Any:
+    numbers = _numbers(cells.values())
     shown = []
     for name, cell in cells.items():
         settings = [s for s in cell.settings() if "speed" not in s]
         hollow = [s for s in settings if build_method(s).traits.has_selection_price]
-        marks = points(cell, settings, "maxvio", "loss", label=str, hollow=hollow)
+        marks = points(
+            cell, settings, "maxvio", "loss", label=str, hollow=hollow, number=numbers.__getitem__
+        )
         title = (CELLS | TESTS)[name].partition(",")[0]
         shown.append(Panel(title, "MaxVio, log scale", "loss, nats per byte", marks, log="x"))
     return draw(shown, columns=4, height=3.6, width=11)
+
+
+def _numbers(cells: Iterable[Study]) -> dict[str, int]:
+    """Number of each setting among those of its method and scale, the shortest first."""
+    methods = {s: (cell.method(s), "nats" in s) for cell in cells for s in cell.settings()}
+    found: dict[str, int] = {}
+    for setting in sorted(methods, key=len):
+        found[setting] = sum(methods[other] == methods[setting] for other in found)
+    return found

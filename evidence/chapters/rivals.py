@@ -224,6 +224,7 @@ def _figure(studies: Studies) -> Any:
             settings,
             *("maxvio", "loss"),
             label=partial(_label, study),
+            number=_in_nats_alone,
             hollow=list(filter(_hard, settings)),
         )
         axes = ("MaxVio, log scale", "validation loss, nats/byte")
@@ -232,7 +233,13 @@ def _figure(studies: Studies) -> Any:
 
 
 def _label(study: Study, setting: str) -> str:
-    return study.title(setting) + (", hard" if _hard(setting) else "")
+    nats = ", nats" if _in_nats_alone(setting) else ""
+    return study.title(setting) + (", hard" if _hard(setting) else nats)
+
+
+def _in_nats_alone(setting: str) -> bool:
+    """Whether this is a second setting of the loss-free bias."""
+    return setting == "loss-free(scale='nats')"
 
 
 def _hard(setting: str) -> bool:

@@ -111,9 +111,9 @@ def grid(
     return figure, axes[:count]
 
 
-def look(method: str) -> dict[str, Any]:
-    """Colour and mark of a method, as the report has them."""
-    found = look_of(method)
+def look(method: str, setting: int = 0) -> dict[str, Any]:
+    """Colour and mark of a method, as the report has them; `setting` counts settings of it."""
+    found = look_of(method, setting)
     return {"color": found.light, "marker": MARKS[found.marker]}
 
 
