@@ -118,7 +118,11 @@ def test_a_selection_price_that_overshoots():
     signs = np.where(np.arange(EXPERTS) % 2, 1, -1)
     load[:, 0] += 0.5 * signs * np.where(np.arange(STEPS) % 2, 1, -1)[:, None]
     found = findings(planted(FREE, load))["overshoot"]
-    assert "from 0.001 to about 0.0001" in found.do
+    assert "from 0.001 to about 0.0001, or use rule='proportional'" in found.do
+    itself = FREE.replace("'sign'", "'proportional'")
+    assert (
+        "proportional" not in findings(planted(itself, load))["overshoot"].do
+    )  # it is that already
     assert "overshoot" not in findings(planted(FREE, waves(25)))
     assert "overshoot" not in findings(planted(FREE, even(), tokens=128))  # noise of sampling
 
