@@ -19,7 +19,7 @@ from moebalance.core.autograd import Pass, Tally, tie
 from moebalance.core.formed import find, join
 from moebalance.core.leaves import leaves, refill
 from moebalance.core.packing import pack, packed_size, unpack
-from moebalance.core.sound import check_price, tensors_problem, trial_problem
+from moebalance.core.sound import check_price, readable, tensors_problem, trial_problem
 from moebalance.core.trial import trusted
 from moebalance.core.weighing import Weighing
 from moebalance.gates import Gate, Softmax, at_least_float32
@@ -297,7 +297,7 @@ class LayerBalance(nn.Module):
         From a checkpoint that was made without this module, start anew and say so.
         """
         saved = {name: state_dict.get(prefix + name) for name in self._buffers}
-        if all(_plain(saved[name], own) for name, own in self._buffers.items()):
+        if all(readable(saved[name], own) for name, own in self._buffers.items()):
             found = self.problem(saved)
             if found:
                 args[-1].append(f"The balancing state of {prefix or self.name} is refused: {found}")
@@ -386,13 +386,6 @@ def commit_rows(
     torch._foreach_zero_([layer.running for layer in layers])
     for layer, total in zip(layers, totals.unbind(), strict=True):
         layer.last_total = total
-
-
-def _plain(tensor: Any, own: Tensor | None) -> bool:
-    """Whether values can be looked at: none are there for a part of a tensor, or on meta."""
-    if own is None or own.is_meta or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-        return False
-    return not tensor.is_meta and tensor.shape == own.shape
 
 
 def _held(method: Method, states: State, new: State, replayed: Tensor) -> State:

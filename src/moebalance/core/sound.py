@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebalance.gates import Gate
 from moebalance.methods.base import MOST_PRICE, Method, State, beyond, observe
@@ -138,3 +138,10 @@ def leaves(state: State) -> Iterator[Tensor]:
         return
     for part in state:
         yield from leaves(part)
+
+
+def readable(tensor: Any, own: Tensor | None) -> bool:
+    """Whether values can be looked at: none are there for a part of a tensor, or on meta."""
+    if own is None or own.is_meta or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        return False
+    return not tensor.is_meta and tensor.shape == own.shape
