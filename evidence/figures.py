@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ def points(
     *,
     label: Callable[[str], str | None],
     hollow: Collection[str] = (),
-    number: Callable[[str], int] = lambda _: 0,
+    numbers: Mapping[str, int] | None = None,
 ) -> list[Series]:
     """A mark for each setting: the means of two metrics over seeds, ± sd.
 
@@ -82,14 +82,33 @@ def points(
         y: the metric upwards.
         label: the words of a setting in the legend; None for none.
         hollow: settings whose marks are hollow.
-        number: of a setting among those of its method, which tells their marks apart.
+        numbers: of the settings among those of their method, from `numbered`, which tell their
+            marks apart; None if no two are of one method.
     """
     found = []
     for setting in settings:
-        style = {"linestyle": "", "markersize": 7, **look(study.method(setting), number(setting))}
+        seen = look(study.method(setting), numbers[setting] if numbers else 0)
+        style = {"linestyle": "", "markersize": 7, **seen}
         style |= {"markerfacecolor": "white"} if setting in hollow else {}
         across, up = study.estimate(setting, x), study.estimate(setting, y)
         if across and up:
             sds = [across.sd or 0], [up.sd or 0]
             found.append(Series(label(setting), [across.mean], [up.mean], style, *sds))
+    return found
+
+
+def numbered(methods: Mapping[str, str], hollow: Collection[str] = ()) -> dict[str, int]:
+    """Number of each setting among those of its method, hollow or not, the shortest first.
+
+    Args:
+        methods: the word of each setting's method, over all panels of a figure.
+        hollow: settings whose marks are hollow.
+
+    >>> numbered({"phi": "phi", "phi(rate=1)": "phi", "phi(load='hard')": "phi"}, ["phi(rate=1)"])
+    {'phi': 0, 'phi(rate=1)': 0, "phi(load='hard')": 1}
+    """
+    found: dict[str, int] = {}
+    for setting in sorted(methods, key=len):
+        kind = (methods[setting], setting in hollow)
+        found[setting] = sum((methods[other], other in hollow) == kind for other in found)
     return found

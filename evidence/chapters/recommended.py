@@ -13,7 +13,7 @@ gate and the batches. Their seeds are used by no report. The rule was written be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from evidence.chapter import (
     table,
     text,
 )
-from evidence.figures import Panel, draw, points
+from evidence.figures import Panel, draw, numbered, points
 from evidence.study import Studies, Study
 from moebalance.words.methods import build_method
 
@@ -146,8 +146,8 @@ def chapter(studies: Studies) -> Finding:
             "### Cells that test\n\nThe rule takes nothing from these four. They differ from the "
             "three above in experts, gate, text, batches and tokens a step. MaxVio is of held-out "
             "documents. The next column is of a sample of the training split, so of text like "
-            "that which the price was set on. What lies between the two is a difference of texts "
-            "that no price can know.",
+            "that which the price was set on. What lies between the two is a difference of texts, "
+            "which the price has not seen.",
             *(
                 f"#### {words[0].upper()}{words[1:]}\n\n" + settings_table(tests[name], _METRICS)
                 for name, words in TESTS.items()
@@ -180,32 +180,21 @@ def _reached(cell: Study, setting: str) -> bool:
 
 
 def _seeds(cell: Study) -> str:
-    counts = sorted({len(cell.runs(setting)) for setting in cell.settings()})
-    if counts == [1]:
-        return "one seed"
-    return (
-        f"{counts[0]} to {counts[-1]} seeds a method" if len(counts) > 1 else f"{counts[0]} seeds"
-    )
+    least, *more = sorted({len(cell.runs(setting)) for setting in cell.settings()})
+    if more:
+        return f"{least} to {more[-1]} seeds a method"
+    return "one seed" if least == 1 else f"{least} seeds"
 
 
 def _figure(cells: Mapping[str, Study]) -> Any:
-    numbers = _numbers(cells.values())
+    methods = {s: cell.method(s) for cell in cells.values() for s in cell.settings()}
+    hollow = [setting for setting in methods if build_method(setting).traits.has_selection_price]
+    numbers = numbered(methods, hollow)
     shown = []
     for name, cell in cells.items():
         settings = [s for s in cell.settings() if "speed" not in s]
-        hollow = [s for s in settings if build_method(s).traits.has_selection_price]
-        marks = points(
-            cell, settings, "maxvio", "loss", label=str, hollow=hollow, number=numbers.__getitem__
-        )
+        about = (cell, settings, "maxvio", "loss")
+        marks = points(*about, label=str, hollow=hollow, numbers=numbers)
         title = (CELLS | TESTS)[name].partition(",")[0]
         shown.append(Panel(title, "MaxVio, log scale", "loss, nats per byte", marks, log="x"))
     return draw(shown, columns=4, height=3.6, width=11)
-
-
-def _numbers(cells: Iterable[Study]) -> dict[str, int]:
-    """Number of each setting among those of its method and scale, the shortest first."""
-    methods = {s: (cell.method(s), "nats" in s) for cell in cells for s in cell.settings()}
-    found: dict[str, int] = {}
-    for setting in sorted(methods, key=len):
-        found[setting] = sum(methods[other] == methods[setting] for other in found)
-    return found

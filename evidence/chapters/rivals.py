@@ -22,7 +22,7 @@ from evidence.chapter import (
     text,
 )
 from evidence.choose import Cell, cell, choose
-from evidence.figures import Panel, Series, draw, points
+from evidence.figures import Panel, Series, draw, numbered, points
 from evidence.study import METRICS, Studies, Study, family
 from moebalance.report.canvas import look
 from moebalance.report.estimates import number
@@ -41,16 +41,8 @@ _METRICS = ("loss", "maxvio", "soft_maxvio", "mi", "dead_experts")
 _EFFECTS = ("loss", "maxvio", "soft_maxvio", "mi")
 _RIVALS = ("switch", "loss-free")
 _SHOWN = (
-    *(
-        "none",
-        "switch",
-        "global-batch",
-        "ema-switch",
-        "loss-free",
-        "loss-free(scale='nats')",
-        "smebu",
-    ),
-    *("phi", "phi(load='hard')", RECOMMENDED),
+    *("none", "switch", "global-batch", "ema-switch", "loss-free", "loss-free(scale='nats')"),
+    *("smebu", "phi", "phi(load='hard')", RECOMMENDED),
 )
 _INGREDIENTS = {
     "soft instead of hard": ("load", "soft", "hard"),
@@ -219,13 +211,14 @@ def _figure(studies: Studies) -> Any:
         study = studies[name]
         settings = study.of(_SHOWN)
         series = _fronts(studies, settings, study) if name == "rivals" else []
+        hard = list(filter(_hard, settings))
         series += points(
             study,
             settings,
             *("maxvio", "loss"),
             label=partial(_label, study),
-            number=_in_nats_alone,
-            hollow=list(filter(_hard, settings)),
+            hollow=hard,
+            numbers=numbered({s: study.method(s) for s in settings}, hard),
         )
         axes = ("MaxVio, log scale", "validation loss, nats/byte")
         shown.append(Panel(words, *axes, series, log="x"))
@@ -233,13 +226,10 @@ def _figure(studies: Studies) -> Any:
 
 
 def _label(study: Study, setting: str) -> str:
-    nats = ", nats" if _in_nats_alone(setting) else ""
-    return study.title(setting) + (", hard" if _hard(setting) else nats)
-
-
-def _in_nats_alone(setting: str) -> bool:
-    """Whether this is a second setting of the loss-free bias."""
-    return setting == "loss-free(scale='nats')"
+    if setting == RECOMMENDED:
+        return study.title(setting)
+    marks = {", hard": _hard(setting), ", nats": "scale='nats'" in setting}
+    return study.title(setting) + "".join(words for words, true in marks.items() if true)
 
 
 def _hard(setting: str) -> bool:
