@@ -9,6 +9,7 @@ from moebalance import (
     BalancedRouter,
     EmaSwitchLoss,
     GlobalBatchLoss,
+    LossFree,
     Method,
     NoBalancing,
     PhiBalancing,
@@ -198,6 +199,15 @@ def test_the_end_of_a_step_takes_as_many_kernels_for_many_layers_as_for_one(meth
     one, many = kernels_of_a_step(method, 1), kernels_of_a_step(method, 16)
     assert sorted(one) == sorted(many)
     assert len(many) <= most, many
+
+
+@pytest.mark.parametrize(("size", "logarithms"), [(1.0, 0), (30.0, 1)], ids=["mild", "saturated"])
+def test_sigmoids_under_a_price_in_nats_form_no_logarithm_of_mild_scores(size, logarithms):
+    router = BalancedRouter(LossFree(scale="nats"), EXPERTS, TOP_K, gate=Sigmoid())
+    router.adopt(torch.randn(EXPERTS))
+    logits = (size * torch.randn(TOKENS, EXPERTS).clamp(-2, 2)).requires_grad_()
+    seen = watched(lambda z: router(z)[0], logits)
+    assert sum("log_sigmoid" in kernel for kernel in seen.small + seen.large) == logarithms
 
 
 def test_the_count_sees_what_a_second_pass_would_cost():

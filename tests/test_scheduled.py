@@ -155,6 +155,11 @@ SELECTING = [
 
 
 @pytest.mark.parametrize("method", SELECTING, ids=repr)
+def test_a_scheduled_price_is_ranked_as_a_price_by_the_kernels_too(method):
+    assert mb.BalancedRouter(Scheduled(method, warmup_tokens=100), 8, 2).has_price
+
+
+@pytest.mark.parametrize("method", SELECTING, ids=repr)
 def test_a_selection_price_warms_up_and_freezes(method):
     slow = Scheduled(method, warmup_tokens=100, relax_after=200)
     state = slow.init(8)

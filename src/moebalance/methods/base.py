@@ -34,11 +34,10 @@ One whose values have limits may have `problem()`: what is wrong with them, empt
 state from a file is refused then.
 """
 
-_SPREAD = 30.0  # nats: e^-30 times an affinity of a mild logit is far from underflow
-
 MOST_PRICE = 1e6
 """Added to such a price, an affinity of 0.1 is rounded away in float32."""
 
+_SPREAD = 30.0  # nats: e^−30 times the affinity of a mild logit is far from underflow
 
 Member = TypeVar("Member", bound=Any)
 
