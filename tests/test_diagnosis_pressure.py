@@ -119,10 +119,8 @@ def test_a_selection_price_that_overshoots():
     load[:, 0] += 0.5 * signs * np.where(np.arange(STEPS) % 2, 1, -1)[:, None]
     found = findings(planted(FREE, load))["overshoot"]
     assert "from 0.001 to about 0.0001, or use rule='proportional'" in found.do
-    itself = FREE.replace("'sign'", "'proportional'")
-    assert (
-        "proportional" not in findings(planted(itself, load))["overshoot"].do
-    )  # it is that already
+    already = planted(FREE.replace("'sign'", "'proportional'"), load)
+    assert "proportional" not in findings(already)["overshoot"].do
     assert "overshoot" not in findings(planted(FREE, waves(25)))
     assert "overshoot" not in findings(planted(FREE, even(), tokens=128))  # noise of sampling
 
