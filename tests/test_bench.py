@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -268,8 +269,12 @@ def test_a_device_that_is_not_there_is_refused():
     assert "no CUDA device" in done.output
 
 
+def committed_costs() -> dict:
+    return json.loads((ROOT / "benchmarks/results/cost.json").read_text(encoding="utf-8"))
+
+
 def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path):
-    results = json.loads((ROOT / "benchmarks/results/cost.json").read_text(encoding="utf-8"))
+    results = committed_costs()
     page = write_page(results, tmp_path / "cost.md", plot="cost.svg")
     for file in (page, tmp_path / "cost.svg"):
         committed = (ROOT / "docs" / file.name).read_text(encoding="utf-8")
@@ -305,3 +310,18 @@ def test_the_page_in_the_documentation_is_that_of_the_committed_results(tmp_path
     ):
         added = [row[adder]["ratio"] - row[without]["ratio"] for row in rows]
         assert said + " {:.2f}, {:.2f} and {:.2f}".format(*added) in words
+
+
+def test_the_page_has_a_reason_for_everything_of_ours_that_takes_much_longer():
+    results = committed_costs()
+    slow = [
+        name
+        for row in results["routers"]
+        for name, found in row["variants"].items()
+        if found["ratio"] > 1.15 and not re.search(r"restated|function|router$|^bare", name)
+    ]
+    page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+    part = page.partition("and why")[2].partition("## ")[0]
+    reasons = re.findall(r"^\| ([A-Z][^|]+) \| (\d+) \|", part, re.MULTILINE)
+    assert sum(int(number) for _, number in reasons) == len(slow) > 0
+    assert any("histogram" in reason for reason, _ in reasons)

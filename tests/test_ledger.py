@@ -69,7 +69,7 @@ def kernels(layers: int) -> tuple[list[str], list[str]]:
 
 
 def test_a_step_takes_as_many_kernels_for_forty_layers_as_for_two():
-    assert len(kernels(2)[0]) == len(kernels(40)[0]) <= 50
+    assert len(kernels(2)[0]) == len(kernels(40)[0]) <= 33
 
 
 def test_a_step_reads_nothing_back_from_the_device_but_its_verdict():
@@ -100,7 +100,7 @@ def test_nothing_is_brought_to_the_device_to_end_a_step_there():
     with Crossings() as crossings:
         banks, flags, replayed = balancing._ledger._totals()
         for bank in banks:
-            commit_rows(bank.layers, bank.sums, good=flags[2].all(), replayed=replayed)
+            commit_rows(bank.layers, bank.sums, good=flags[0].all(), replayed=replayed)
     assert not crossings.seen
     with Crossings() as crossings:  # the control
         torch.zeros(1).to("meta")

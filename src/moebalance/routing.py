@@ -145,8 +145,8 @@ def measure(routing: Routing, extra: Sequence[Tensor] = ()) -> Sums:
         extra: further sums of a method, kept as they are.
     """
     real = real_rows(routing.scores.detach(), routing.mask)
-    packed = count(real, None, routing.experts, routing.mask)
-    return split(packed, routing.num_experts)._replace(extra=tuple(extra))
+    _, sums = count(real, None, routing.experts, routing.mask)
+    return sums._replace(extra=tuple(extra))
 
 
 def count(
@@ -154,8 +154,10 @@ def count(
     row_scale: Float[Tensor, "T"] | None,
     experts: Int[Tensor, "T K"],
     mask: Bool[Tensor, "T"] | None,
-) -> Float[Tensor, "2*E+2"]:
+) -> tuple[Float[Tensor, "2*E+2"], Sums]:
     """Count a batch: (Σ_t p_t, counts, tokens, 1) laid end to end, the 1 for the batch itself.
+
+    Returns them as one vector, and as its views.
 
     Args:
         real: (T, E) affinities, 0 in padded rows.
@@ -165,7 +167,8 @@ def count(
     """
     rows, num_experts = real.shape
     packed = real.new_zeros(2 * num_experts + 2)
-    scores, counts, tokens, one = torch.split(packed, [num_experts, num_experts, 1, 1])
+    # Not by `split`, which goes through Python twice, and this runs once a batch.
+    scores, counts, tokens, one = packed.split_with_sizes([num_experts, num_experts, 1, 1])
     one.fill_(1)
     # Each sum is written where it lies. Scores need not be formed: Σ_t a_t / S_t is a product.
     if row_scale is None:
@@ -180,13 +183,13 @@ def count(
         tokens.copy_(mask.sum())
         ones = mask.to(real.dtype).unsqueeze(-1).expand_as(experts).reshape(-1)
     counts.scatter_add_(0, experts.reshape(-1), ones)
-    return packed
+    return packed, Sums(scores, counts, tokens.squeeze(0))
 
 
 def split(packed: Float[Tensor, "*rows sums"], num_experts: int) -> Sums:
     """The sums that `count` laid end to end, of one layer or a row each, as views."""
     sizes = [num_experts, num_experts, 1, packed.shape[-1] - 2 * num_experts - 1]
-    scores, counts, tokens, _ = torch.split(packed, sizes, dim=-1)
+    scores, counts, tokens, _ = packed.split_with_sizes(sizes, dim=-1)
     return Sums(scores, counts, tokens.squeeze(-1))
 
 

@@ -301,7 +301,8 @@ def _from_affinities(
     Returns the gradient of the affinities: arbitrary in padded rows, perhaps one row expanded.
     """
     row_scale = how.gate.row_scale(real)
-    charge = settle(how, count(real, row_scale, experts, mask), len(experts), mask)
+    packed, sums = count(real, row_scale, experts, mask)
+    charge = settle(how, packed, len(experts), mask, sums)
     return None if charge is None else how.gate.price_gradient(charge, real, row_scale)
 
 
@@ -310,27 +311,31 @@ def _from_routing(
 ) -> Float[Tensor, "T E"] | None:
     """Count a batch and charge it for a method that reads more than sums."""
     routing = route(logits, experts, how.gate, mask=mask, sequences=how.sequences)
-    packed = count(real_rows(routing.scores, mask), None, experts, mask)
+    packed, sums = count(real_rows(routing.scores, mask), None, experts, mask)
     extra = how.method.extra(how.state, routing)
     if extra:
         packed = torch.cat([packed, *(part.reshape(-1) for part in extra)])
     how.tally.running.add_(packed)
-    sums = unpack(packed, how.method, routing.num_experts)
-    batch = _placed(how, sums, _known(len(logits), mask), routing)
+    batch = _placed(how, sums._replace(extra=extra), _known(len(logits), mask), routing)
     return how.method.penalty_gradient(how.state, batch, as_number(how.tally.scale))
 
 
 def settle(
-    how: Pass, packed: Float[Tensor, "sums"], rows: int, mask: Tensor | None
+    how: Pass,
+    packed: Float[Tensor, "sums"],
+    rows: int,
+    mask: Tensor | None,
+    sums: Sums | None = None,
 ) -> Float[Tensor, "E"] | None:
     """Add a batch to its step; return the gradient of the loss with respect to any token's scores.
 
-    The one place where torch forms a price from sums.
+    The one place where torch forms a price from sums. `sums` are views of `packed`, if at hand.
     """
     how.tally.running.add_(packed)
     if not how.traits.charges:
         return None
-    sums = unpack(packed, how.method, packed.shape[0] // 2 - 1)
+    if sums is None:
+        sums = unpack(packed, how.method, packed.shape[0] // 2 - 1)
     batch = _placed(how, sums, _known(rows, mask), None)
     price = how.method.loss_price(how.state, batch)
     return None if price is None else price * per_token(batch, as_number(how.tally.scale))

@@ -88,8 +88,8 @@ def _charging(
         with torch.autocast(device, enabled=False) if exact else nullcontext():
             real = real_rows(affinities, mask)
             row_scale = how.gate.row_scale(real)
-            packed = count(real, row_scale, experts, mask)
-            price = settle(how.begun(), packed, len(experts), mask)
+            packed, sums = count(real, row_scale, experts, mask)
+            price = settle(how.begun(), packed, len(experts), mask, sums)
             if price is None:
                 return None
             (gradient,) = gradients

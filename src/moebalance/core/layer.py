@@ -199,7 +199,7 @@ class LayerBalance(nn.Module):
         """
         total = self.running.clone() if total is None else total
         commit_rows([self], total.unsqueeze(0), replayed=self.replayed)
-        self.replayed.zero_()
+        torch._foreach_zero_([self.running, self.replayed])
         assert self.last_sums is not None
         return self.last_sums
 
@@ -359,7 +359,9 @@ def commit_rows(
     good: Bool[Tensor, ""] | None = None,
     replayed: Tensor | None = None,
 ) -> None:
-    """End the step of layers of one size under one method, in as many kernels as for one of them.
+    """Advance layers of one size under one method, in as many kernels as for one of them.
+
+    Their running sums are the caller's to clear.
 
     Args:
         layers: on one device.
@@ -371,6 +373,8 @@ def commit_rows(
     first = layers[0]
     method, experts = first.method, first.num_experts
     held = [[layer.get_buffer(name) for layer in layers] for name in first._state_names]
+    written = [layer.last_step for layer in layers]
+    values = list(totals[:, 2 * experts : 2 * experts + 2].unbind())
     if held:
         old = [torch.stack(tensors) for tensors in held]
         states = refill(first._template, iter(old))
@@ -379,11 +383,10 @@ def commit_rows(
             new = _held(method, states, new, replayed)
         for tensors, before, (_, after) in zip(held, old, leaves(new), strict=True):
             after = after if good is None else torch.where(good, after, before)
-            # In place: compiled graphs and CUDA graphs hold on to these very tensors.
-            torch._foreach_copy_(tensors, list(after.unbind()))
-    last_steps = totals[:, 2 * experts : 2 * experts + 2]
-    torch._foreach_copy_([layer.last_step for layer in layers], list(last_steps.unbind()))
-    torch._foreach_zero_([layer.running for layer in layers])
+            written += tensors
+            values += after.unbind()
+    # In place: compiled graphs and CUDA graphs hold on to these very tensors.
+    torch._foreach_copy_(written, values)
     for layer, total in zip(layers, totals.unbind(), strict=True):
         layer.last_total = total
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moebalance.core import agreement, distributed
@@ -58,8 +59,9 @@ class Verdict(NamedTuple):
     Attributes:
         step: which one.
         names: of the layers, in the order of the columns.
-        flags: (6, L): this rank's sums finite, nothing counted late, all ranks' sums finite, a
-            token seen, no rank has loaded a state or strayed, all ranks are in the same step.
+        flags: (2, L): the sums are finite, a token was seen. With other ranks (6, L): these of all
+            ranks, this rank's sums are finite, nothing was counted late, no rank has loaded a state
+            or strayed, all ranks are in the same step.
         account: where this rank is; None if it sent no message.
         arrived: recorded behind the copy; None if the flags are here.
     """
@@ -133,13 +135,12 @@ class Ledger:
         if not self.layers:
             return
         banks, good, replayed = self._judge(step)
-        if self._verdict is not None and self._verdict.arrived is None:
-            self._read_verdict()
-            good = None  # or the line above had raised
+        if good is None:
+            self._read_verdict()  # raises if they are not
         for bank in banks:
             commit_rows(bank.layers, bank.sums, good=good, replayed=replayed)
-        for cell in self._cells():
-            cell.zero_()
+        counted = [layer.running for layer in self.layers.values()]
+        torch._foreach_zero_([*counted, *self._cells()])
         self._clock.begin()
         self._closed = True
 
@@ -200,16 +201,18 @@ class Ledger:
     ) -> tuple[list[Bank], Tensor | None, Tensor]:
         """The sums over all ranks, whether they are good, and whether any choice was replayed.
 
-        What is to be said of them is on its way to the host.
+        What is to be said of them is on its way to the host, or there; then the second is None.
         """
         banks, flags, replayed = self._totals()
         if forgive_late:
-            flags[1].fill_(True)
+            flags[3].fill_(True)
         names = [name for bank in banks for name in bank.names]
-        good = flags[2] if self._account is None else flags[2] & flags[5]
         self._verdict = _send(Verdict(step, names, flags, self._account))
+        good = None
+        if self._verdict.arrived is not None:
+            good = (flags[0] if self._account is None else flags[0] & flags[5]).all()
         self._account = None
-        return banks, good.all(), replayed
+        return banks, good, replayed
 
     def _banks(self) -> list[Bank]:
         rows: dict[Any, list[str]] = {}
@@ -235,34 +238,31 @@ class Ledger:
         return first if not others else sum((o.to(first.device) for o in others), first)
 
     def _totals(self) -> tuple[list[Bank], Tensor, Tensor]:
-        """The sums over all ranks (what is not shared is this rank's own), and flags (6, L).
+        """The sums over all ranks (what is not shared is this rank's own), and a verdict's flags.
 
         Last, above 0 if any batch of the step was routed by choices from elsewhere.
         """
-        banks = now = self._banks()
-        own = [torch.isfinite(bank.sums).all(dim=1) for bank in now]
-        # Made where it is read: a copy from the host would wait for the device.
-        notice = torch.zeros(1, device=banks[0].sums.device)
-        together: Tensor | None = None
-        replayed = self._replayed()
-        if self._reduction is not None:
-            banks, self._sent = self._sent, []
+        now = self._banks()
+        own = [_finite(bank.sums) for bank in now]
+        if self._reduction is None:
+            columns = [
+                torch.stack([finite, bank.tokens > 0])
+                for bank, finite in zip(now, own, strict=True)
+            ]
+            return now, _side_by_side(columns), self._replayed()
+        banks, self._sent = self._sent, []
         timely = [a.batches == b.batches for a, b in zip(banks, now, strict=True)]
-        if self._reduction is not None:
-            reduction, self._reduction = self._reduction, None
-            *parts, notice, replayed, place = reduction.wait()
-            together = agreement.together(place, reduction.ranks)
-            self._fill(banks, iter(parts), notice)
+        reduction, self._reduction = self._reduction, None
+        *parts, notice, replayed, place = reduction.wait()
+        here = agreement.together(place, reduction.ranks)
+        self._fill(banks, iter(parts), notice)
         columns = []
         for bank, *mine in zip(banks, own, timely, strict=True):
             settled = ~(notice.to(bank.sums.device) > 0).expand_as(mine[0])
-            # Without other ranks these are the same sums.
-            finite = mine[0] if together is None else torch.isfinite(bank.sums).all(dim=1)
-            seen = bank.tokens > 0
-            here = settled if together is None else together.to(finite.device).expand_as(finite)
-            columns.append(torch.stack([*mine, finite, seen, settled, here]))
-        flags = torch.cat([column.to(columns[0].device) for column in columns], dim=1)
-        return banks, flags, replayed
+            same = here.to(settled.device).expand_as(settled)
+            all_ranks = _finite(bank.sums), bank.tokens > 0
+            columns.append(torch.stack([*all_ranks, *mine, settled, same]))
+        return banks, _side_by_side(columns), replayed
 
     def _fill(self, banks: Sequence[Bank], message: Iterator[Tensor], notice: Tensor) -> None:
         """Put what came back from all ranks in the place of this rank's own."""
@@ -301,7 +301,9 @@ class Ledger:
             verdict.arrived.synchronize()
         if bool(verdict.flags.all()):
             return
-        own, timely, finite, seen, settled, here = (row.tolist() for row in verdict.flags)
+        finite, seen, *among_ranks = verdict.flags.tolist()
+        alone = finite, *3 * [[True] * len(finite)]
+        own, timely, settled, here = among_ranks or alone
         group = sharing(self.group)
         if not all(settled + here) and group is not None:
             self._compare(verdict, group)
@@ -334,6 +336,18 @@ class Ledger:
             "each optimizer step, attach before compiling, and give each step at least one real "
             "token. A layer whose output the loss does not use has no backward pass either."
         )
+
+
+def _finite(sums: Float[Tensor, "L sums"]) -> Bool[Tensor, "L"]:
+    """Whether the sums of each layer are finite, in three kernels."""
+    total = sums.sum(dim=1)  # of shares and counts of tokens: far from an overflow
+    return total - total == 0
+
+
+def _side_by_side(columns: Sequence[Bool[Tensor, "flags layers"]]) -> Bool[Tensor, "flags L"]:
+    """The flags of all banks on one device, a column a layer."""
+    first, *others = columns
+    return torch.cat([first, *(o.to(first.device) for o in others)], dim=1) if others else first
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The measurements as Markdown with a plot: the page "What it costs"."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,13 @@ from typing import Any
 from moebalance.cleaning import for_markdown, for_page
 from moebalance.files import write_text
 from moebalance.lab.bench.scale import BYTES_PER_S, HOP_S, tree_s
+from moebalance.lab.bench.timing import BARE
+
+MUCH = 1.15
+"""Times a bare router: what takes longer needs a reason."""
+
+FIXED_MS = 0.5
+"""The most that a batch adds to a small router by what does not grow with it."""
 
 
 def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Path:
@@ -40,6 +47,7 @@ def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Pa
         ),
         f"![Time of each variant against a bare router]({plot})",
         *(table(row) for row in results["routers"]),
+        _reasons(results["routers"]),
     ]
     if results.get("steps"):
         parts.append("## A whole training step\n\nForward, backward and `Balancing.step()`.")
@@ -67,6 +75,46 @@ def table(row: Mapping[str, Any]) -> str:
             f"| {over_tokens:+d} / {in_all:+d} | {v['kept']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What of ours costs more than `MUCH`, by the reason, as Markdown."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for row in rows:
+        bare_ms = row["variants"][BARE]["time_ms"]
+        for name, v in row["variants"].items():
+            if v["ratio"] > MUCH and _is_ours(name):
+                added_ms = v["time_ms"] - bare_ms
+                seen = row["experts"], v["ratio"], added_ms
+                found.setdefault(_reason(name, added_ms), []).append(seen)
+    lines = [
+        f"## What of ours costs more than {MUCH}, and why",
+        "",
+        "| why | rows above | experts | time | added, ms |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for reason, seen_rows in found.items():
+        experts, ratios, added = zip(*seen_rows, strict=True)
+        sizes = ", ".join(map(str, sorted(set(experts))))
+        lines.append(
+            f"| {reason} | {len(seen_rows)} | {sizes} | {min(ratios):.2f}–{max(ratios):.2f} "
+            f"| {min(added):.2f}–{max(added):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _reason(name: str, added_ms: float) -> str:
+    if name.startswith("quantile"):
+        return (
+            "Quantile balancing puts every score into a histogram: some ten more passes over them."
+        )
+    if added_ms < FIXED_MS:
+        return "The router is small: Python and small kernels take this long at any size."
+    if "own pass" in name:
+        return "The scores are formed again on the way back."
+    return (
+        "A sigmoid's scores are affinities over their sum: more passes to rank, count and charge."
+    )
 
 
 def draw(results: Mapping[str, Any]) -> str:
