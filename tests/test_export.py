@@ -147,19 +147,44 @@ def test_a_file_without_the_price_is_noticed(
 # --- Families without ---------------------------------------------------------------------------
 
 
+IN_NATS = (
+    mb.recommended(),
+    mb.LossFree(scale="nats"),
+    mb.QuantileBalancing(scale="nats", bins=100),
+    mb.SMEBU(scale="nats"),
+)
+
+
 @pytest.mark.parametrize("method", PRICED, ids=lambda b: type(b).__name__)
 def test_an_export_without_a_place_for_the_price_is_refused_and_nothing_is_done(
     tmp_path: Path, method: mb.Method
 ) -> None:
     model, balancing = trained("olmoe", method)
     before = outputs(model)
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate and 1 more have no select"):
+    with pytest.raises(ValueError, match=r"weights of model\.layers\.0\.mlp\.gate and 1 more do"):
         mb.huggingface.export(model, balancing, tmp_path / "out")
-    with pytest.raises(ValueError, match="no selection bias"):
+    with pytest.raises(ValueError, match="do not hold it"):
         balancing.detach(keep_price=True)
     assert not (tmp_path / "out").exists()
     assert torch.equal(outputs(model), before)
     step(model, balancing, 1)  # attached still
+
+
+@pytest.mark.parametrize("family", ["olmoe", "minimax_m2"])
+@pytest.mark.parametrize("method", IN_NATS, ids=str)
+def test_a_price_in_nats_is_in_no_weights_and_never_left_behind_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, method: mb.Method
+) -> None:
+    model, balancing = trained(family, method)
+    with pytest.raises(ValueError, match="do not hold it"):
+        mb.huggingface.export(model, balancing, tmp_path / "out")
+    with pytest.raises(ValueError, match="do not hold it"):
+        balancing.detach(keep_price=True)
+    with caplog.at_level(logging.WARNING, "moebalance"):
+        model.save_pretrained(tmp_path)
+    (message,) = warnings_of(caplog)
+    assert "a price in affinities, and a selection bias of the model's own" in message
+    balancing.detach()  # without it a user may go on
 
 
 @pytest.mark.parametrize("method", UNPRICED, ids=lambda b: type(b).__name__)
@@ -175,6 +200,17 @@ def test_a_price_that_moves_no_choice_may_be_left_behind(tmp_path: Path) -> None
     mb.huggingface.check_export(
         model, mb.attach(model, mb.LossFree())
     )  # no step yet: every price is 0
+
+
+@pytest.mark.parametrize("method", [mb.PhiBalancing(), PRICED[0]], ids=str)
+def test_a_model_of_which_a_part_is_balanced_is_exported(tmp_path: Path, method: mb.Method) -> None:
+    model = tiny("deepseek_v3")
+    balancing = mb.attach(model, method, layers="*layers.1.*")
+    assert len(balancing.layers) < len(mb.huggingface.find_sites(model))
+    step(model, balancing, 3)
+    before = outputs(model)
+    mb.huggingface.export(model, balancing, tmp_path)
+    assert torch.equal(outputs(loaded(tmp_path)), before)
 
 
 def test_a_handle_of_another_model_is_refused() -> None:

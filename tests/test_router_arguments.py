@@ -260,6 +260,54 @@ def test_choices_that_do_not_fit_are_refused(experts, said):
         router(logits_of(1, 12)[0], experts=experts)
 
 
+@pytest.mark.parametrize(
+    ("logits", "experts", "mask", "said"),
+    [
+        ((5, 16), (5, 2), None, "the last axis must be the experts"),
+        ((5, 8), (4, 2), None, r"give whole numbers of shape \(5, K\)"),
+        ((4, 5, 8), (20, 2), None, r"give whole numbers of shape \(4, 5, K\)"),
+        ((4, 5, 8), (4, 5, 2), (5, 4), "the logits' shape without the last axis"),
+    ],
+)
+def test_a_choice_of_the_layers_own_has_to_fit_too(logits, experts, mask, said):
+    balance = mb.CountAndCharge(mb.PhiBalancing(), EXPERTS)
+    given = None if mask is None else torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=said):
+        balance(torch.randn(logits), torch.zeros(experts, dtype=torch.long), given)
+    with pytest.raises(ValueError, match="has 0 to 7"):
+        balance(torch.randn(5, 8), torch.full((5, 2), 9))
+    assert not balance.running.any()
+
+
+@pytest.mark.parametrize("ask", ["nothing", "price", "preference"])
+@pytest.mark.parametrize("method", [mb.recommended(), mb.LossFree(), mb.Sinkhorn()], ids=str)
+def test_a_layer_that_never_asks_what_to_rank_is_told_once(method, ask, caplog):
+    balance = mb.CountAndCharge(method, EXPERTS)
+    balancing = mb.attach(balance)
+    for seed in range(3):
+        logits = logits_of(1, 24, seed=seed)[0].requires_grad_()
+        if ask == "price":
+            _ = balance.price
+        elif ask == "preference":
+            balance.preference(logits.detach(), None, training=True)
+        balance(logits, logits.topk(2).indices).sum().backward()
+        balancing.step()
+        balancing.metrics()
+    told = [r.getMessage() for r in caplog.records if "never asked what to rank" in r.getMessage()]
+    assert len(told) == (ask == "nothing")
+
+
+def test_a_layer_that_ranks_the_preference_is_balanced_by_the_recommended_method():
+    balance = mb.CountAndCharge(mb.LossFree(scale="nats", speed=0.1), EXPERTS)
+    balancing = mb.attach(balance)
+    logits = logits_of(1, 512)[0].requires_grad_()
+    for _ in range(300):
+        order = balance.preference(logits.detach(), None, training=True)
+        balance(logits, order.topk(TOP_K).indices).sum().backward()
+        balancing.step()
+    assert balancing.metrics()["maxvio"] < 0.1
+
+
 # --- masks ------------------------------------------------------------------------------------
 
 

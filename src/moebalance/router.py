@@ -6,6 +6,8 @@ CountAndCharge   logits and the experts that your layer chose → the same logit
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -19,9 +21,59 @@ from moebalance.routing import real_tokens
 
 _SOFTMAX = Softmax()
 
+logger = logging.getLogger("moebalance")
+
 
 class _Router(LayerBalance):
-    """What both modules share: how tokens lie in sequences."""
+    """What both modules share: what they are given, and how tokens lie in sequences."""
+
+    def _real(
+        self, shape: torch.Size, mask: Bool[Tensor, "*tokens"] | None
+    ) -> Bool[Tensor, "T"] | None:
+        """The mask of logits of this shape, flat.
+
+        Raises:
+            ValueError: the last axis is not the experts, or the mask does not fit.
+        """
+        if shape[-1] != self.num_experts:
+            raise ValueError(
+                f"{self.name}: logits of shape {tuple(shape)} for {self.num_experts} "
+                "experts: the last axis must be the experts."
+            )
+        if mask is None:
+            return None
+        if mask.shape != shape[:-1]:
+            raise ValueError(
+                f"{self.name}: mask of shape {tuple(mask.shape)} for logits of shape "
+                f"{tuple(shape)}: it must have the logits' shape without the last axis."
+            )
+        return real_tokens(mask, f"{self.name}: mask").reshape(-1)
+
+    def _given(
+        self, experts: Int[Tensor, "*tokens K"], shape: torch.Size, top_k: int | None = None
+    ) -> Int[Tensor, "T K"]:
+        """Choices from elsewhere, flat; any K if `top_k` is None.
+
+        Raises:
+            ValueError: no whole numbers, another shape, or experts that the router does not have.
+        """
+        per_token = "K" if top_k is None else top_k
+        fits = experts.shape[:-1] == shape[:-1] and top_k in (None, experts.shape[-1])
+        if not fits or experts.dim() != len(shape) or experts.is_floating_point():
+            wanted = ", ".join(map(str, (*shape[:-1], per_token)))
+            raise ValueError(
+                f"{self.name}: experts of shape {tuple(experts.shape)} and {experts.dtype} for "
+                f"logits of shape {tuple(shape)}: give whole numbers of shape ({wanted})."
+            )
+        flat = experts.reshape(-1, experts.shape[-1]).long()
+        if on_host(flat) and flat.numel():
+            low, high = (int(end) for end in flat.aminmax())
+            if not 0 <= low <= high < self.num_experts:
+                raise ValueError(
+                    f"{self.name}: experts from {low} to {high}, but the router has 0 to "
+                    f"{self.num_experts - 1}. Give padding any of these, and a mask."
+                )
+        return flat
 
     def _lay_out(
         self,
@@ -84,7 +136,7 @@ class BalancedRouter(_Router):
         method: the method.
         num_experts: E.
         top_k: K, experts per token.
-        gate: `Softmax()` or `Sigmoid()`.
+        gate: `Softmax()`, `Sigmoid()`, or `SqrtSoftplus()`.
         normalize: whether the K weights of a token are divided by their sum. None for yes where
             K > 1. With one expert the weight would be 1, and the task would not train the router.
         limit: the groups of experts that a token may choose from; None for all experts. Quantile
@@ -93,6 +145,7 @@ class BalancedRouter(_Router):
         name: what errors and logs call this layer.
 
     Raises:
+        TypeError: top_k is no whole number, or `limit` no `GroupLimit`.
         ValueError: top_k out of 1..E, one expert with normalised weights, a limit that does not
             fit, or shapes that do not.
 
@@ -118,6 +171,8 @@ class BalancedRouter(_Router):
         name: str = "router",
     ) -> None:
         super().__init__(method, num_experts, gate=gate, fused=fused, name=name)
+        if not isinstance(top_k, int) or isinstance(top_k, bool):
+            raise TypeError(f"top_k={top_k!r}: must be a whole number.")
         if not 1 <= top_k <= num_experts:
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: top_k must lie in 1..num_experts."
@@ -167,22 +222,12 @@ class BalancedRouter(_Router):
                 tokens without boundaries under a method that looks at single sequences.
         """
         shape = logits.shape
-        if shape[-1] != self.num_experts:
-            raise ValueError(
-                f"{self.name}: logits of shape {tuple(shape)} for {self.num_experts} "
-                "experts: the last axis must be the experts."
-            )
-        if mask is not None and mask.shape != shape[:-1]:
-            raise ValueError(
-                f"{self.name}: mask of shape {tuple(mask.shape)} for logits of shape "
-                f"{tuple(shape)}: it must have the logits' shape without the last axis."
-            )
+        real = self._real(shape, mask)
         rows = logits.dim() == 2  # then views would only cost time
         flat = logits if rows else logits.reshape(-1, self.num_experts)
-        real = None if mask is None else real_tokens(mask, f"{self.name}: mask").reshape(-1)
         training = self.training and torch.is_grad_enabled() and not self.at_rest
         lay = self._lay_out(shape, real, sequences, cu_seqlens, training=training)
-        given = None if experts is None else self._given(experts, shape)
+        given = None if experts is None else self._given(experts, shape, self.top_k)
         weights, chosen = self._choose(flat, lay, given, training=training)
         if not self.training:
             self.watch(flat, chosen, mask=lay.mask)
@@ -228,31 +273,15 @@ class BalancedRouter(_Router):
             weights = self._tie(weights, logits, experts, lay, replayed=given is not None)
         return weights, experts
 
-    def _given(self, experts: Int[Tensor, "*tokens K"], shape: torch.Size) -> Int[Tensor, "T K"]:
-        """Check choices from elsewhere, and flatten them."""
-        if experts.shape != (*shape[:-1], self.top_k) or experts.is_floating_point():
-            raise ValueError(
-                f"{self.name}: experts of shape {tuple(experts.shape)} and {experts.dtype} for "
-                f"logits of shape {tuple(shape)} and top_k={self.top_k}: give whole numbers of "
-                f"shape {(*shape[:-1], self.top_k)}."
-            )
-        flat = experts.reshape(-1, self.top_k).long()
-        here = on_host(flat) and flat.numel() > 0
-        if here and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_experts:
-            raise ValueError(
-                f"{self.name}: experts from {int(flat.min())} to {int(flat.max())}, but the router "
-                f"has 0 to {self.num_experts - 1}. Give padding any of these, and a mask."
-            )
-        return flat
-
 
 class CountAndCharge(_Router):
     """Balance a layer whose choice is its own: capacity, thresholds, token dropping, replay.
 
     Call it with the logits and the experts that your layer chose, and go on with the logits that
     it returns. They are unchanged. In backward the batch is counted, and the method's charge is
-    added to their gradient. A method that selects acts through `selection_price`, which your layer
-    subtracts from its affinities before it chooses.
+    added to their gradient. A method that selects acts through what your layer ranks: take the
+    scores (T, E) of `preference(logits, mask, training=…)`, or subtract `price` (E,) from your
+    affinities, if the method's price is in affinities.
 
     Args:
         method: the method.
@@ -267,6 +296,21 @@ class CountAndCharge(_Router):
     >>> balance(logits, logits.topk(2).indices).shape
     torch.Size([5, 8])
     """
+
+    _asked = False  # for what top-k is to rank
+
+    @property
+    def price(self) -> Float[Tensor, "E"] | None:
+        """The price to subtract from your affinities before you choose; None if there is none."""
+        self._asked = True
+        return super().price
+
+    def preference(
+        self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool
+    ) -> Float[Tensor, "T E"] | None:
+        """Scores (T, E) to rank instead of your affinities; None for the affinities."""
+        self._asked = True
+        return super().preference(logits, mask, training=training)
 
     def forward(
         self,
@@ -291,14 +335,35 @@ class CountAndCharge(_Router):
 
         Returns:
             The logits, tied to the backward pass that counts and charges.
+
+        Raises:
+            ValueError: shapes that do not fit, experts that the router does not have, a mask of
+                other numbers than 0 and 1, or packed tokens without boundaries under a method that
+                looks at single sequences.
         """
+        real = self._real(logits.shape, mask)
         flat = logits.reshape(-1, self.num_experts)
-        chosen = experts.reshape(-1, experts.shape[-1])
-        real = None if mask is None else real_tokens(mask, f"{self.name}: mask").reshape(-1)
+        chosen = self._given(experts, logits.shape)
         training = self.training and torch.is_grad_enabled() and not self.at_rest
         lay = self._lay_out(logits.shape, real, sequences, cu_seqlens, training=training)
         if training:
+            self._expect_to_be_asked(replayed=replayed)
             flat = self._tie(flat, flat, chosen, lay, replayed=replayed)
         elif not self.training:
             self.watch(flat, chosen, mask=lay.mask)
         return flat.view(logits.shape)
+
+    def _expect_to_be_asked(self, *, replayed: bool) -> None:
+        """Warn once, after a first step, if the layer chooses without the method."""
+        if self._asked or replayed or not self.traits.selects or self.last_total is None:
+            return
+        self._asked = True
+        if not torch.compiler.is_compiling():
+            logger.warning(
+                "moebalance: %s: %r acts on the choice, but your layer has never asked what to "
+                "rank, so it acts on nothing. Rank preference(logits, mask, training=…) where it "
+                "is not None, or your affinities less `price`; or take a method that charges in "
+                "the loss, such as PhiBalancing.",
+                self.name,
+                self.method,
+            )

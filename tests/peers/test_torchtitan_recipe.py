@@ -195,8 +195,9 @@ def test_warns_where_an_export_would_lose_the_price(caplog: pytest.LogCaptureFix
         return [r.message for r in caplog.records if r.name == "moebalance"]
 
     assert warnings_under(PhiBalancing()) == []
-    (message,) = warnings_under(LossFree())
-    assert "Qwen3StateDictAdapter has no name for it" in message
+    for method in (LossFree(), LossFree(scale="nats")):
+        (message,) = warnings_under(method)
+        assert "Qwen3StateDictAdapter has no name for it" in message
 
 
 def test_refuses_a_model_without_moe_layers() -> None:

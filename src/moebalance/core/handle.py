@@ -179,7 +179,9 @@ class Balancing:
         found = summary(sums, self.method.traits.aim)
         if not found:
             return {}
-        prices = [price for layer in self.layers.values() if (price := layer.price) is not None]
+        # Not `layer.price`: who reads that chooses under it.
+        states = [layer.state for layer in self.layers.values()]
+        prices = [p for state in states if (p := self.method.selection_price(state)) is not None]
         if prices:
             spreads = torch.stack([metrics.price_spread(p).to(prices[0].device) for p in prices])
             found["price_spread"] = spreads.mean().item()
@@ -289,11 +291,11 @@ class Balancing:
         """
         if keep_price and self.price_outside:
             raise ValueError(
-                f"{self.method!r} trained a selection price, and {min(self.price_outside)} "
-                f"(of {len(self.price_outside)} such routers) has no selection bias to hold it: "
-                "without this handle the model sends tokens to other experts than in training. "
-                "Keep the handle's state and attach again, or train with a loss-lever method such "
-                "as PhiBalancing."
+                f"{self.method!r} trained a selection price, and the weights of "
+                f"{min(self.price_outside)} (of {len(self.price_outside)} such routers) do not "
+                "hold it: without this handle the model sends tokens to other experts than in "
+                "training. Keep the handle's state and attach again, or train with a method that "
+                "charges in the loss, such as PhiBalancing."
             )
         while self._on_detach:
             call, restores_price = self._on_detach.pop()

@@ -250,8 +250,10 @@ class LayerBalance(nn.Module):
         """Make the state before the first step, on the device in force."""
         self._template = self.method.init(self.num_experts)
         price, _ = price_in_force(self.method, self._template)
-        # Whether top-k ranks affinities, or their logarithms, less a price, and nothing else.
-        self.has_price = price is not None and not ranks_by_itself(self.method)
+        # Whether tokens are chosen under a price that is trained, in affinities or in nats.
+        self.trains_price = price is not None
+        # Whether top-k ranks affinities, or their logarithms, less that price, and nothing else.
+        self.has_price = self.trains_price and not ranks_by_itself(self.method)
         self._state_names = [f"state_{name}" for name, _ in leaves(self._template)]
         for name, (_, tensor) in zip(self._state_names, leaves(self._template), strict=True):
             self.register_buffer(name, tensor.clone())

@@ -69,12 +69,11 @@ def attach(model: nn.Module, method: Method, *, group: Group | None = None) -> B
         balancing.on_detach(wrapped.remove)
         end = partial(_end, balancing, list(routers.values())) if place == 0 else _nothing
         router.post_batch = end
-        if method.traits.has_selection_price:
-            if router.score_bias is None:
-                balancing.price_outside.add(name)
-            else:
-                layers[name].adopt(-router.score_bias)
-                balancing.on_step(partial(_publish, router, layers[name]))
+        if method.traits.has_selection_price and router.score_bias is not None:
+            layers[name].adopt(-router.score_bias)
+            balancing.on_step(partial(_publish, router, layers[name]))
+        elif layers[name].trains_price:
+            balancing.price_outside.add(name)
     return balancing
 
 

@@ -43,7 +43,7 @@ def recipe_method(recipe: Recipe, words: str) -> Method:
     if recipe.lora is not None and not recipe.lora.train_router and method.traits.charges:
         raise ValueError(
             f"{method!r} works through the gradient of the router, and [lora] train_router = "
-            "false leaves every router frozen. Set it to true, or use a selection-lever method "
+            "false leaves every router frozen. Set it to true, or use a method that selects, "
             "such as loss-free."
         )
     return method

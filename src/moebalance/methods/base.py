@@ -382,7 +382,7 @@ def refuse_frozen(name: str, method: Method, *, trains: bool) -> None:
         raise ValueError(
             f"{method!r} works through the gradient of the router, but {name} is frozen. Train it "
             "(with PEFT: modules_to_save or target_parameters), leave it out, or use a "
-            "selection-lever method such as LossFree."
+            "method that selects, such as LossFree."
         )
 
 

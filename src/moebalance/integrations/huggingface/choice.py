@@ -80,8 +80,8 @@ def check_levers(site: Site, method: Method) -> None:
     if method.traits.selects and not native and site.why_fixed:
         raise ValueError(
             f"{method!r} chooses experts, but {site.name} ({type(site.router).__name__}) "
-            f"{site.why_fixed} and has no selection bias for it: use a loss-lever method such "
-            "as PhiBalancing."
+            f"{site.why_fixed}, and no selection bias of its own holds this method's price: use a "
+            "method that charges in the loss, such as PhiBalancing."
         )
     refuse_frozen(site.name, method, trains=site.trainable)
 

@@ -2,8 +2,8 @@
 
 Methods that price selection (LossFree, QuantileBalancing and what is composed with them) train the
 experts under that price. Loaded without it, the model sends tokens to experts that have not learnt
-them. The price leaves in the model's own selection bias, as −price; a family without one has
-no place for it.
+them. The price leaves in the model's own selection bias, as −price. A family without one has no
+place for it, and no family has one for a price in nats.
 """
 
 import logging
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from moebalance.core.handle import Balancing
 from moebalance.integrations.huggingface.routers import Site, find_sites, transformers_model
 from moebalance.integrations.huggingface.scan import open_weights
+from moebalance.methods.base import price_in_force
 
 logger = logging.getLogger("moebalance")
 
@@ -162,21 +163,24 @@ def _hazards(
 
 
 def _own_sites(model: nn.Module, balancing: Balancing) -> list[Site]:
+    """The balanced routers of `model`."""
     sites = find_sites(model)
-    if {site.name for site in sites} != set(balancing.layers):
+    missing = sorted(set(balancing.layers) - {site.name for site in sites})
+    if missing:
         raise ValueError(
-            f"This handle balances {', '.join(list(balancing.layers)[:1])} and others, which "
-            f"{type(model).__name__} does not have under these names: give the very module that "
-            "was attached to."
+            f"This handle balances {missing[0]} ({len(missing)} such routers), which "
+            f"{type(model).__name__} does not have under this name: give the very module that was "
+            "attached to."
         )
-    return sites
+    return [site for site in sites if site.name in balancing.layers]
 
 
 def _priced(sites: Sequence[Site], balancing: Balancing) -> list[Site]:
     """The sites under a price that changes the choice: one that differs between experts."""
     found = []
     for site in sites:
-        price = balancing.layers[site.name].price if site.name in balancing.layers else None
+        layer = balancing.layers.get(site.name)
+        price = None if layer is None else price_in_force(layer.method, layer.state)[0]
         if price is not None and bool(price.max() > price.min()):
             found.append(site)
     return found
@@ -205,16 +209,18 @@ def _rounded(balancing: Balancing, sites: Sequence[Site]) -> str:
 
 
 def _without_slot(balancing: Balancing, names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
-        f"{balancing.method!r} trained a selection price, and {_first(names)} no selection bias "
-        "that could hold it. These weights alone send tokens to other experts than in training, "
-        "wherever they are loaded."
+        f"{balancing.method!r} trained a selection price, and the weights of {names[0]}{more} do "
+        "not hold it: that takes a price in affinities, and a selection bias of the model's own. "
+        "These weights alone send tokens to other experts than in training, wherever they are "
+        "loaded."
     )
 
 
 _WITHOUT_SLOT_REMEDY = (
-    "Use a loss-lever method such as PhiBalancing for a model that you export. To evaluate "
-    "this one, save the balancing state (moebalance.huggingface.save) and attach it again."
+    "To export a model, train it with a method that charges in the loss, such as PhiBalancing. To "
+    "evaluate this one, save the balancing state (moebalance.huggingface.save) and attach again."
 )
 
 
@@ -225,10 +231,6 @@ def _unsaved(balancing: Balancing, names: Sequence[str]) -> str:
         "An adapter holds what it trains: merge it (merge_and_unload) and save the whole model, or "
         "name the router in modules_to_save."
     )
-
-
-def _first(names: Sequence[str]) -> str:
-    return f"{names[0]} has" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more have"
 
 
 def _among(bias: Tensor, saved: dict[str, Any]) -> bool:

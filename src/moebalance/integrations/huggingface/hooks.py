@@ -116,7 +116,7 @@ def _tie(
         balancing.on_detach(hook.stand_in())
         if native:
             carried.append(BiasPrice(site, layer))
-        elif method.traits.has_selection_price:
+        elif layer.trains_price:
             balancing.price_outside.add(site.name)
     prices = Prices(carried, group)
     balancing.on_step(prices.publish)

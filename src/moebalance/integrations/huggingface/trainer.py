@@ -235,5 +235,5 @@ def _check_routers(balancing: Balancing, model: nn.Module) -> None:
             raise ValueError(
                 f"{balancing.method!r} works through the gradient of the router, but {name} was "
                 "frozen since it was attached to. Train it (with PEFT: modules_to_save or "
-                "target_parameters), or use a selection-lever method such as LossFree."
+                "target_parameters), or use a method that selects, such as LossFree."
             )

@@ -52,7 +52,8 @@ def attach(model: nn.Module | list[nn.Module], *, step_by_hand: bool = False) ->
     for name, router in routers.items():
         router.check_stepped, router.on_reset = boundary.check, boundary.reset
         balancing.on_step(router.publish_price)
-        if method.traits.has_selection_price and router.expert_bias is None:
+        held = method.traits.has_selection_price and router.expert_bias is not None
+        if router.balance.trains_price and not held:
             balancing.price_outside.add(name)
     if first.balance.by_sequence:
         for remove in packed.follow(chunks, routers.values()):

@@ -75,7 +75,7 @@ def attach(
         _BALANCED.setdefault(one.module, set()).add(one.member)
         balancing.on_detach(partial(_BALANCED[one.module].discard, one.member))
         balancing.on_detach(listen(one.module, one.member, one.num_experts, hook.after))
-        if method.traits.selects:
+        if layers[one.name].trains_price:
             balancing.price_outside.add(one.name)
     return balancing
 

@@ -18,7 +18,7 @@ from torchtitan.models.common.moe import (  # type: ignore[import-not-found]
 from moebalance.integrations.pipelining import ignore_trial_runs
 from moebalance.integrations.torchtitan.router import STATE, BalancedTopKRouter, RouterBalance
 from moebalance.integrations.torchtitan.steps import drive
-from moebalance.methods.base import Method
+from moebalance.methods.base import Method, price_in_force
 
 logger = logging.getLogger("moebalance")
 
@@ -60,7 +60,10 @@ def balanced(config: Any, method: Method) -> Any:
     if spec.pipelining_fn is not None:
         spec.pipelining_fn = partial(_pipelining, theirs=spec.pipelining_fn)
     if spec.state_dict_adapter is not None:
-        spec.state_dict_adapter = _exporting(spec.state_dict_adapter, method)
+        price, _ = price_in_force(method, method.init(layers[0][1].router.num_experts))
+        spec.state_dict_adapter = _exporting(
+            spec.state_dict_adapter, method, priced=price is not None
+        )
     if type(config.metrics) is MetricsProcessor.Config:
         config.metrics = derive(config.metrics, BalanceMetrics.Config)
     return config
@@ -132,22 +135,23 @@ def _pipelining(*args: Any, theirs: Any, **kwargs: Any) -> Any:
     return schedule, parts, first, last
 
 
-def _exporting(adapter: Any, method: Method) -> Any:
-    """An adapter to and from Hugging Face's names that leaves the method's state out."""
+def _exporting(adapter: Any, method: Method, *, priced: bool) -> Any:
+    """An adapter to and from Hugging Face's names that leaves the method's state out.
+
+    It warns where the method trains a price and the names have no place for it.
+    """
 
     class BalancedAdapter(adapter):  # type: ignore[misc]
         def __init__(self, model_config: Any, hf_assets_path: str | None) -> None:
             super().__init__(model_config, hf_assets_path)
             names = [str(name) for name in getattr(self, "from_hf_map", {}).values()]
-            if (
-                method.traits.has_selection_price
-                and names
-                and not any("expert_bias" in n for n in names)
-            ):
+            biased = any("expert_bias" in name for name in names)
+            held = biased and method.traits.has_selection_price
+            if priced and names and not held:
                 logger.warning(
                     "moebalance: %r trains a selection price, and %s has no name for it: exported "
                     "to Hugging Face, this model would route without it. Keep torchtitan's own "
-                    "checkpoints, or train with a loss-lever method such as PhiBalancing.",
+                    "checkpoints, or train with PhiBalancing, which charges in the loss.",
                     method,
                     adapter.__name__,
                 )

@@ -24,7 +24,7 @@ def check_levers(model: PreTrainedModel, sites: Sequence[Site]) -> list[Finding]
             Finding(
                 Severity.WARNING,
                 f"{unequal[0].name} and its like: {unequal[0].convention.why_shares}.",
-                "Say what part of the load each of the router's columns shall have "
+                "Say what part of the load each of the router's columns should get "
                 "(docs/targets.md); a method without shares is refused.",
             )
         )
@@ -44,9 +44,9 @@ def check_levers(model: PreTrainedModel, sites: Sequence[Site]) -> list[Finding]
         findings.append(
             Finding(
                 Severity.NOTE,
-                f"{fixed[0].name} and its like offer the loss lever only: the router "
+                f"{fixed[0].name} and its like can be charged in the loss only: the router "
                 f"{fixed[0].why_fixed}, and has no selection bias.",
-                "Use PhiBalancing or another loss-lever method; LossFree is refused.",
+                "Use PhiBalancing or another method that charges in the loss; LossFree is refused.",
             )
         )
     if hooked:
@@ -56,7 +56,7 @@ def check_levers(model: PreTrainedModel, sites: Sequence[Site]) -> list[Finding]
                 "The family has no selection bias: a price trained by LossFree or "
                 "QuantileBalancing acts through moebalance's hook only and does not leave with "
                 "save_pretrained; moebalance.huggingface.export refuses it.",
-                "For a model that shall be exported, use a loss-lever method such as PhiBalancing.",
+                "To export the model, use a method that charges in the loss, such as PhiBalancing.",
             )
         )
     return findings

@@ -207,7 +207,7 @@ def _check_adapter(sites: Sequence[Site], weights: Weights) -> list[Finding]:
         Finding(
             Severity.NOTE,
             f"The adapter leaves {len(sites) - len(trained)} of {len(sites)} routers frozen: "
-            "loss-lever methods are refused there"
+            "methods that charge in the loss are refused there"
             + (", and it has no place for a selection price." if biased else "."),
             "To train routers with it, name them in target_parameters or modules_to_save"
             + ("; to keep a price, merge the adapter and save the whole model." if biased else "."),

@@ -42,22 +42,24 @@ def check_state(state: Mapping[str, Any], sites: Sequence[Site], weights: Weight
         if key.endswith("price")
     }
     priced = [s for s in sites if _bare(s.name) in prices and _matters(prices[_bare(s.name)])]
-    homeless = [site.name for site in priced if site.bias_name is None]
+    method = method_of(state["method_repr"])
+    in_nats = method is not None and not method.traits.has_selection_price
+    homeless = [site.name for site in priced if site.bias_name is None or in_nats]
     if homeless:
+        why = "a price in nats fits in no bias" if in_nats else "this family has no selection bias"
         findings.append(
             Finding(
                 Severity.WARNING,
                 f"The trained selection price of {and_more(homeless)} is in the balancing state "
-                "only, for this family has no selection bias: the weights alone route otherwise "
-                "than in training.",
-                "Resume with moebalance; for a model to be exported, use a loss-lever method such "
-                "as PhiBalancing.",
+                f"only, for {why}: the weights alone route otherwise than in training.",
+                "Resume with moebalance. To export a model, train it with a method that charges in "
+                "the loss, such as PhiBalancing.",
             )
         )
     dropped = [
         site.name
         for site in priced
-        if site.bias_name is not None and not _holds(site, prices[_bare(site.name)], weights)
+        if site.name not in homeless and not _holds(site, prices[_bare(site.name)], weights)
     ]
     if dropped:
         findings.append(
