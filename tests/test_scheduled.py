@@ -116,6 +116,7 @@ def test_one_schedule_a_layer_goes_on_where_it_was_saved():
     ("make", "says"),
     [
         (lambda: Scheduled(mb.Sinkhorn(), warmup_tokens=10), "no strength to steer"),
+        (lambda: Scheduled(mb.recommended(), warmup_tokens=10), r"Together\(Scheduled\(…\), …\)"),
         (lambda: Scheduled(mb.PhiBalancing(), warmup_tokens=-1), "warmup_tokens=-1"),
         (lambda: Scheduled(mb.PhiBalancing(), relax_after=10, floor=2.0), r"floor=2\.0"),
         (lambda: Scheduled(mb.PhiBalancing(), floor=0.5), "give relax_after"),

@@ -8,6 +8,7 @@ import torch
 import moebalance as mb
 from cases import POTENTIALS, to_double
 from moebalance.methods.strength import alpha
+from moebalance.potentials import LogCosh, LpNorm
 from moebalance.routing import Batch, Sums
 
 STRENGTH, TOKENS, TOP_K = 0.01, 4096.0, 2
@@ -74,6 +75,20 @@ def test_the_sequence_loss_of_one_sequence_pushes_as_the_switch_loss():
 def test_a_potential_of_one_group_has_no_slope_and_pushes_nothing():
     method = mb.PhiBalancing(mb.NegativeEntropy().grouped(1), STRENGTH)
     assert push(method, 8).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("potential", "experts"),
+    [(LogCosh(1e4), 8), (LogCosh(1e3), 8), (LpNorm(300), 64)],
+    ids=str,
+)
+@pytest.mark.parametrize("build", [mb.PhiBalancing, mb.PlugInLoss])
+def test_a_potential_that_is_flat_at_the_uniform_load_is_refused_and_not_switched_off(
+    build, potential, experts
+):
+    with pytest.raises(ValueError, match="strengths are out of range"):
+        build(potential).init(experts)
+    build(potential, unit="paper").init(experts)
 
 
 @pytest.mark.parametrize("build", [mb.PhiBalancing, mb.PlugInLoss])

@@ -62,7 +62,9 @@ def test_a_goal_is_about_the_load_that_it_names():
         (lambda: Gini(0.1, load="firm"), "'hard' or 'soft'"),
         (lambda: RankVio(0.1, ep_size=1), "at least 2"),
         (lambda: RankVio(0.1, ep_size=3).measure(LOAD), "cannot be shared out to 3 ranks"),
-        (lambda: Targeted(mb.LossFree(), MaxVio(0.1)), "no strength to steer"),
+        (lambda: Targeted(mb.LossFree(), MaxVio(0.1)), "steers a strength that balances"),
+        (lambda: Targeted(mb.ZLoss(), MaxVio(0.1)), "steers a strength that balances"),
+        (lambda: Targeted(mb.recommended(), MaxVio(0.1)), r"parts: Together\(Targeted\(…\), …\)"),
         (lambda: Targeted(mb.PhiBalancing(), MaxVio(0.1), gain=0.0), "gain=0.0"),
         (lambda: Targeted(mb.PhiBalancing(), MaxVio(0.1), ceiling=0.5), "ceiling=0.5"),
         (lambda: Targeted(mb.PhiBalancing(), MaxVio(0.1), rate=2.0), r"rate=2\.0"),
@@ -239,7 +241,7 @@ def test_a_target_in_words(words, goal):
 def test_a_target_is_an_option_of_every_method_that_charges_and_composes():
     method = build_method("switch(strength=0.1, target=0.3)+loss-free")
     assert method.methods[0] == Targeted(mb.SwitchLoss(strength=0.1), MaxVio(0.3))
-    with pytest.raises(ValueError, match="no strength to steer"):
+    with pytest.raises(ValueError, match="steers a strength that balances"):
         build_method("loss-free(target=0.3)")
 
 

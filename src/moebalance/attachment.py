@@ -94,10 +94,7 @@ def attach(
         raise TypeError(f"attach needs a torch module; got {type(model).__name__}.")
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method={method!r}: must be a Method such as PhiBalancing(strength=1e-3).")
-    ours = (BalancedRouter, CountAndCharge)
-    own: dict[str, LayerBalance] = {
-        name: module for name, module in model.named_modules() if isinstance(module, ours)
-    }
+    own = own_routers(model)
     said: dict[str, Any] = {"top_k": top_k, "gate": gate, "normalize": normalize, "limit": limit}
     said |= {"num_experts": num_experts, "mask": mask, "cu_seqlens": cu_seqlens}
     if routers is not None:
@@ -130,6 +127,12 @@ def attach(
         "BalancedRouter (see the example examples/plain_pytorch.py). For a Megatron-Core model, "
         "take balanced_spec and attach of moebalance.integrations.megatron."
     )
+
+
+def own_routers(model: nn.Module) -> dict[str, LayerBalance]:
+    """The modules of ours in a model, which carry their method, by name."""
+    ours = (BalancedRouter, CountAndCharge)
+    return {name: module for name, module in model.named_modules() if isinstance(module, ours)}
 
 
 def _named(
@@ -168,31 +171,35 @@ def _own(
     *,
     fused: bool,
 ) -> Balancing:
-    taken = [name or "router" for name, router in routers.items() if _handle_of(router) is not None]
+    named = {bare_name(model, wrapped): router for wrapped, router in routers.items()}
+    balanced = {name or "router": named[name] for name in chosen(named, layers)}
+    taken = [name for name, router in balanced.items() if _handle_of(router) is not None]
     if taken:
         raise ValueError(
-            f"{taken[0]} is balanced already: detach() the first Balancing before attaching again."
+            f"{taken[0]} is balanced already: detach() the first Balancing before attaching again, "
+            "or give it to monitor() to watch it."
         )
-    methods = {router.method for router in routers.values()}
+    methods = {router.method for router in balanced.values()}
     if method is not None and methods != {method}:
         raise ValueError(
             f"This model's BalancedRouters carry {methods}: call attach(model) without a method, "
             f"or build them with {method!r}."
         )
     if len(methods) > 1:
-        raise ValueError(f"One handle steps one method, but the routers carry {methods}.")
-    named = {bare_name(model, wrapped): router for wrapped, router in routers.items()}
-    balanced: dict[str, LayerBalance] = {}
-    for name in chosen(named, layers):
-        router = named[name]
-        router.name = name or router.name
-        balanced[name or "router"] = router
+        raise ValueError(
+            f"One handle steps one method, but the routers carry {methods}: attach each kind by "
+            'itself, for example attach(model, layers="*encoder*").'
+        )
     balancing = Balancing(methods.pop(), balanced, group=group)
-    for router in named.values():
-        balancing.on_detach(partial(_give_back, router, router.fused))
-        router.at_rest = not any(router is b for b in balanced.values())
-        _HANDLES[router] = weakref.ref(balancing)
-        router.fused &= fused
+    for name, router in named.items():
+        if balanced.get(name or "router") is router:
+            router.name = name or router.name
+            balancing.on_detach(partial(_give_back, router, router.fused))
+            router.at_rest = False
+            _HANDLES[router] = weakref.ref(balancing)
+            router.fused &= fused
+        elif _handle_of(router) is None:
+            router.at_rest = True
     reminder = StepReminder()
     balancing.on_step(reminder.saw_step)
     first = next(iter(balanced.values()))

@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from moebalance import __version__
-from moebalance.attachment import attach
+from moebalance.attachment import attach, own_routers
 from moebalance.core.handle import Balancing, Loads
 from moebalance.methods import NoBalancing
 from moebalance.methods.describe import describe
 from moebalance.metrics.image import DEAD
-from moebalance.router import BalancedRouter
 from moebalance.runlog import RunLog
 from moebalance.words.methods import words_of
 
@@ -33,6 +32,7 @@ def monitor(
     *,
     name: str | None = None,
     snapshot_every: int = 25,
+    **named: Any,
 ) -> "Monitor":
     """Watch every router of a model; nothing of the model or its training changes.
 
@@ -41,6 +41,8 @@ def monitor(
         log: folder for a run log; None to only return the metrics, as all ranks but one should.
         name: of the run in reports; the model's class by default.
         snapshot_every: steps between load snapshots in the log.
+        named: for a model of your own, which modules return the logits of its routers and how its
+            layers choose: `routers`, `top_k` and the others of `attach`.
 
     Raises:
         ValueError: no router was found, or one of a kind that cannot be read; the log is another
@@ -60,10 +62,10 @@ def monitor(
     run_log = None if log is None else _new_log(log)
     if isinstance(model, Balancing):
         watched, balancing = None, model
-    elif _routes_itself(model):
-        watched, balancing = model, attach(model)
+    elif own_routers(model):
+        watched, balancing = model, attach(model, **named)
     else:
-        watched, balancing = model, attach(model, NoBalancing(), keep_native_loss=True)
+        watched, balancing = model, attach(model, NoBalancing(), keep_native_loss=True, **named)
     return Monitor(watched, balancing, run_log, name=name, snapshot_every=snapshot_every)
 
 
@@ -173,10 +175,6 @@ def _new_log(path: str | Path) -> RunLog:
             "log=…, or move that one away."
         )
     return log
-
-
-def _routes_itself(model: nn.Module) -> bool:
-    return any(isinstance(module, BalancedRouter) for module in model.modules())
 
 
 def _shares(loads: dict[str, Loads]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Balancing:
         """Names of layers whose selection price is in no weight of the model."""
         for layer in self.layers.values():
             layer.settle()
-        self._share_loss_scale()
+        self.share_cells()
 
     def place(self, devices: Mapping[str, torch.device]) -> None:
         """Move each named layer to the device of its router."""
@@ -78,7 +78,7 @@ class Balancing:
         for name in strays:
             self.layers[name].to(devices[name])
         if strays:
-            self._share_loss_scale()
+            self.share_cells()
 
     def on_step(self, call: Callable[[], None]) -> None:
         """Call `call` after each step and each load, for example to write prices into a model."""
@@ -144,7 +144,7 @@ class Balancing:
         Wrap the mean loss of a batch before you divide it by accumulation steps or give it to a
         gradient scaler. You do not need it if the model computes its own loss.
         """
-        for scale in self._loss_scales():
+        for scale in self.loss_scales():
             loss = follow(loss, scale, factor)
         return loss
 
@@ -345,18 +345,22 @@ class Balancing:
             found["maxvio"],
         )
 
-    def _share_loss_scale(self) -> None:
-        """Layers on one device share their cells: following a loss then costs one copy."""
+    def share_cells(self) -> None:
+        """Let layers on one device share the cells of the loss scale and of replays.
+
+        Following a loss then costs one copy.
+        """
         cells: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for layer in self.layers.values():
             own = layer.loss_scale, layer.replayed
             layer.loss_scale, layer.replayed = cells.setdefault(own[0].device, own)
 
     def _reset_loss_scale(self) -> None:
-        for cell in self._loss_scales():
+        for cell in self.loss_scales():
             cell.fill_(self._loss_scale)
 
-    def _loss_scales(self) -> list[Tensor]:
+    def loss_scales(self) -> list[Tensor]:
+        """The factor () of the balancing term on each device."""
         return list(
             {id(layer.loss_scale): layer.loss_scale for layer in self.layers.values()}.values()
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -278,15 +279,18 @@ class LayerBalance(nn.Module):
         """
         device = self.last_step.device
         if self.running.is_meta and device.type != "meta":
-            self.running = torch.zeros_like(self.running, device=device)
-            self.loss_scale = torch.ones_like(self.loss_scale, device=device)
-            self.replayed = torch.zeros_like(self.replayed, device=device)
-            self.tickets = torch.zeros_like(self.tickets, device=device)
+            self.remake(partial(torch.zeros_like, device=device))
+            self.loss_scale.fill_(1)
             self._template = self.method.init(self.num_experts)
             # Transformers marks what it has read; the rest is memory that nobody wrote to.
             read = (getattr(x, "_is_hf_initialized", False) for x in self._buffers.values())
             if getattr(self, "_is_hf_initialized", False) and not all(read):
                 self._begin_anew()
+
+    def remake(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace each tensor that is no buffer by what `change` makes of it."""
+        for name in ("running", "loss_scale", "replayed", "tickets"):
+            setattr(self, name, change(getattr(self, name)))
 
     def _begin_anew(self) -> None:
         self._write(self.method.init(self.num_experts))
@@ -343,10 +347,7 @@ class LayerBalance(nn.Module):
         for name, tensor in self._buffers.items():
             assert tensor is not None
             self._buffers[name] = tensor.to(device)
-        self.running = self.running.to(device)
-        self.loss_scale = self.loss_scale.to(device)
-        self.replayed = self.replayed.to(device)
-        self.tickets = self.tickets.to(device)
+        self.remake(lambda tensor: tensor.to(device))
         if self.watched is not None:
             scores, counts, tokens, _ = self.watched
             self.watched = Sums(scores.to(device), counts.to(device), tokens.to(device))

@@ -262,14 +262,13 @@ def _unshare(balancing: Balancing) -> None:
     The ranks that a launcher spawns on CPU receive one tensor in shared memory, and would all count
     into it. Lightning parts them again for parameters and buffers of its module, and no others.
     """
-    cells: dict[int, Tensor] = {}
     for layer in balancing.layers.values():
         if layer.running.is_cuda or not layer.running.is_shared():  # type: ignore[no-untyped-call]
             continue
-        layer.running = layer.running.clone()
-        layer.loss_scale = cells.setdefault(id(layer.loss_scale), layer.loss_scale.clone())
+        layer.remake(Tensor.clone)
         for buffer in layer.buffers():
             buffer.data = buffer.data.clone()
+    balancing.share_cells()
 
 
 def _nothing() -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Method, Traits
+from moebalance.methods.base import Method, Traits, inner_methods
 from moebalance.routing import Batch, Routing
 
 
@@ -30,6 +30,11 @@ class Scaled(Method):
     """
 
     method: Method
+    _needs: ClassVar[str] = "it has no strength to steer"
+    _instead: ClassVar[str] = (
+        "Give a method that charges in the loss alone, such as PhiBalancing(), and compose it with "
+        "others by Together afterwards."
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -38,9 +43,10 @@ class Scaled(Method):
                 "PhiBalancing()."
             )
         if not self._accepts(self.method):
+            wrapper, several = type(self).__name__, len(inner_methods(self.method)) > 1
             raise ValueError(
-                f"{self.method!r} has no strength to steer: give a method that charges in the "
-                "loss alone, and compose it with Together afterwards."
+                f"{wrapper}({self.method!r}, …): {self._needs}. "
+                + (f"Wrap its parts: Together({wrapper}(…), …)." if several else self._instead)
             )
 
     @staticmethod

@@ -13,10 +13,14 @@ means what a Switch coefficient of 0.01 means. `unit="paper"` takes the strength
 import math
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
+
 from moebalance.methods.base import check_positive
 from moebalance.potentials import Potential
 
 Unit = Literal["switch", "paper"]
+
+_MOST = 1e9  # what a strength may be multiplied by: prices of a collapsed load still fit float32
 
 
 @runtime_checkable
@@ -56,7 +60,7 @@ def alpha(method: Potent, num_experts: int) -> float:
     """α of a method for E experts.
 
     Raises:
-        ValueError: the potential has no single slope, and the unit needs one.
+        ValueError: the potential has no single slope, or one out of range, and the unit needs one.
 
     >>> from moebalance.methods import PhiBalancing
     >>> alpha(PhiBalancing(strength=0.01), 32), alpha(PhiBalancing(strength=0.01, unit="paper"), 32)
@@ -68,5 +72,20 @@ def alpha(method: Potent, num_experts: int) -> float:
         slope = method.potential.slope(num_experts)
     except ValueError as error:
         raise ValueError(f"{error} Give unit='paper', and the strength as α.") from error
-    # A potential without slope, such as one of a single group, has a constant price: no push.
-    return method.strength / slope if 0 < slope < math.inf else 0.0
+    if 1 / _MOST < slope < math.inf:
+        return method.strength / slope
+    if slope == 0 and not _pushes(method.potential, num_experts):  # such as one of a single group
+        return 0.0
+    raise ValueError(
+        f"{method.potential!r} has slope {slope:.3g} at {num_experts} experts: divided by it, "
+        "strengths are out of range. Use milder parameters, or give unit='paper' and the strength "
+        "as α."
+    )
+
+
+def _pushes(potential: Potential, num_experts: int) -> bool:
+    """Whether experts of a collapsed load have different prices."""
+    load = torch.zeros(num_experts, dtype=torch.float64, device="cpu")
+    load[0] = 1
+    price = potential.grad(load)
+    return bool(price.max() > price.min())

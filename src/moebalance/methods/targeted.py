@@ -25,13 +25,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import log
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moebalance.methods.base import Traits, beyond, check_positive, check_rate, where_seen
+from moebalance.methods.base import (
+    Method,
+    Traits,
+    beyond,
+    check_positive,
+    check_rate,
+    where_seen,
+)
 from moebalance.methods.ema import Ema
 from moebalance.methods.goals import Goal
 from moebalance.methods.scaled import Scaled
@@ -73,7 +80,7 @@ class Targeted(Scaled):
     """A method that charges in the loss, with a strength steered to a goal, layer by layer.
 
     Args:
-        method: any method that charges in the loss. λ starts at 1, its own strength.
+        method: any method that balances by a charge in the loss. λ starts at 1, its own strength.
         goal: for example `MaxVio(0.3)`. A goal without proportions takes the method's.
         gain: κ > 0, the most that log λ moves in a step; 0.01 takes 230 steps for a factor of ten.
         rate: η in (0, 1] of the averaged load. Its sampling noise must lie well below the goal:
@@ -81,8 +88,9 @@ class Targeted(Scaled):
         ceiling: the largest λ, from 1 to 1e6. The smallest is a hundredth, and counts as 0.
 
     Raises:
-        TypeError: the method does not charge in the loss, or `goal` is not a goal.
-        ValueError: a number out of range.
+        TypeError: something else than a method, or than a goal.
+        ValueError: the method does not balance by a charge in the loss alone, or a number is out of
+            range.
 
     >>> from moebalance.methods.goals import MaxVio
     >>> from moebalance.methods.phi import PhiBalancing
@@ -94,6 +102,11 @@ class Targeted(Scaled):
     gain: float = 0.01
     rate: float = 0.05
     ceiling: float = 30.0
+    _needs: ClassVar[str] = "a goal of the load steers a strength that balances it"
+
+    @staticmethod
+    def _accepts(method: Method) -> bool:
+        return Scaled._accepts(method) and method.traits.balances
 
     def __post_init__(self) -> None:
         super().__post_init__()

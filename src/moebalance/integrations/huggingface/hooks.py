@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from moebalance.core.distributed import Group
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
+from moebalance.integrations.compiled import refuse_compiled
 from moebalance.integrations.copies import release
-from moebalance.integrations.huggingface.choice import choose_sites, parts
+from moebalance.integrations.huggingface.choice import choose_sites
 from moebalance.integrations.huggingface.exporting import guard_saving
 from moebalance.integrations.huggingface.forward import Context, Forward, find_entrances, holder
 from moebalance.integrations.huggingface.model_hooks import ModelHooks
@@ -22,7 +23,7 @@ from moebalance.integrations.huggingface.routers import Site, transformers_model
 from moebalance.integrations.huggingface.storage import home
 from moebalance.integrations.huggingface.tokens import Layout
 from moebalance.integrations.names import Layers
-from moebalance.methods.base import Method
+from moebalance.methods.base import Method, sees_sequences
 
 
 def serves(model: nn.Module) -> bool:
@@ -45,7 +46,7 @@ def attach(
         raise TypeError(f"{type(model).__name__} holds no Transformers model.")
     release(model)
     _refuse_second(model)
-    _refuse_compiled(model)
+    refuse_compiled(model)
     sites, method = choose_sites(model, method, layers)
     if not sites:
         raise ValueError(
@@ -97,7 +98,7 @@ def _tie(
     entrances = find_entrances(model, [site.router for site in sites])
     stacks = sum(entrance.stack is not None for entrance in entrances)
     forward = Forward(Context((Layout(),) * stacks))
-    by_sequence = any(part.traits.coupling == "sequence" for part in parts(method))
+    by_sequence = sees_sequences(method)
     hooks, carried = [], []
     for site in sites:
         layer = balancing.layers[site.name]
@@ -160,14 +161,6 @@ def _refuse_second(model: nn.Module) -> None:
         hooks = module._forward_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), RouterHook) for hook in hooks):
             raise ValueError(
-                f"{name} is balanced already: detach() the first Balancing before attaching again."
-            )
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-            raise ValueError(
-                f"{name or type(model).__name__} is compiled already, and a compiled model ignores "
-                "hooks added later: attach first, then compile."
+                f"{name} is balanced already: detach() the first Balancing before attaching again, "
+                "or give it to monitor() to watch it."
             )

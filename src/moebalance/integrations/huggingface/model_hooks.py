@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from moebalance.core.handle import Balancing
+from moebalance.integrations.compiled import compiled_part
 from moebalance.integrations.copies import CopyReminder, Hook
 from moebalance.integrations.huggingface.forward import Context, Entrance, Forward
 from moebalance.integrations.huggingface.price import Policy, Prices
@@ -163,9 +164,8 @@ class ModelHooks(Hook):
 
     def _is_eager(self) -> bool:
         """Whether no part is compiled: there, calls are not counted. Nor do shapes count."""
-        for module in (inner for e in self.entrances for inner in e.module.modules()):
-            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-                return False
+        if any(compiled_part(entrance.module) is not None for entrance in self.entrances):
+            return False
         return not any(next(r.site.router.parameters()).is_meta for r in self.routers)
 
     def _lay_out(self, entrance: Entrance, number: int, *, trains: bool) -> None:
@@ -216,8 +216,7 @@ class ModelHooks(Hook):
             if self.undivided:
                 logger.warning(_UNDIVIDED, micro_batches, micro_batches)
         if self.undivided:
-            layers = self.balancing.layers.values()
-            for cell in {id(layer.loss_scale): layer.loss_scale for layer in layers}.values():
+            for cell in self.balancing.loss_scales():
                 cell.div_(micro_batches)
 
 

@@ -176,12 +176,10 @@ def follow_outputs(args: Any, model: nn.Module, balancing: Balancing) -> Callabl
             output["aux_loss"] = log_probs.new_zeros(())
         # A copy of the model has this hook, too.
         if token_mean and module is model and module.training and torch.is_grad_enabled():
-            layers = balancing.layers.values()
-            cells = {id(layer.loss_scale): layer.loss_scale for layer in layers}
             output["log_probs"] = cast(
                 Tensor,
                 _ReadWeight.apply(  # type: ignore[no-untyped-call]
-                    log_probs, output["label_mask"], *cells.values()
+                    log_probs, output["label_mask"], *balancing.loss_scales()
                 ),
             )
         return output

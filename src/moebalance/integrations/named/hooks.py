@@ -25,6 +25,7 @@ from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.core.sequences import Lay, packed
 from moebalance.gates import top_experts
+from moebalance.integrations.compiled import refuse_compiled
 from moebalance.integrations.copies import CopyReminder, Hook, Origin, release
 from moebalance.integrations.named.evidence import Witness
 from moebalance.integrations.named.finding import Named, Rule
@@ -55,7 +56,7 @@ def attach(
     check_weights(method, how)
     release(model)
     _refuse_second(routers)
-    _refuse_compiled(model)
+    refuse_compiled(model)
     surround = Surround(model, how.mask, how.cu_seqlens)
     layers = {}
     for one in routers:
@@ -258,15 +259,6 @@ def _refuse_second(routers: list[Named]) -> None:
     for one in routers:
         if one.member in _BALANCED.get(one.module, ()):
             raise ValueError(
-                f"{one.name} is balanced already: detach() the first Balancing before "
-                "attaching again."
-            )
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-            raise ValueError(
-                f"{name or type(model).__name__} is compiled already, and a compiled model ignores "
-                "hooks added later: attach first, then compile."
+                f"{one.name} is balanced already: detach() the first Balancing before attaching "
+                "again, or give it to monitor() to watch it."
             )
