@@ -302,8 +302,9 @@ class CountAndCharge(_Router):
     @property
     def price(self) -> Float[Tensor, "E"] | None:
         """The price to subtract from your affinities before you choose; None if there is none."""
-        self._asked = True
-        return super().price
+        found = super().price
+        self._asked |= found is not None
+        return found
 
     def preference(
         self, logits: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None, *, training: bool

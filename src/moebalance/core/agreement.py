@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from moebalance.core.distributed import Group, gather, ranks_exist
 from moebalance.core.layer import LayerBalance
@@ -182,7 +182,8 @@ def _named(ranks: Sequence[int]) -> str:
 
 @functools.cache
 def _watch_optimizers() -> None:
-    register_optimizer_step_post_hook(_saw_update)
+    # Before it steps: hooks of one optimizer, which may end the step, run before those of all.
+    register_optimizer_step_pre_hook(_saw_update)
 
 
 def _saw_update(_optimizer: Optimizer, *_: Any) -> None:

@@ -68,6 +68,11 @@ class Balancing:
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
         self.price_outside: set[str] = set()
         """Names of layers whose selection price is in no weight of the model."""
+        if group is not None and not isinstance(group, Group):
+            raise TypeError(
+                f"group={group!r}: must be a torch.distributed.ProcessGroup. Of a DeviceMesh, give "
+                'for example mesh["dp"].get_group().'
+            )
         for layer in self.layers.values():
             layer.settle()
         self.share_cells()
@@ -76,7 +81,9 @@ class Balancing:
         """Move each named layer to the device of its router."""
         strays = [name for name, to in devices.items() if self.layers[name].running.device != to]
         for name in strays:
-            self.layers[name].to(devices[name])
+            layer = self.layers[name]
+            move = layer.to_empty if layer.running.is_meta else layer.to  # meta: makes first values
+            move(device=devices[name])
         if strays:
             self.share_cells()
 
@@ -138,14 +145,22 @@ class Balancing:
         """
         self._ledger.discard()
 
-    def follow(self, loss: Float[Tensor, ""], *, factor: float = 1.0) -> Float[Tensor, ""]:
+    def follow(
+        self, loss: Float[Tensor, ""], *, factor: float = 1.0, optional: bool = False
+    ) -> Float[Tensor, ""]:
         """Return `loss`; the balancing term is from now on scaled as this loss is, times `factor`.
 
         Wrap the mean loss of a batch before you divide it by accumulation steps or give it to a
         gradient scaler. You do not need it if the model computes its own loss.
+
+        Args:
+            loss: ().
+            factor: how much stronger the term is.
+            optional: whether the loss may go unused, as one that a model returns. A gradient of
+                exactly 0 then says nothing; otherwise it switches the term off for this batch.
         """
         for scale in self.loss_scales():
-            loss = follow(loss, scale, factor)
+            loss = follow(loss, scale, factor, optional=optional)
         return loss
 
     def set_loss_scale(self, scale: float) -> None:
@@ -226,7 +241,8 @@ class Balancing:
     def evaluation(self) -> tuple[dict[str, float], dict[str, Loads]]:
         """Metrics and loads of all evaluation forwards since the last call.
 
-        They never enter the balancing.
+        They never enter the balancing. They are of this process alone: ranks may evaluate different
+        numbers of batches, or only one of them may.
 
         Raises:
             RuntimeError: `watch` was not called before.

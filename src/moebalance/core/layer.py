@@ -249,7 +249,7 @@ class LayerBalance(nn.Module):
 
     def _reset(self) -> None:
         """Make the state before the first step, on the device in force."""
-        self._template = self.method.init(self.num_experts)
+        self._template = self._first_state()
         price, _ = price_in_force(self.method, self._template)
         # Whether tokens are chosen under a price that is trained, in affinities or in nats.
         self.trains_price = price is not None
@@ -258,13 +258,22 @@ class LayerBalance(nn.Module):
         self._state_names = [f"state_{name}" for name, _ in leaves(self._template)]
         for name, (_, tensor) in zip(self._state_names, leaves(self._template), strict=True):
             self.register_buffer(name, tensor.clone())
-        self.register_buffer("last_step", torch.zeros(2, dtype=torch.float32))
         size = packed_size(self.method, self.num_experts)
-        self.running = torch.zeros(size, dtype=torch.float32)
-        self.loss_scale = torch.ones((), dtype=torch.float32)
-        self.replayed = torch.zeros((), dtype=torch.float32)
+        self.register_buffer("last_step", torch.zeros(2).float())
+        self.running = torch.zeros(size).float()
+        self.loss_scale = torch.ones(()).float()
+        self.replayed = torch.zeros(()).float()
         self.tickets = new_tickets(self.running)
         self.last_total = None
+
+    def _first_state(self) -> State:
+        """The state before the first step, float32.
+
+        Also within `deepspeed.zero.Init`, where torch's constructors give the model's dtype instead
+        of the one that they are asked for.
+        """
+        made = self.method.init(self.num_experts)
+        return refill(made, iter([at_least_float32(tensor) for _, tensor in leaves(made)]))
 
     def _of(self, saved: Mapping[str, Tensor]) -> State:
         return refill(self._template, iter([saved[name] for name in self._state_names]))
@@ -281,18 +290,25 @@ class LayerBalance(nn.Module):
         if self.running.is_meta and device.type != "meta":
             self.remake(partial(torch.zeros_like, device=device))
             self.loss_scale.fill_(1)
-            self._template = self.method.init(self.num_experts)
+            self._template = self._first_state()
             # Transformers marks what it has read; the rest is memory that nobody wrote to.
             read = (getattr(x, "_is_hf_initialized", False) for x in self._buffers.values())
             if getattr(self, "_is_hf_initialized", False) and not all(read):
-                self._begin_anew()
+                self.begin_anew()
 
     def remake(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor that is no buffer by what `change` makes of it."""
         for name in ("running", "loss_scale", "replayed", "tickets"):
             setattr(self, name, change(getattr(self, name)))
 
-    def _begin_anew(self) -> None:
+    def reset_parameters(self) -> None:
+        """Make the first state, as FSDP1 asks of a module that was made on the meta device."""
+        self._write(self.method.init(self.num_experts))
+        self.last_step.zero_()
+        self.discard()
+
+    def begin_anew(self) -> None:
+        """Go back to the first state, for a checkpoint that has none, and say so."""
         self._write(self.method.init(self.num_experts))
         self.last_step.zero_()
         logger.info("moebalance: the checkpoint has no state of %s: it starts anew.", self.name)
@@ -300,7 +316,8 @@ class LayerBalance(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load a model's checkpoint, but no balancing state that cannot be trained with.
 
-        From a checkpoint that was made without this module, start anew and say so.
+        From a whole checkpoint that was made without this module, start anew and say so. What is
+        loaded with `strict=False` may be a part, and leaves the state as it is.
         """
         saved = {name: state_dict.get(prefix + name) for name in self._buffers}
         if all(readable(saved[name], own) for name, own in self._buffers.items()):
@@ -313,8 +330,8 @@ class LayerBalance(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
             for name in there:  # assign=True also takes over what was rounded
                 self._buffers[name] = at_least_float32(self.get_buffer(name))
-        elif not self.last_step.is_meta:
-            self._begin_anew()
+        elif args[1] and not self.last_step.is_meta:  # strict
+            self.begin_anew()
         self.settle()
 
     def pass_for(self, logits: Float[Tensor, "T E"], top_k: int, **more: Any) -> Pass:

@@ -14,29 +14,36 @@ from torch import Tensor
 
 
 def follow(
-    loss: Float[Tensor, ""], scale: Float[Tensor, ""], factor: float = 1.0
+    loss: Float[Tensor, ""],
+    scale: Float[Tensor, ""],
+    factor: float = 1.0,
+    *,
+    optional: bool = False,
 ) -> Float[Tensor, ""]:
     """Return `loss` unchanged, and write the gradient that it receives, by `factor`, into `scale`.
 
-    So a strength means the same under a gradient scaler, accumulation and any world size.
+    So a strength means the same under a gradient scaler, accumulation and any world size. If the
+    loss is `optional`, a gradient of exactly 0 is not written.
     """
-    followed: Tensor = _Follow.apply(loss, scale, factor)  # type: ignore[no-untyped-call]
+    followed: Tensor = _Follow.apply(loss, scale, factor, optional)  # type: ignore[no-untyped-call]
     return followed
 
 
 class _Follow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, scale: Tensor, factor: float) -> Tensor:
-        ctx.scale, ctx.factor = scale, factor
+    def forward(ctx: Any, loss: Tensor, scale: Tensor, factor: float, optional: bool) -> Tensor:
+        ctx.scale, ctx.factor, ctx.optional = scale, factor, optional
         # A clone, not a view: trainers scale the loss they are given in place.
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        # An exact zero says that the trainer made its own loss (DDP sends one to unused outputs).
         found = gradient.to(ctx.scale.dtype)
         if ctx.factor != 1:
             found = found * ctx.factor
-        ctx.scale.copy_(torch.where(gradient == 0, ctx.scale, found))
-        return gradient, None, None
+        if ctx.optional:
+            # An exact zero says that another loss is trained: DDP sends one to unused outputs.
+            found = torch.where(gradient == 0, ctx.scale, found)
+        ctx.scale.copy_(found)
+        return gradient, None, None, None

@@ -5,10 +5,12 @@ from torch import nn
 
 def compiled_part(model: nn.Module) -> str | None:
     """The name of the first compiled module, "" for the model itself; None if there is none."""
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-            return name
-    return None
+    compiled = (
+        name
+        for name, module in model.named_modules()
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    )
+    return next(compiled, None)
 
 
 def refuse_compiled(model: nn.Module) -> None:

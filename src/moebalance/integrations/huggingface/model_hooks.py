@@ -207,7 +207,7 @@ class ModelHooks(Hook):
         if doubtful and loss.requires_grad:
             # Called after the line below has noted the gradient, before any router's backward.
             loss.register_hook(partial(self._divide, self.micro_batches))  # type: ignore[no-untyped-call]
-        return self.balancing.follow(loss, factor=factor)
+        return self.balancing.follow(loss, factor=factor, optional=True)
 
     def _divide(self, micro_batches: int, gradient: Tensor) -> None:
         """Charge the mean over a step, where its trainer forgot to divide the loss."""

@@ -237,11 +237,12 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         if any(key.startswith(own) for key in state_dict):
             return
         # Trained with Megatron's router: go on from its bias, with a memory that begins anew.
+        if rest[1]:  # strict: the checkpoint is whole
+            self.balance.begin_anew()
         if quantiles is not None:
             self._adopt_quantiles(quantiles, f"{prefix}qb_beta", errors=rest[-1])
         elif self.expert_bias is not None:
             self.balance.adopt(-self.expert_bias)
-        logger.info("moebalance: the checkpoint has no %s…; it starts anew.", own)
         state_dict.update(self.balance.state_dict(prefix=own))
 
     def _adopt_quantiles(self, price: Float[Tensor, "E"], name: str, errors: list[str]) -> None:
