@@ -34,6 +34,8 @@ from moebalance import (
     Together,
     ZLoss,
 )
+from moebalance.core.commit import commit_rows
+from moebalance.core.layer import LayerBalance
 from moebalance.gates import Gate
 from moebalance.methods import observe
 from moebalance.potentials import (
@@ -245,3 +247,11 @@ def parts(method: Method) -> list[Method]:
 def charging_parts(method: Method) -> list[Method]:
     """Those parts that charge a price on the scores."""
     return [part for part in parts(method) if type(part).loss_price is not Method.loss_price]
+
+
+def commit(layer: LayerBalance) -> Sums:
+    """End the step of one layer by itself; the sums of the step."""
+    commit_rows([layer], layer.running.clone().unsqueeze(0), replayed=layer.replayed)
+    layer.discard()
+    assert layer.last_sums is not None
+    return layer.last_sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import METHODS, random_logits, tensors
+from cases import METHODS, commit, random_logits, tensors
 from moebalance import (
     BalancedRouter,
     LossFree,
@@ -67,7 +67,7 @@ def trained(
         seen["experts"].append(experts)
         seen["gradients"].append(logits.grad)
         if seed % 2:
-            router.commit()
+            commit(router)
     seen["state"] = [*tensors(router.state), router.last_step]
     return seen
 

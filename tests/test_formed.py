@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import families
-from cases import METHODS
+from cases import METHODS, commit
 from moebalance import PhiBalancing, Sigmoid, Softmax, SqrtSoftplus, attach
 from moebalance.core import autograd, formed, layer
 from moebalance.core.layer import LayerBalance
@@ -69,7 +69,7 @@ def charged(route, gate, dtype, name, *, mask=None, weight=None, joined):
             how = own.pass_for(z, experts.shape[-1], weight=weight)
             weights = autograd.tie(weights, how, logits=z, experts=experts, mask=mask)
         (weights * torch.arange(1.0, TOP_K + 1)).sum().backward()
-        own.commit()
+        commit(own)
     return z.grad, own.last_total
 
 
@@ -126,7 +126,7 @@ def test_affinities_in_half_precision_are_formed_anew_and_counted_beyond_256():
     weights, experts = z.softmax(dim=-1).topk(1)
     assert formed.find(weights, z, Softmax()) is None
     own.tie(weights, z, experts).sum().backward()
-    own.commit()
+    commit(own)
     assert own.last_sums.counts[0] == 1000
     assert own.last_sums.counts.dtype == torch.float32
 

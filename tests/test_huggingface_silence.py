@@ -105,6 +105,7 @@ def test_an_moe_block_without_a_known_router_is_told_of(caplog: pytest.LogCaptur
     assert warnings_of(caplog) == []
 
 
+@pytest.mark.parametrize("fused", [True, False])  # a fused step leaves a weight's version alone
 @pytest.mark.parametrize("forgotten", [True, False])
 @pytest.mark.situation(
     "Silence",
@@ -112,12 +113,12 @@ def test_an_moe_block_without_a_known_router_is_told_of(caplog: pytest.LogCaptur
     "warned: after ten updates of the router",
 )
 def test_a_step_that_is_never_called_is_asked_for(
-    caplog: pytest.LogCaptureFixture, forgotten: bool
+    caplog: pytest.LogCaptureFixture, forgotten: bool, fused: bool
 ) -> None:
     """As when a Trainer is not given the handle's callback."""
     model, ids = tiny("mixtral", num_hidden_layers=1), tokens(1, 4)
     balancing = mb.attach(model, mb.PhiBalancing())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     for _ in range(UPDATES + 3):
         for _ in range(2):  # accumulation
             model(input_ids=ids, labels=ids).loss.backward()
@@ -126,6 +127,20 @@ def test_a_step_that_is_never_called_is_asked_for(
             balancing.step()
     assert len(warnings_of(caplog)) == forgotten
     assert not forgotten or "BalanceCallback" in warnings_of(caplog)[0]
+
+
+def test_steps_of_another_models_optimizer_are_not_this_ones(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, ids = tiny("mixtral", num_hidden_layers=1), tokens(1, 4)
+    _balancing = mb.attach(model, mb.PhiBalancing())
+    critic = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([critic], lr=1e-3)
+    for _ in range(UPDATES + 3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        critic.grad = torch.ones(3)
+        optimizer.step()
+    assert warnings_of(caplog) == []
 
 
 def test_own_routers_without_a_step_are_told_of_too(caplog: pytest.LogCaptureFixture) -> None:

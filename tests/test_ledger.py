@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import METHODS, random_routing, tensors
 from moebalance import Balancing, LossFree, PhiBalancing, Together
 from moebalance.core import step as ledger
-from moebalance.core.layer import LayerBalance, commit_rows
+from moebalance.core.commit import commit_rows
+from moebalance.core.layer import LayerBalance
 from moebalance.core.packing import pack, unpack
 from moebalance.lab.bench.traffic import traffic
 from moebalance.methods import observe

@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from cases import METHODS, plain_top_k, tensors
+from cases import METHODS, commit, plain_top_k, tensors
 from families import tiny
 from moebalance import (
     BalancedRouter,
@@ -116,7 +116,7 @@ def test_a_copied_model_balances_on_its_own():
     before = [buffer.clone() for buffer in model.buffers()]
     twin(hidden(16)).mean().backward()
     assert not model.router.running.any()
-    twin.router.commit()
+    commit(twin.router)
     assert same(list(model.buffers()), before)
     assert not same(list(twin.buffers()), before)
 
@@ -127,7 +127,7 @@ def test_a_pickled_model_balances_on():
     twin = pickle.loads(pickle.dumps(model))
     for each in (model, twin):
         each(hidden(16)).mean().backward()
-        each.router.commit()
+        commit(each.router)
     assert same(twin.router.state, model.router.state)
 
 

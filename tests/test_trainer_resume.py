@@ -212,3 +212,18 @@ def test_a_state_of_another_step_is_refused_before_anything_changes(tmp_path: Pa
     other = tmp_path / "two" / "checkpoint-1"
     with pytest.raises(ValueError, match=r"saved at the trainer's step 1, but .* step 2"):
         resumed(tmp_path / "two", tmp_path / "two" / "checkpoint-2", 3, resume_from=other)
+
+
+def test_the_state_comes_from_the_checkpoint_that_train_was_told_to_resume_from(
+    tmp_path: Path,
+) -> None:
+    """Also where the output folder has a checkpoint of the same step, from another run."""
+    for name, speed in (("first", 0.01), ("second", 0.3)):
+        callback = BalanceCallback(mb.LossFree(speed=speed))
+        trainer_of(tmp_path / name, tiny("mixtral"), callback, max_steps=2).train()
+    callback = BalanceCallback(mb.LossFree(speed=0.0))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "checkpoint-2").train()
+    trainer_of(tmp_path / "second", model, callback, max_steps=3).train(
+        resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2")
+    )
+    assert 0 < price_of(callback.balancing).abs().max() < 0.03

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cases import commit
 from moebalance import BalancedRouter, PhiBalancing, Sigmoid, Softmax
 from moebalance.core import layer, trial
 from moebalance.core.trial import agree
@@ -77,7 +78,7 @@ def test_nothing_is_tried_where_no_kernel_runs(monkeypatch):
     monkeypatch.setattr(trial, "agree", None)  # a call would fail
     made = BalancedRouter(PhiBalancing(), 8, 2)
     made(torch.randn(6, 8, requires_grad=True))[0].sum().backward()
-    made.commit()
+    commit(made)
 
 
 def said(fault, gate, experts, top_k, dtype):

@@ -30,7 +30,7 @@ from torchtitan_models import (
     whole,
 )
 
-from cases import METHODS
+from cases import METHODS, commit
 from moebalance import (
     BalancedRouter,
     Balancing,
@@ -142,7 +142,7 @@ def test_every_method_steps_as_in_a_router_of_our_own(name: str) -> None:
             torch.testing.assert_close(gradient, gate.weight.grad, rtol=1e-4, atol=1e-6)
         gate.weight.grad = None
         balancing.step()
-        own.commit()
+        commit(own)
     for mine, theirs in zip(moe.router.balance.buffers(), own.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs)
 

@@ -10,19 +10,18 @@ A sum over ranks shows whether a number x is everywhere the same: N Σx² = (Σx
 
 from __future__ import annotations
 
-import functools
 import math
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from moebalance.core.distributed import Group, gather, ranks_exist
 from moebalance.core.layer import LayerBalance
+from moebalance.core.updates import hear
 
 _REMEDY = (
     "Call backward, optimizer.step() and balancing.step() equally often on every rank, and "
@@ -35,8 +34,6 @@ _UNSEEN = (
 )
 _MOST_RANKS = 8
 """How many ranks of one kind an error names."""
-
-_clocks: weakref.WeakSet[Clock] = weakref.WeakSet()
 
 
 class Account(NamedTuple):
@@ -83,12 +80,11 @@ class Clock:
         """Whether an optimizer step was ever seen."""
         self._before: Tensor | None = None
         self._dropped: Tensor | None = None
-        _watch_optimizers()
-        _clocks.add(self)
+        hear(self)
 
     @torch.no_grad()
-    def saw_update(self) -> None:
-        """An optimizer stepped: keep what each layer had counted; the first count that is not 0."""
+    def saw_update(self, _optimizer: Optimizer | None = None) -> None:
+        """An optimizer steps: keep what each layer had counted; the first count that is not 0."""
         self.updates = True
         if not (ranks_exist() and self.layers):
             return
@@ -178,20 +174,3 @@ def _named(ranks: Sequence[int]) -> str:
     named = ", ".join(map(str, ranks[:_MOST_RANKS]))
     more = f" and {len(ranks) - _MOST_RANKS} more" if len(ranks) > _MOST_RANKS else ""
     return f"rank{'s' * (len(ranks) > 1)} {named}{more}"
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    # Before it steps: hooks of one optimizer, which may end the step, run before those of all.
-    register_optimizer_step_pre_hook(_saw_update)
-
-
-def _saw_update(_optimizer: Optimizer, *_: Any) -> None:
-    # A captured graph replays without this; compiled code must not depend on it.
-    if torch.compiler.is_compiling():
-        return
-    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if cuda and torch.cuda.is_current_stream_capturing():
-        return
-    for clock in list(_clocks):
-        clock.saw_update()

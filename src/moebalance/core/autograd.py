@@ -21,8 +21,6 @@ is one fused pass each way (`moebalance.kernels`). Other methods go through `_fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +28,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moebalance import kernels
+from moebalance.core.exact import exactly, once
 from moebalance.core.packing import unpack
 from moebalance.gates import Gate, GroupLimit, best, normalized
 from moebalance.methods.base import Method, State, Traits, per_token, price_in_force, under_price
 from moebalance.routing import Batch, Routing, Sums, as_number, count, real_rows, route
-
-Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 class Tally(NamedTuple):
@@ -147,28 +144,6 @@ def tie(
     return tied
 
 
-def exactly(backward: Backward) -> Backward:
-    """Run a backward without recording it, and without the caller's autocast.
-
-    Sums and prices are float32, and some loops call `loss.backward()` within their autocast region.
-    """
-
-    @wraps(backward)
-    def run(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        # A context that is not needed takes a microsecond of the host, before a launch that waits.
-        given = ctx.saved_tensors[0] if gradients[0] is None else gradients[0]
-        device = given.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                return backward(ctx, *gradients)
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return backward(ctx, *gradients)
-        return backward(ctx, *gradients)
-
-    return run
-
-
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -195,7 +170,7 @@ class _Choose(torch.autograd.Function):
         return weights.clone() if how.normalize else weights, experts
 
     @staticmethod
-    @exactly
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         affinities, experts, mask, weights, total = ctx.saved_tensors
         upstream = _given(gradients[0], experts, affinities)  # (T,K)
@@ -240,7 +215,7 @@ class _ChooseFused(torch.autograd.Function):
         return found.weights, found.experts
 
     @staticmethod
-    @exactly
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, experts, normaliser, mask = ctx.saved_tensors
         how = ctx.how.begun()

@@ -151,7 +151,9 @@ class Balancing:
         """Return `loss`; the balancing term is from now on scaled as this loss is, times `factor`.
 
         Wrap the mean loss of a batch before you divide it by accumulation steps or give it to a
-        gradient scaler. You do not need it if the model computes its own loss.
+        gradient scaler. You do not need it for the loss that a Transformers model computes, nor
+        under a trainer with a callback of ours. A model behind `routers=` needs it in a loop of
+        your own, also where it computes its loss.
 
         Args:
             loss: ().

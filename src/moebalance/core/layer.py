@@ -8,8 +8,10 @@ the counts of the other ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from moebalance.methods.base import (
     sees_sequences,
 )
 from moebalance.methods.lineage import Lineage, inherit
-from moebalance.routing import Sums, as_number, measure, route
+from moebalance.routing import Sums, measure, route
 
 _SOFTMAX = Softmax()
 
@@ -192,19 +194,6 @@ class LayerBalance(nn.Module):
         self.watched = Sums(zeros, zeros, zeros.new_zeros(()))
 
     @torch.no_grad()
-    def commit(self, total: Float[Tensor, "sums"] | None = None) -> Sums:
-        """End the optimizer step: advance the state by the step's sums and clear the running ones.
-
-        Args:
-            total: packed sums of all ranks; None for this process's own.
-        """
-        total = self.running.clone() if total is None else total
-        commit_rows([self], total.unsqueeze(0), replayed=self.replayed)
-        torch._foreach_zero_([self.running, self.replayed])
-        assert self.last_sums is not None
-        return self.last_sums
-
-    @torch.no_grad()
     def adopt(self, price: Float[Tensor, "E"]) -> None:
         """Start from a selection price that the model was trained with; refuse a sick one."""
         check_price(price, self.name)
@@ -247,6 +236,7 @@ class LayerBalance(nn.Module):
         """Show the method and the size."""
         return f"{self.method}, num_experts={self.num_experts}, gate={self.gate}"
 
+    @torch.inference_mode(False)  # what is made within it can never be trained with
     def _reset(self) -> None:
         """Make the state before the first step, on the device in force."""
         self._template = self._first_state()
@@ -330,7 +320,7 @@ class LayerBalance(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
             for name in there:  # assign=True also takes over what was rounded
                 self._buffers[name] = at_least_float32(self.get_buffer(name))
-        elif args[1] and not self.last_step.is_meta:  # strict
+        elif loads_strictly() and not self.last_step.is_meta:
             self.begin_anew()
         self.settle()
 
@@ -371,53 +361,14 @@ class LayerBalance(nn.Module):
         return self
 
 
-@torch.no_grad()
-def commit_rows(
-    layers: Sequence[LayerBalance],
-    totals: Float[Tensor, "L sums"],
-    *,
-    good: Bool[Tensor, ""] | None = None,
-    replayed: Tensor | None = None,
-) -> None:
-    """Advance layers of one size under one method, in as many kernels as for one of them.
+def loads_strictly() -> bool:
+    """Whether the `load_state_dict` in progress expects a whole checkpoint.
 
-    Their running sums are the caller's to clear.
-
-    Args:
-        layers: on one device.
-        totals: their packed sums, a row each; kept by the layers.
-        good: whether to advance the states, where the host does not know it yet; None for yes.
-        replayed: one number, above 0 if a batch of the step was routed by choices from elsewhere;
-            None for no.
+    Torch tells modules that it does, whatever it was asked for.
     """
-    first = layers[0]
-    method, experts = first.method, first.num_experts
-    held = [[layer.get_buffer(name) for layer in layers] for name in first._state_names]
-    written = [layer.last_step for layer in layers]
-    values = list(totals[:, 2 * experts : 2 * experts + 2].unbind())
-    if held:
-        old = [torch.stack(tensors) for tensors in held]
-        states = refill(first._template, iter(old))
-        new = torch.vmap(method.update)(states, unpack(totals, method, experts))
-        if replayed is not None:
-            new = _held(method, states, new, replayed)
-        for tensors, before, (_, after) in zip(held, old, leaves(new), strict=True):
-            after = after if good is None else torch.where(good, after, before)
-            written += tensors
-            values += after.unbind()
-    # In place: compiled graphs and CUDA graphs hold on to these very tensors.
-    torch._foreach_copy_(written, values)
-    for layer, total in zip(layers, totals.unbind(), strict=True):
-        layer.last_total = total
-
-
-def _held(method: Method, states: State, new: State, replayed: Tensor) -> State:
-    """The new states, where what integrates stays if the choice was not the router's own."""
-    held = method.held(states, new)
-    seen = as_number(replayed.reshape(()))
-    if held is new or (isinstance(seen, float) and not seen):
-        return new
-    replayed = replayed.reshape(()).to(next(leaves(new))[1].device) > 0
-    pairs = zip(leaves(held), leaves(new), strict=True)
-    kept = [h if h is n else torch.where(replayed, h, n) for (_, h), (_, n) in pairs]
-    return refill(new, iter(kept))
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            return bool(frame.f_locals["strict"])
+        frame = frame.f_back
+    return True

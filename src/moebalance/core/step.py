@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moebalance.core import agreement, distributed
 from moebalance.core.agreement import Account, Clock
+from moebalance.core.commit import commit_rows
 from moebalance.core.distributed import Group, Reduction, group_size, sharing, start_sum
-from moebalance.core.layer import LayerBalance, commit_rows
+from moebalance.core.layer import LayerBalance
 from moebalance.core.packing import shared_part
 from moebalance.methods.base import Method
 
@@ -331,10 +332,11 @@ class Ledger:
             return
         self._give_up()
         raise RuntimeError(
-            f"No token was counted in {', '.join(self.layers)} during step {verdict.step}. Tokens "
-            "are counted in the backward pass of a model in training mode: call step() once after "
-            "each optimizer step, attach before compiling, and give each step at least one real "
-            "token. A layer whose output the loss does not use has no backward pass either."
+            f"No token was counted in {_some(list(self.layers))} during step {verdict.step}. "
+            "Tokens are counted in the backward pass of a model in training mode: call step() once "
+            "after each optimizer step, attach before compiling, and give each step at least one "
+            "real token. A layer whose output the loss does not use has no backward pass either. "
+            "Of two callbacks on one handle the second finds nothing: give the trainer one."
         )
 
 

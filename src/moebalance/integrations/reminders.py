@@ -1,16 +1,20 @@
 """Say once what would otherwise go wrong in silence: no step, or no router called."""
 
 import logging
+import weakref
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from moebalance.core.updates import hear
 
 logger = logging.getLogger("moebalance")
 
 FORWARDS = 1000
 """Training forwards without a step after which a user is told; more than anyone accumulates."""
 UPDATES = 10
-"""The same in updates of a router's weight, which end a step."""
+"""The same in updates of a router's weight, or steps of an optimizer, which end a step."""
 
 
 class StepReminder:
@@ -23,8 +27,17 @@ class StepReminder:
     def __init__(self, weight: Tensor | None = None) -> None:
         self.weight = weight
         self.forwards = self.updates = 0
-        self._version = -1
+        self._version, self._stepped = -1, False
         self._told = False
+        self._holds: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        hear(self)
+
+    def saw_update(self, optimizer: Optimizer) -> None:
+        """An optimizer steps: a fused one leaves the version of a weight as it is."""
+        if optimizer not in self._holds:
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            self._holds[optimizer] = self.weight is None or any(p is self.weight for p in held)
+        self._stepped |= self._holds[optimizer]
 
     def saw_forward(self) -> None:
         """Count a training forward."""
@@ -32,8 +45,8 @@ class StepReminder:
             return
         self.forwards += 1
         version = -1 if self.weight is None else self.weight._version
-        self.updates += version != self._version and self.forwards > 1
-        self._version = version
+        self.updates += (self._stepped or version != self._version) and self.forwards > 1
+        self._version, self._stepped = version, False
         if self.forwards < FORWARDS and self.updates < UPDATES:
             return
         self._told = True

@@ -43,7 +43,10 @@ def attach(
     """Balance the routers of a Transformers model; see `moebalance.attach`."""
     inner = transformers_model(model)
     if inner is None:
-        raise TypeError(f"{type(model).__name__} holds no Transformers model.")
+        raise TypeError(
+            f"{type(model).__name__} holds no Transformers model. Call moebalance.attach(model, …) "
+            "by yourself, with routers=… for plain gates, and give what it returns."
+        )
     release(model)
     _refuse_second(model)
     refuse_compiled(model)

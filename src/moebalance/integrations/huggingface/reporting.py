@@ -7,6 +7,7 @@ for log entries alone: every other event stays in the order of the Trainer.
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -117,6 +118,17 @@ def calling_trainer(callback: TrainerCallback) -> Any:
         elif handler is not None:
             found = getattr(caller, "__dict__", {}).get("callback_handler") is handler
             return caller if found else None
+        frame = frame.f_back
+    return None
+
+
+def resumed_folder(trainer: Any) -> Path | None:
+    """The checkpoint that `trainer` was told to resume from as it trains now; None if unknown."""
+    frame = sys._getframe().f_back if trainer is not None else None
+    while frame is not None:
+        named = frame.f_locals.get("resume_from_checkpoint")
+        if frame.f_locals.get("self") is trainer and isinstance(named, str):
+            return Path(named)
         frame = frame.f_back
     return None
 

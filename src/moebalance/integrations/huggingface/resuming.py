@@ -22,7 +22,13 @@ def save_beside(balancing: Balancing, args: Any, state: Any) -> None:
 
 
 def resume(
-    balancing: Balancing, args: Any, state: Any, *, given: Path | None, state_file: bool
+    balancing: Balancing,
+    args: Any,
+    state: Any,
+    *,
+    given: Path | None,
+    told: Path | None,
+    state_file: bool,
 ) -> None:
     """Take up the state of the checkpoint that a trainer resumes from.
 
@@ -30,14 +36,15 @@ def resume(
         balancing: the handle.
         args: the trainer's arguments.
         state: the trainer's state.
-        given: a folder that the user named.
+        given: a folder that the user named for the state.
+        told: the folder that `Trainer.train` was told to resume from, if that is known.
         state_file: whether checkpoints have the state in a file.
 
     Raises:
         FileNotFoundError: there is no state.
         ValueError: it is another step's, does not fit, or cannot be trained with.
     """
-    folder = given or _named_folder(args) or _own_folder(args, state)
+    folder = given or told or _named_folder(args) or _own_folder(args, state)
     steps = balancing.steps
     by_hand = steps == state.global_step or (not state_file and steps > state.global_step)
     if by_hand and not (folder / STATE_FILE).is_file():

@@ -13,7 +13,12 @@ from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface.hooks import attach, hooks_of
 from moebalance.integrations.huggingface.model_hooks import ModelHooks
 from moebalance.integrations.huggingface.native_loss import silence_native_loss
-from moebalance.integrations.huggingface.reporting import SHOWN, Reporting, calling_trainer
+from moebalance.integrations.huggingface.reporting import (
+    SHOWN,
+    Reporting,
+    calling_trainer,
+    resumed_folder,
+)
 from moebalance.integrations.huggingface.resuming import follow_best, resume, save_beside
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import transformers_model
@@ -24,6 +29,7 @@ from moebalance.integrations.huggingface.trainer_loss import (
     silence_enabled_loss,
     silence_trainer_loss,
 )
+from moebalance.integrations.named.hooks import layers_of
 from moebalance.methods.base import Method
 
 logger = logging.getLogger("moebalance")
@@ -137,8 +143,14 @@ class BalanceCallback(Reporting):
         self._scale(kwargs.get("optimizer"))
         self.balancing.discard()
         if state.global_step > 0:
-            given, beside = self.resume_from, self.state_file
-            resume(self.balancing, args, state, given=given, state_file=beside)
+            resume(
+                self.balancing,
+                args,
+                state,
+                given=self.resume_from,
+                told=resumed_folder(trainer),
+                state_file=self.state_file,
+            )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the epoch's steps from the first one that is not skipped."""
@@ -202,7 +214,7 @@ def _tied(balancing: Balancing | None, model: nn.Module) -> Iterator[tuple[str, 
             continue
         owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
         found = [owner.layer for owner in owners if isinstance(owner, RouterHook)]
-        for layer in [*found, module]:
+        for layer in [*found, *layers_of(module), module]:
             if any(layer is own for own in layers):
                 yield name, layer
 

@@ -27,7 +27,7 @@ from megatron.core.transformer.moe.router import TopKRouter  # type: ignore[impo
 from torch import Tensor
 
 from moebalance.core.distributed import start_sum
-from moebalance.core.layer import LayerBalance
+from moebalance.core.layer import LayerBalance, loads_strictly
 from moebalance.core.sequences import packed
 from moebalance.integrations.megatron.packed import bounds
 from moebalance.integrations.megatron.refusals import (
@@ -237,7 +237,7 @@ class BalancedTopKRouter(TopKRouter):  # type: ignore[misc]
         if any(key.startswith(own) for key in state_dict):
             return
         # Trained with Megatron's router: go on from its bias, with a memory that begins anew.
-        if rest[1]:  # strict: the checkpoint is whole
+        if loads_strictly():
             self.balance.begin_anew()
         if quantiles is not None:
             self._adopt_quantiles(quantiles, f"{prefix}qb_beta", errors=rest[-1])

@@ -34,8 +34,10 @@ from moebalance.integrations.named.surround import Surround
 from moebalance.integrations.reminders import StepReminder
 from moebalance.methods.base import Method, sees_sequences
 
-_BALANCED: weakref.WeakKeyDictionary[nn.Module, set[str | None]] = weakref.WeakKeyDictionary()
-"""What is balanced of each module: itself (None), methods, parameters."""
+_BALANCED: weakref.WeakKeyDictionary[nn.Module, dict[str | None, LayerBalance]] = (
+    weakref.WeakKeyDictionary()
+)
+"""What is balanced of each module, and the state: itself (None), methods, parameters."""
 
 _INSTEAD = (
     "Take BalancedRouter for the layer, which returns weights and experts; or take a method that "
@@ -73,12 +75,21 @@ def attach(
     for place, one in enumerate(routers):
         counts = reminder if place == 0 else None
         hook = LogitHook(balancing, layers[one.name], how, surround, counts, one.weights)
-        _BALANCED.setdefault(one.module, set()).add(one.member)
-        balancing.on_detach(partial(_BALANCED[one.module].discard, one.member))
+        _BALANCED.setdefault(one.module, {})[one.member] = layers[one.name]
+        balancing.on_detach(partial(_let_go, one))
         balancing.on_detach(listen(one.module, one.member, one.num_experts, hook.after))
         if layers[one.name].trains_price:
             balancing.price_outside.add(one.name)
     return balancing
+
+
+def _let_go(one: Named) -> None:
+    _BALANCED[one.module].pop(one.member)
+
+
+def layers_of(module: nn.Module) -> list[LayerBalance]:
+    """The states of the routers that `routers=` named in this very module."""
+    return list(_BALANCED.get(module, {}).values())
 
 
 def check_weights(method: Method, how: Rule) -> None:
@@ -257,7 +268,7 @@ def _replaced(output: Any, logits: Tensor) -> Any:
 
 def _refuse_second(routers: list[Named]) -> None:
     for one in routers:
-        if one.member in _BALANCED.get(one.module, ()):
+        if one.member in _BALANCED.get(one.module, {}):
             raise ValueError(
                 f"{one.name} is balanced already: detach() the first Balancing before attaching "
                 "again, or give it to monitor() to watch it."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Surround(Hook):
 
     def __init__(self, model: nn.Module, mask: str | None, cu_seqlens: str | None = None) -> None:
         self.mask, self.cu_seqlens, self.now = mask, cu_seqlens, Call()
-        parameters = inspect.signature(model.forward).parameters
+        parameters = _signature(model)
         self._names = tuple(parameters)
         kinds = {parameter.kind for parameter in parameters.values()}
         for told, name in (("mask", mask), ("cu_seqlens", cu_seqlens)):
@@ -123,6 +123,17 @@ class Surround(Hook):
 
     def _forget(self) -> None:
         self.now = Call()
+
+
+def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a model's forward, or of the one that a wrapper hands its own on to."""
+    parameters = inspect.signature(model.forward).parameters
+    if all(one.kind is not inspect.Parameter.VAR_POSITIONAL for one in parameters.values()):
+        return parameters
+    # Data parallelism, FSDP1 and DeepSpeed; PEFT and its tuners.
+    wrapped = (getattr(model, name, None) for name in ("module", "base_model", "model"))
+    inner = next((module for module in wrapped if isinstance(module, nn.Module)), None)
+    return parameters if inner is None or inner is model else _signature(inner)
 
 
 def _tensors(output: Any) -> list[Tensor]:
