@@ -133,7 +133,7 @@ def test_the_recommended_method_is_the_one_that_the_written_rule_takes() -> None
     tests = [read(ROOT / f"evidence/results/{name}.jsonl") for name in TESTS]
     for setting, metric, words, digits in (
         (taken, "maxvio", "MaxVio was", 2),
-        (taken, "seen_maxvio", "On text like that which was trained on it was", 2),
+        (taken, "seen_maxvio", "On a sample of the training text MaxVio was", 2),
         ("none", "maxvio", "without balancing", 1),
     ):
         *first, last = (f"{cell.mean(setting, metric):.{digits}f}" for cell in tests)

@@ -96,7 +96,7 @@ def test_what_is_said_of_other_cells_is_what_they_measured() -> None:
         ("that chose it MaxVio is", ours, "maxvio", CELLS),
         ("in four test cells", ours, "maxvio", TESTS),
         ("the choice before, has", before, "maxvio", TESTS),
-        ("Of text like that which was trained on it is", ours, "seen_maxvio", TESTS),
+        ("On a sample of the training text MaxVio is", ours, "seen_maxvio", TESTS),
     ):
         *first, last = (f"{studies[name].mean(setting, metric):.2f}" for name in names)
         assert f"{words} {', '.join(first)} and {last}" in said

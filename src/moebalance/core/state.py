@@ -151,7 +151,7 @@ def _lineage(
     """The descent of one layer's experts; of how many is read off what was saved of them."""
     if len(parents) != layer.num_experts:
         raise ValueError(
-            f"parents names those of {len(parents)} experts, but {name} has {layer.num_experts}: "
+            f"parents has {len(parents)} entries, but {name} has {layer.num_experts} experts: "
             "give one entry for each."
         )
     lengths = {shape[0] for key, shape in saved.items() if shape and key != COUNTS}

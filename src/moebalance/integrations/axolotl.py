@@ -4,8 +4,7 @@
       - moebalance.integrations.axolotl.MoebalancePlugin
     moebalance:
       method: phi
-      strength: 0.001
-      rate: 0.3
+      strength: 0.01
 
 `method` is what `moebalance train --method` takes, `phi+loss-free` included; the other keys are the
 options of its first part. Written against axolotl 0.19; imported by axolotl alone.

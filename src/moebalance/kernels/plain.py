@@ -2,7 +2,7 @@
 
     r = a(z) − price (T, E), or log a(z) − price for a price in nats,
     experts (T, K) = top-k of r (in the kept groups),
-    normaliser (T,) = log Σ_e exp a(z_e),   packed (2E + 2,) = [Σ_t p_t, counts, tokens, 1].
+    normaliser (T,) = log Σ_e exp ℓ(z_e),   packed (2E + 2,) = [Σ_t p_t, counts, tokens, 1].
 
 Autograd of ⟨g, weights⟩ + ⟨q, packed[:E]⟩ through this function is `router.pull_back` with upstream
 g (T, K) and charge q (E,).
@@ -28,7 +28,8 @@ class Chosen(NamedTuple):
     Attributes:
         weights: (T, K) in the logits' dtype; differentiable in the plain form.
         experts: (T, K) int64, best first; among equals the lowest index first.
-        normaliser: (T,) log Σ_e exp a(z_e), kept for the backward pass.
+        normaliser: (T,) log Σ_e exp ℓ(z_e), with ℓ = z for softmax and log σ(z) for sigmoid; kept
+            for the backward pass.
         packed: (2E + 2,) scores Σ_t p_t, counts, tokens and a 1 that counts the batch. A layer
             packs the sums of a method without extra sums in the same order.
     """

@@ -11,7 +11,7 @@ proportions ρ, K ρ_e replaces K/E. (Limits on groups of experts are ignored.)
 
 The quantile comes from a histogram, which adds exactly over micro-batches and ranks. Its bins lie
 around the price in force, spaced as a signed square: they are finest where the quantile is once the
-prices have settled, 1000 bins being as good as the exact quantile (docs/mathematics.md).
+prices have settled.
 
 Source: J. Su, 2026, kexue.fm/archives/11619, which derives the price from the dual of the balanced
 assignment; Kimi K3, arXiv 2607.24653, with sigmoid affinities and a histogram. For softmax gates

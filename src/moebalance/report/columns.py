@@ -73,7 +73,7 @@ METRICS = (
         3,
         "How far the load that top-k delivers lies from the load that the probabilities promise: "
         "the share of load that would have to move (total variation distance). Small is good; a "
-        "large gap beside a small soft MaxVio means that probabilities are balanced, not work.",
+        "large gap with a small soft MaxVio means that probabilities are balanced, not work.",
         good="below about 0.05",
         concern="above about 0.2",
     ),
