@@ -27,7 +27,7 @@ try:
     from rich.text import Text
     from typer.core import TyperCommand, TyperGroup
 except ModuleNotFoundError as missing:
-    sys.exit(f"The command line needs {missing.name}: pip install 'moebalance[train]'.")
+    sys.exit(f"The command line needs {missing.name}: in the clone, pip install '.[train]'.")
 
 from moebalance.lab.console import (
     REPORT,

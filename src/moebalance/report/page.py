@@ -95,7 +95,7 @@ def _drawing() -> ModuleType:
         from moebalance.report import pictures
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the report needs {error.name}: pip install 'moebalance[report]'"
+            f"the report needs {error.name}: in the clone, pip install '.[report]'"
         ) from error
     return pictures
 
@@ -105,7 +105,7 @@ def _render(**values: Any) -> str:
         import jinja2
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the report needs jinja2: pip install 'moebalance[report]'"
+            "the report needs jinja2: in the clone, pip install '.[report]'"
         ) from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -79,7 +79,7 @@ def _figures() -> ModuleType:
         from moebalance.report import figures
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"figures need {error.name}: pip install 'moebalance[report]'"
+            f"figures need {error.name}: in the clone, pip install '.[report]'"
         ) from error
     return figures
 

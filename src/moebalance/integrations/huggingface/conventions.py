@@ -1,8 +1,8 @@
 """How Transformers' routers answer: where the logits, the weights and the chosen experts are.
 
 Nearly every router returns `(logits, weights, experts, …)`; what it computes from the logits is
-found out by experiment (`integrations.rule.recognise`). The few that answer otherwise stand in the tables at
-the end of this file, keyed by class name so that no model's code is imported for them.
+found out by experiment (`integrations.rule.recognise`). The few that answer otherwise stand in the
+tables at the end of this file, keyed by class name so that no model's code is imported for them.
 """
 
 from dataclasses import dataclass
