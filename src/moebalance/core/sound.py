@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebalance.core.leaves import leaves
 from moebalance.gates import Gate
 from moebalance.methods.base import MOST_PRICE, Method, State, beyond, observe
 from moebalance.routing import Batch, Routing, route
@@ -119,7 +120,7 @@ def _tried(method: Method, state: State, routing: Routing) -> Iterator[tuple[str
         "the router's gradient": method.penalty_gradient(state, batch),
     }
     yield from ((what, value) for what, value in named.items() if value is not None)
-    for value in leaves(method.update(state, sums)):
+    for _, value in leaves(method.update(state, sums)):
         yield "the next state", value
 
 
@@ -129,15 +130,6 @@ def _parts(state: State) -> Iterator[Any]:
         yield state
         for part in state:
             yield from _parts(part)
-
-
-def leaves(state: State) -> Iterator[Tensor]:
-    """The tensors of a nested state."""
-    if isinstance(state, Tensor):
-        yield state
-        return
-    for part in state:
-        yield from leaves(part)
 
 
 def readable(tensor: Any, own: Tensor | None) -> bool:
