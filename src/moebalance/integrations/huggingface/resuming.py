@@ -27,7 +27,7 @@ def resume(
     state: Any,
     *,
     given: Path | None,
-    told: Path | None,
+    told: Path | None = None,
     state_file: bool,
 ) -> None:
     """Take up the state of the checkpoint that a trainer resumes from.
