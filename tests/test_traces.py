@@ -268,7 +268,7 @@ def test_padding_and_dense_layers_count_nothing(tmp_path):
 
 
 def test_wrong_shapes_are_refused_with_the_right_ones(tmp_path):
-    torch.save({"routed_experts": torch.zeros(4, 2)}, tmp_path / "flat.pt")
+    torch.save({"routed_experts": torch.zeros(4, 2, dtype=torch.int32)}, tmp_path / "flat.pt")
     with pytest.raises(ValueError, match=r"\(tokens, layers, top_k\)"):
         find_traces(tmp_path / "flat.pt", Missing())
     held = {"routed_experts": choices(), "attention_mask": torch.ones(3)}

@@ -7,9 +7,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
-
-from safetensors import SafetensorError
 
 from moebalance.files import first_line, loads
 from moebalance.lab.traces.load import Missing
@@ -57,9 +54,18 @@ def find_traces(path: Path, missing: Missing) -> Traces:
         missing: what the trace does not say.
 
     Raises:
-        ValueError: it is no trace, or does not say what is needed.
+        ValueError: it is no trace, is damaged, or does not say what is needed; names the file.
     """
-    run, note = _read(path, missing)
+    try:
+        run, note = _read(path, missing)
+    except OSError:
+        raise
+    except Exception as error:  # a file from elsewhere may hold anything
+        if not isinstance(error, ValueError):
+            raise ValueError(f"{path} cannot be read as a trace: {first_line(error)}") from error
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
     return Traces([run], [note] if note else [])
 
 
@@ -87,16 +93,24 @@ def _held(path: Path) -> Mapping[str, Any]:
     """What a file of arrays holds, by name."""
     try:
         held = _opened(path)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds objects that are not loaded for safety. Save tensors alone, for example "
-            f'torch.save({{"{LOGITS}": out.{LOGITS}}}, "{path.name}")'
-        ) from None
-    except (ValueError, RuntimeError, EOFError, KeyError, SafetensorError, BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) or "allow_pickle" in str(error):
+            raise ValueError(
+                f"{path} holds objects that are not loaded for safety. Save {_saved_as(path)}"
+            ) from None
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
     if isinstance(held, Mapping):
         return held
     return {LOGITS: held} if isinstance(held, (list, tuple)) else {KEY: held}
+
+
+def _saved_as(path: Path) -> str:
+    """What to save in place of objects, with an example."""
+    if path.suffix in _ARRAYS:
+        return f'an array of integers, for example np.save("{path.stem}.npy", {KEY})'
+    return f'tensors alone, for example torch.save({{"{LOGITS}": out.{LOGITS}}}, "{path.name}")'
 
 
 def _opened(path: Path) -> Any:
@@ -104,8 +118,12 @@ def _opened(path: Path) -> Any:
         import numpy as np
 
         with path.open("rb") as file:
+            # NumPy takes any other beginning for a pickle, and says how to load one.
+            if not file.read(6).startswith((b"\x93NUMPY", b"PK")):
+                raise ValueError("it does not begin as NumPy's files do")
+            file.seek(0)
             found = np.load(file, allow_pickle=False)
-            return {KEY: found} if path.suffix == ".npy" else {name: found[name] for name in found}
+            return dict(found) if isinstance(found, Mapping) else {KEY: found}
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moebalance.files import first_line
 from moebalance.metrics.summary import summary
 from moebalance.routing import Sums
 from moebalance.runlog import FORMAT, Run
 
+MOST_EXPERTS = 2**14
+"""Experts of a layer that are read; a damaged index would ask for all memory."""
 _SOFT = ("soft_maxvio", "soft_hard_gap")
 
 
@@ -57,13 +60,73 @@ Loads = Mapping[str, Load]
 """One load for each layer, by name."""
 
 
+def indices(value: Any) -> Tensor:
+    """The experts that a file holds, as integers.
+
+    Raises:
+        ValueError: they are no whole numbers; a cast would make experts of probabilities.
+    """
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"its experts are no table of whole numbers ({first_line(error)})"
+        ) from None
+    # An empty list has no type of its own.
+    if found.numel() and not _is_whole(found.dtype):
+        kind = str(found.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"its experts are {kind} numbers, and must be integers: the index of each expert that "
+            "was chosen, −1 for none"
+        )
+    return found.long()
+
+
+def real_tokens(mask: Any) -> Tensor:
+    """Which tokens are no padding, from an `attention_mask`.
+
+    Raises:
+        ValueError: it is no table of numbers.
+    """
+    try:
+        return torch.as_tensor(mask).bool()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"its attention_mask is no table of 0 and 1 ({first_line(error)})"
+        ) from None
+
+
+def expert_count(parts: Iterable[Tensor], said: int | None) -> int:
+    """E: what was said, else the largest index plus one.
+
+    Raises:
+        ValueError: more than any layer has.
+    """
+    experts = said or 1 + max([0, *(int(part.max()) for part in parts if part.numel())])
+    if not 1 <= experts <= MOST_EXPERTS:
+        source = "as was said" if said else "by its largest index"
+        raise ValueError(
+            f"{source}, it has layers of {experts:,} experts, and 1 to {MOST_EXPERTS:,} are read: "
+            "remove what is damaged, or give the right number with --experts"
+        )
+    return experts
+
+
+def guessed(path: Path, experts: int) -> str:
+    """A note on a number of experts that the trace does not say."""
+    return (
+        f"{path.name} does not say how many experts there are: {experts}, from the largest index. "
+        "If the last ones were never chosen, give --experts."
+    )
+
+
 def counted(experts: Tensor, num_experts: int) -> Float[Tensor, "E"]:
     """How often each expert was chosen; a negative index stands for none.
 
     Raises:
         ValueError: an index is too large.
     """
-    chosen = experts.reshape(-1).long()
+    chosen = experts.reshape(-1)
     chosen = chosen[chosen >= 0]
     if len(chosen) and int(chosen.max()) >= num_experts:
         raise ValueError(
@@ -94,7 +157,8 @@ def as_run(path: Path, source: str, steps: Mapping[int, Loads], top_k: int | Non
     Raises:
         ValueError: no step counted a token.
     """
-    steps = {step: loads for step, loads in sorted(steps.items()) if loads}
+    held = ((step, _routed(loads)) for step, loads in sorted(steps.items()))
+    steps = {step: loads for step, loads in held if loads}
     if not steps:
         raise ValueError(f"{path} holds no routed token")
     order, last = list(steps), max(steps)
@@ -130,6 +194,15 @@ def as_run(path: Path, source: str, steps: Mapping[int, Loads], top_k: int | Non
         (_kind("eval", last, evaluation),),
         {"kind": "end", "status": "complete"},
     )
+
+
+def _is_whole(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _routed(loads: Loads) -> Loads:
+    """Without layers that chose no expert, whose load is 0 of 0."""
+    return {name: load for name, load in loads.items() if load.counts.any()}
 
 
 def _row(loads: Loads) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from moebalance.lab.traces.load import Load, Missing, as_run, counted
+from moebalance.lab.traces.load import Load, Missing, as_run, counted, real_tokens
 from moebalance.runlog import Run
 
 KEY = "router_logits"
@@ -64,7 +63,7 @@ def _load(logits: Tensor, mask: Any, path: Path, top_k: int) -> Load:
         raise ValueError(f"--top-k {top_k}: {path} has {experts} experts, so 1 to {experts} fit")
     rows = logits.float().reshape(-1, experts)
     if mask is not None:
-        real = torch.as_tensor(mask).bool().reshape(-1)
+        real = real_tokens(mask).reshape(-1)
         if len(real) != len(rows):
             raise ValueError(
                 f"{path} has an attention_mask for {len(real)} tokens and logits of {len(rows)}"

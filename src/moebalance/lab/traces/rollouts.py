@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from moebalance.files import loads
-from moebalance.lab.traces.load import Load, Missing, added, as_run, counted
+from moebalance.lab.traces.load import (
+    Load,
+    Missing,
+    added,
+    as_run,
+    counted,
+    expert_count,
+    guessed,
+    indices,
+    real_tokens,
+)
 from moebalance.runlog import Run
 
 KEY = "routed_experts"
@@ -37,15 +47,10 @@ def read_rollouts(
     shapes = {tuple(part.shape[1:]) for part in parts}
     if len(shapes) > 1:
         raise ValueError(f"{path} has rollouts of several shapes (layers, top_k): {sorted(shapes)}")
-    largest = max((int(part.max()) for part in parts if part.numel()), default=0)
-    experts = missing.experts or largest + 1
+    experts = expert_count(parts, missing.experts)
     loads = added([_loads(part, experts) for part in parts])
     run = as_run(path, "the experts of rollouts", {1: loads}, parts[0].shape[-1])
-    note = (
-        f"{path.name} does not say how many experts there are: {experts}, from the largest index. "
-        "If the last ones were never chosen, give --experts."
-    )
-    return run, "" if missing.experts else note
+    return run, "" if missing.experts else guessed(path, experts)
 
 
 def lines_of(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -88,14 +93,16 @@ def _tokens(value: Any, row: Mapping[str, Any], path: Path, missing: Missing) ->
                 f"{path} has {KEY} as flat base64, which says neither layers nor experts a token: "
                 "give --layers and --top-k"
             )
-        flat = np.frombuffer(base64.b64decode(value), dtype="<i4").astype(np.int64)
-        if flat.size % (missing.layers * missing.top_k):
+        held = base64.b64decode(value, validate=True)
+        if len(held) % (4 * missing.layers * missing.top_k):
             raise ValueError(
-                f"{path} has {KEY} of {flat.size} numbers, which are no whole tokens of "
-                f"{missing.layers} layers × {missing.top_k} experts: check --layers and --top-k"
+                f"{path} has {KEY} of {len(held)} bytes, which are no whole tokens of "
+                f"{missing.layers} layers × {missing.top_k} experts of 4 bytes: check --layers and "
+                "--top-k"
             )
+        flat = np.frombuffer(held, dtype="<i4").astype(np.int64)
         return torch.from_numpy(flat).reshape(-1, missing.layers, missing.top_k)
-    experts = torch.as_tensor(value).long()
+    experts = indices(value)
     if experts.dim() not in (3, 4):
         raise ValueError(
             f"{path} has {KEY} of shape {tuple(experts.shape)}; it must be (tokens, layers, top_k) "
@@ -103,7 +110,7 @@ def _tokens(value: Any, row: Mapping[str, Any], path: Path, missing: Missing) ->
         )
     mask = row.get("attention_mask")
     if mask is not None:
-        real = torch.as_tensor(mask).bool()
+        real = real_tokens(mask)
         if real.shape != experts.shape[:-2]:
             raise ValueError(
                 f"{path} has an attention_mask of shape {tuple(real.shape)} for {KEY} of shape "

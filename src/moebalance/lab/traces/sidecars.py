@@ -14,7 +14,6 @@ Shapes: T tokens, E experts, H width of the model.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +64,9 @@ def read_state(trace: Path) -> State:
         held = torch.load(path, map_location="cpu", weights_only=True)
         layers = [layer for layer in held.values() if isinstance(layer, Mapping)]
         experts = {len(layer["weight"]) for layer in layers}
-    except (pickle.UnpicklingError, AttributeError, KeyError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch says of a damaged file
         raise ValueError(
             f"{path} is no dump of routers as Megatron-Core writes it ({error!r}): move it away to "
             "read the trace without it."
@@ -92,11 +93,11 @@ def read_scores(trace: Path, record: Mapping[str, Any], gate: Gate) -> Float[Ten
         ValueError: the file of logits ends too early, or a shape does not fit.
     """
     path = _beside(trace, "logits", "bin")
-    if path is None or "logit_offset" not in record:
+    if path is None or record.get("logit_offset") is None:
         return None
-    shape = [int(size) for size in record["logit_shape"]]
+    shape = record["logit_shape"]
     with path.open("rb") as file:
-        file.seek(int(record["logit_offset"]))
+        file.seek(record["logit_offset"])
         held = bytearray(file.read(2 * shape[0] * shape[-1]))
     if len(shape) != 2 or len(held) != 2 * shape[0] * shape[1]:
         raise ValueError(
