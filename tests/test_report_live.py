@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,14 @@ def ask(server: ReportServer, path: str, host: str | None = None) -> tuple[int, 
     found = answer.status, answer.read().decode()
     connection.close()
     return found
+
+
+def test_a_folder_whose_name_is_no_text_is_served(tmp_path):
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    write_run(folder, "phi")
+    with serving(tmp_path) as server:
+        assert ask(server, "/stamp")[0] == 200
+        assert "φ-balancing" in ask(server, "/")[1]
 
 
 def test_it_serves_the_report_and_says_when_it_changed(tmp_path):

@@ -317,5 +317,19 @@ def test_a_log_of_a_name_that_no_file_can_hold_is_written_and_read(tmp_path: Pat
     archive(run, tmp_path / "a")
 
 
+def test_a_log_of_another_writer_with_half_a_character_is_reported_diagnosed_and_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = write_run(tmp_path / "half", "phi") / LOG_NAME
+    text = log.read_text().replace('"phi"', '"\\udfff x \\ud83d\\ude00"')
+    log.write_text(text.replace('"step_time_s"', '"\\uDC00"'))
+    where = terminal()
+    monkeypatch.setattr(printing, "console", where)
+    printing.show(find_runs(tmp_path), tmp_path / "report.html")
+    printing.watch_runs([tmp_path], once=True)
+    printing.show_diagnosis(str(tmp_path))
+    assert "? x 😀" in printed(where)  # two halves are a whole
+
+
 def test_every_payload_is_of_a_kind_that_acts_or_leads_somewhere() -> None:
     assert all(ACTING.search(name) or "\n" in name or "\t" in name for name in ESCAPES)

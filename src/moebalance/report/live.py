@@ -53,7 +53,7 @@ class ReportServer(ThreadingHTTPServer):
         for file in _logs(self.folders):
             state = file.stat()
             parts.append(f"{file}|{state.st_size}|{state.st_mtime_ns}")
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def page(self) -> str:
         """The page as things stand, made anew only where a log changed."""
