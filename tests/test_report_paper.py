@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from moebalance.lab.cli import app
 from moebalance.report import summarise, write_figures
+from moebalance.report.canvas import plain
 from moebalance.report.draw import DEAD_SHADE, SHADES
 from moebalance.report.figures import (
     FIGURES,
@@ -158,6 +159,18 @@ def test_panels_of_two_settings_are_headed_by_what_tells_them_apart(tmp_path):
         {line.get_linestyle() for line in lines}
     )
     assert len({line.get_linestyle() for line in lines}) == 2
+
+
+@pytest.mark.parametrize("name", ["中文 🎉", "a\rb", "a\tb", "a\nb"])
+def test_a_name_that_the_font_lacks_is_drawn_without_a_warning(tmp_path, name):
+    layers = {"model": {"architecture": "x", "layers": [name, f"{name} 2"]}}
+    run = read_run(write_run(tmp_path / "a", name, steps=4, experts=4, header=layers))
+    kinds = {path.suffix for path in write_figures([run], tmp_path, ("svg", "pdf", "png"))}
+    assert kinds == {".svg", ".pdf", ".png"}
+
+
+def test_a_name_is_one_line_of_a_figure():
+    assert plain("a\tb\n\nc") == "a b c"
 
 
 def test_runs_with_nothing_to_draw_are_refused(tmp_path):

@@ -31,7 +31,6 @@ from moebalance.runlog import LOG_NAME, Run, RunLog, archive, find_runs
 from payloads import ESCAPES, MARKUP, NAMES, PATHS
 from synthetic_runs import write_run
 
-GLYPHS = pytest.mark.filterwarnings("ignore:Glyph:UserWarning")  # of a font without them
 ACTING = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
@@ -86,7 +85,6 @@ def test_a_name_in_a_terminal_is_seen_and_does_nothing(name: str) -> None:
     "Escape sequences and markup in names, in a terminal",
     "goes on: they are seen and do nothing",
 )
-@GLYPHS
 def test_reports_and_watching_print_hostile_names_and_nothing_acts(
     runs: list[Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -222,7 +220,6 @@ def test_a_name_leaves_a_page_without_characters_that_xml_forbids(name: str) -> 
     "Control characters and scripts in names, in SVG",
     "goes on: the files are well formed",
 )
-@GLYPHS
 def test_figures_of_hostile_names_are_well_formed_and_run_nothing(
     runs: list[Run], tmp_path: Path
 ) -> None:
@@ -233,7 +230,6 @@ def test_figures_of_hostile_names_are_well_formed_and_run_nothing(
         well_formed(write_figure(some, tmp_path / "one.svg").read_text("utf-8"))
 
 
-@GLYPHS
 def test_the_page_of_hostile_names_has_well_formed_pictures_and_no_tag_of_theirs(
     runs: list[Run], tmp_path: Path
 ) -> None:

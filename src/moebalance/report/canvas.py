@@ -6,6 +6,8 @@ All that is drawn, here and in the evidence, is drawn on it. The same figure giv
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, StringIO
@@ -144,7 +146,7 @@ def logarithmic(axes: Axes, *, x: bool = False, y: bool = False) -> None:
 
 def plain(text: str, most: int = 60) -> str:
     """A name from a log as plain text, cut if long; a dollar sign would begin a formula."""
-    text = for_page(text)
+    text = for_page(re.sub(r"[\t\n]+", " ", text))
     cut = text if len(text) <= most else text[: most - 1] + "…"
     return cut.replace("$", r"\$")
 
@@ -163,10 +165,21 @@ def sheet(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, axes
 
 
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Our style, and silence about characters that the font lacks.
+
+    A reader of SVG draws them with its own fonts; PDF and PNG show a box that names their script.
+    """
+    with rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        yield
+
+
 def svg_text(figure: Figure) -> str:
     """The figure as SVG, without dates or versions."""
     text = StringIO()
-    with rc_context(_STYLE):
+    with _drawing():
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return for_page(text.getvalue())
 
@@ -188,7 +201,7 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the file's name ends in: `.svg`, `.pdf` or `.png`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(_STYLE):
+    with _drawing():
         if path.suffix != ".svg":
             undated = {"CreationDate": None} if path.suffix == ".pdf" else {}
             drawn = BytesIO()
