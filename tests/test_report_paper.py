@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moebalance.lab.cli import app
-from moebalance.report import summarise, write_figures
+from moebalance.report import summarise, write_figure, write_figures
 from moebalance.report.canvas import plain
 from moebalance.report.draw import DEAD_SHADE, SHADES
 from moebalance.report.figures import (
@@ -171,6 +171,13 @@ def test_a_name_that_the_font_lacks_is_drawn_without_a_warning(tmp_path, name):
 
 def test_a_name_is_one_line_of_a_figure():
     assert plain("a\tb\n\nc") == "a b c"
+
+
+@pytest.mark.parametrize("name", ["f.png", "f.pdf", "f.svg.gz"])
+def test_a_figure_is_not_written_under_the_name_of_another_format(folder, tmp_path, name):
+    with pytest.raises(ValueError, match=r"must end in \.svg.*--figures"):
+        write_figure(find_runs(folder), tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_with_nothing_to_draw_are_refused(tmp_path):

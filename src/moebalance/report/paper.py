@@ -61,9 +61,14 @@ def write_figure(runs: Sequence[Run], path: Path | str) -> Path:
     With several batching modes, the first in the report's order is drawn.
 
     Raises:
-        ValueError: there is no run, or none has both numbers.
+        ValueError: there is no run, none has both numbers, or the name is of another format.
         ModuleNotFoundError: Matplotlib is missing.
     """
+    if Path(path).suffix.lower() not in (".svg", ""):  # nothing, as /dev/stdout has
+        raise ValueError(
+            f"{path}: this figure is an SVG, so its name must end in .svg; for figures in other "
+            "formats give --figures pdf,png"
+        )
     text = _figures().readme(summarise(runs)[0])
     if text is None:
         raise ValueError(
