@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,17 @@ def test_a_file_that_is_no_log_is_refused_by_name(tmp_path, content, words):
     with pytest.raises(ValueError, match=words) as caught:
         read_run(tmp_path)
     assert str(tmp_path / LOG_NAME) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_a_log_that_is_no_file_is_refused_before_it_is_read(tmp_path, kind):
+    log = tmp_path / LOG_NAME
+    make = {"folder": log.mkdir, "pipe": lambda: os.mkfifo(log)}
+    make.get(kind, lambda: log.symlink_to("/dev/zero"))()
+    for read in (read_run, find_runs, lambda path: RunLog.resume(path, 1)):
+        with pytest.raises(ValueError, match="a run log is a file") as told:
+            read(tmp_path)
+        assert str(log) in str(told.value)
 
 
 def test_rows_of_a_kind_unknown_here_are_ignored(tmp_path):

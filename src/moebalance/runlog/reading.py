@@ -166,6 +166,10 @@ class WholeRows:
     def __iter__(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
         if not self.file.exists():
             raise FileNotFoundError(f"there is no run log at {self.file}")
+        if not self.file.is_file():  # a pipe would be waited for, a device read without end
+            raise ValueError(
+                f"{self.file} is a folder, a pipe or a device; a run log is a file. Move it away."
+            )
         begun, hurt = False, ""
         with self.file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
