@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -89,6 +90,17 @@ def test_a_dense_model_is_an_error() -> None:
 def test_a_target_that_is_nothing_is_refused_with_a_way_on(target: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         diagnose(target)
+
+
+@pytest.mark.parametrize("value", [3, [3], "Qwen3MoeForCausalLM"])
+def test_architectures_that_are_no_list_of_names_are_refused_by_the_file(
+    tmp_path: Path, value: object
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "qwen3_moe", "architectures": value}))
+    with pytest.raises(ValueError, match=r"architectures=.*must be a list of names") as told:
+        diagnose(str(file))
+    assert str(file) in str(told.value)
 
 
 def test_a_folder_that_holds_neither_model_nor_runs_is_refused_for_what_it_is(

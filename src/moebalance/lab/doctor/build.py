@@ -74,7 +74,7 @@ def _content(path: Path) -> str:
 
 def build(target: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
     """Make the model's modules without any memory for weights."""
-    kind = _model_class(config)
+    kind = _model_class(target, config)
     if kind is None:
         raise ValueError(f"Transformers has no model for {target} ({config.model_type}).")
     try:
@@ -92,11 +92,21 @@ def build(target: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that the configuration names, or else the first form that is trained."""
+def _model_class(target: str | Path, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that the configuration names, or else the first form that is trained.
+
+    Raises:
+        ValueError: the configuration names no classes but something else.
+    """
+    classes: Any = config.architectures or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(
+            f"{target} has architectures={classes!r}: it must be a list of names, such as "
+            '["Qwen3MoeForCausalLM"].'
+        )
     forms: list[Any] = [mapping[type(config)] for mapping in _HEADS if type(config) in mapping]
     forms = [one for form in forms for one in (form if isinstance(form, tuple) else (form,))]
-    for name in config.architectures or ():
+    for name in classes:
         named = getattr(transformers, name, None)
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
             return named
