@@ -55,8 +55,10 @@ def _attention_or_names(value: object) -> object:
     return value
 
 
-_Count = Annotated[int, Field(strict=True, ge=1)]
-_CountOrNone = Annotated[int, Field(strict=True, ge=0)]
+_MOST = 10**9  # the order of so many sequences takes 8 GB
+_Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
+_CountOrNone = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
+_Bytes = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
 _Number = Annotated[float, Field(strict=True, ge=0)]
 _Names = Annotated[tuple[str, ...], AfterValidator(_each_once)]
 _CONFIG = ConfigDict(extra="forbid")
@@ -88,14 +90,14 @@ class DataSpec:
     source: str = "python"
     tokenizer: Literal["bytes", "bpe", "checkpoint"] = "bytes"
     vocab_size: StrictInt = 512
-    seq_len: Annotated[int, Field(strict=True, ge=2)] = 128
+    seq_len: Annotated[int, Field(strict=True, ge=2, le=_MOST)] = 128
     validation: Annotated[float, Field(strict=True, gt=0, le=0.5)] = 0.1
     split_seed: StrictInt = 0
     domains: _Names | None = None
     column: str = "text"
     domain_column: str | None = None
     extensions: _Names | None = None
-    max_bytes_per_domain: _Count | None = None
+    max_bytes_per_domain: _Bytes | None = None
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -247,6 +249,13 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What two keys of a recipe say against each other."""
     if "name" not in recipe.method:
         yield '[method] needs name, for example "phi".'
+    train = recipe.train
+    if (sequences := train.steps * train.accumulation * train.batch_size) > _MOST:
+        yield (
+            f"[train] steps={train.steps} × accumulation={train.accumulation} × batch_size="
+            f"{train.batch_size} are {sequences:,} sequences, and at most {_MOST:,} can be put in "
+            "order: lower one of them."
+        )
     if "checkpoint" not in recipe.model:
         yield from _lacks_a_checkpoint(recipe)
     elif "architecture" in recipe.model:

@@ -21,6 +21,7 @@ from moebalance.potentials import POTENTIALS, Potential
 from moebalance.proportions import Proportions, as_proportions
 from moebalance.words.suggest import check_options, instead_of
 
+_MOST_EXPERTS = 2**20  # no layer has more; each of them takes memory
 _AROUND = ("unit_slope", "groups", "proportions", "weight")
 
 
@@ -76,13 +77,19 @@ def read_proportions(value: Any) -> Proportions:
     for part in value.split(","):
         count, times, share = part.partition("x")
         try:
-            found += [float(share)] * int(count) if times else [float(count)]
+            found += [float(share)] * _experts(count) if times else [float(count)]
         except ValueError as error:
             raise ValueError(
                 f"Cannot read proportions {value!r} at {part.strip()!r}: write them like "
-                "'8x4, 24x1', eight experts of 4 and 24 of 1."
+                f"'8x4, 24x1', eight experts of 4 and 24 of 1; 1 to {_MOST_EXPERTS:,} experts."
             ) from error
     return as_proportions(found)
+
+
+def _experts(count: str) -> int:
+    if not 1 <= int(count) <= _MOST_EXPERTS:
+        raise ValueError(f"{count} experts")
+    return int(count)
 
 
 def table_with_proportions(value: Mapping[str, Any]) -> dict[str, Any]:
