@@ -13,7 +13,7 @@ name = "…"
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
+from moebalance.files import MOST_DEEP
 from moebalance.words.suggest import instead_of
 
 FINAL = "final"
@@ -55,6 +56,7 @@ def _attention_or_names(value: object) -> object:
     return value
 
 
+_MOST_DEEP = MOST_DEEP // 2  # a run log holds the recipe, and what was made of it
 _MOST = 10**9  # the order of so many sequences takes 8 GB
 _Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
 _CountOrNone = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
@@ -218,6 +220,11 @@ class Recipe:
         Raises:
             ValueError: unknown or missing keys, values that cannot work; says where each is.
         """
+        if (depth := _depth(table)) > _MOST_DEEP:
+            raise ValueError(
+                f"{source}: tables and lists are nested {depth} deep, and at most {_MOST_DEEP} fit "
+                "in a run log."
+            )
         named = {"name": Path(source).stem, **table}
         try:
             return TypeAdapter(cls).validate_python(_with_fine_tuning_defaults(named))
@@ -235,14 +242,27 @@ class Recipe:
         if not path.is_file():
             raise FileNotFoundError(f"No recipe at {path}: give the path of a .toml file.")
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors sign
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not TOML: {error}.") from error
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deep, at most {_MOST_DEEP} tables.") from None
         return cls.parse(table, source=str(path))
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain tables, for the run header."""
         return asdict(self)
+
+
+def _depth(table: Mapping[str, Any]) -> int:
+    """How many tables and lists stand within each other, counted one level at a time."""
+    depth = 0
+    level: list[Iterable[Any]] = [table.values()]
+    while level:
+        inside = [value for values in level for value in values]
+        tables = [value.values() for value in inside if isinstance(value, Mapping)]
+        depth, level = depth + 1, [*tables, *(v for v in inside if isinstance(v, list | tuple))]
+    return depth
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
