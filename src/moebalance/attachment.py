@@ -15,7 +15,7 @@ from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.core.state import bare_name
 from moebalance.gates import Gate, GroupLimit
-from moebalance.integrations.names import Layers, chosen
+from moebalance.integrations.names import Layers, chosen, without_adapters
 from moebalance.integrations.reminders import StepReminder
 from moebalance.methods import Method, recommended
 from moebalance.router import BalancedRouter, CountAndCharge
@@ -190,7 +190,7 @@ def _own(
             f"One handle steps one method, but the routers carry {methods}: attach each kind by "
             'itself, for example attach(model, layers="*encoder*").'
         )
-    balancing = Balancing(methods.pop(), balanced, group=group)
+    balancing = Balancing(methods.pop(), balanced, group=group, plain=without_adapters)
     for name, router in named.items():
         if balanced.get(name or "router") is router:
             router.name = name or router.name

@@ -19,7 +19,7 @@ from moebalance import metrics
 from moebalance.core.distributed import Group
 from moebalance.core.layer import LayerBalance
 from moebalance.core.loss_scale import follow
-from moebalance.core.state import FORMAT, check_fit, method_name
+from moebalance.core.state import FORMAT, check_fit, check_values, method_name, under_names_of
 from moebalance.core.step import Ledger
 from moebalance.core.weighing import Weighing, gradient_ratio
 from moebalance.methods.base import Method
@@ -46,6 +46,7 @@ class Balancing:
             group, if there is one.
         global_metrics: whether metrics and loads cover all ranks. The message of a step then has
             2E + 1 numbers per layer, instead of the E + 1 that most methods need.
+        plain: what of a layer's name counts when a state is loaded; all, unless told otherwise.
     """
 
     at_rest = False
@@ -58,9 +59,11 @@ class Balancing:
         *,
         group: Group | None = None,
         global_metrics: bool = True,
+        plain: Callable[[str], str] = str,
     ) -> None:
         self.method = method
         self.layers = dict(layers)
+        self.plain = plain
         self.steps = 0
         self._ledger = Ledger(method, self.layers, group, everything=global_metrics)
         self._loss_scale = 1.0
@@ -285,6 +288,8 @@ class Balancing:
         Raises:
             ValueError: another format, method, set of layers or number of experts.
         """
+        check_values(state)
+        state = under_names_of(self.layers, state, self.plain)
         lineages = check_fit(state, self.method, self.layers, parents=parents)
         for name, layer in self.layers.items():
             saved = state["layers"][name]
@@ -336,7 +341,7 @@ class Balancing:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Balancing:
         """Copy the layers. What detaches the model, and the ranks, are the original's alone."""
-        twin = Balancing(self.method, copy.deepcopy(self.layers, memo))
+        twin = Balancing(self.method, copy.deepcopy(self.layers, memo), plain=self.plain)
         memo[id(self)] = twin
         twin.steps, twin.price_outside, twin.at_rest = self.steps, set(self.price_outside), True
         return twin

@@ -1,7 +1,7 @@
 """What a saved balancing state must be to go on from."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,16 +30,16 @@ def check_fit(
 ) -> dict[str, Lineage]:
     """Refuse a saved state that does not belong to these layers under this method.
 
-    Other hyper-parameters of the same method are no reason, but worth a warning.
+    Other hyper-parameters of the same method are no reason, but worth a warning. Call
+    `check_values` first.
 
     Returns:
         Where `parents` are given, how each layer's experts descend from the saved ones.
 
     Raises:
         ValueError: another format, method, set of layers or number of experts; or values that
-            cannot be trained with (`sound.py`).
+            do not suit the method.
     """
-    check_values(state)
     if type(state["format"]) is not int or state["format"] != FORMAT:
         raise ValueError(
             f"This balancing state has format {str(state['format'])[:60]}; this version reads "
@@ -107,6 +107,23 @@ def check_values(state: Mapping[str, Any]) -> None:
         problem = tensors_problem(tensors)
         if problem:
             raise ValueError(f"The balancing state of {name} is refused: {problem}")
+
+
+def under_names_of(
+    layers: Iterable[str], state: Mapping[str, Any], plain: Callable[[str], str]
+) -> Mapping[str, Any]:
+    """A saved state with these names for layers whose saved ones differ from them by wrappers.
+
+    Args:
+        layers: the names.
+        state: that passed `check_values`.
+        plain: what is the same of a name, whatever is around the layer.
+    """
+    own = {plain(name): name for name in layers}
+    saved = state["layers"]
+    renamed = {own.get(plain(str(name)), name): tensors for name, tensors in saved.items()}
+    # Two names of one layer: which of them is meant is not ours to say.
+    return {**state, "layers": renamed} if len(renamed) == len(saved) else state
 
 
 def plain_state_dict(

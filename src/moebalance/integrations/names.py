@@ -1,10 +1,26 @@
-"""Which of a model's routers to balance, as users say it."""
+"""Names of a model's routers: which to balance, as users say it, and without what adapters add."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 Layers = str | Sequence[str] | Callable[[str], bool]
 """A glob pattern, several of them, or a test, over the names of routers."""
+
+_ADAPTER = re.compile(
+    r"(^|(?<=\.))base_model\.model\.|\.modules_to_save\.[^.]+|\.base_layer(?=\.|$)"
+)
+
+
+def without_adapters(name: str) -> str:
+    """A module's name without what PEFT puts around the model, the module, or what it is in.
+
+    The name is then the same before an adapter, with one of whatever name, and after a merge.
+
+    >>> without_adapters("base_model.model.model.layers.1.mlp.gate.modules_to_save.default")
+    'model.layers.1.mlp.gate'
+    """
+    return _ADAPTER.sub("", name)
 
 
 def chosen(names: Iterable[str], layers: Layers | None) -> list[str]:

@@ -56,9 +56,7 @@ def start(
         model = _adapt(model, recipe.lora)
     balancing = attach(model, method)
     if state is not None:
-        # An adapted router has a longer name; the order is the same.
-        layers = dict(zip(balancing.layers, state["layers"].values(), strict=True))
-        balancing.load_state_dict({**state, "layers": layers, "steps": 0})
+        balancing.load_state_dict({**state, "steps": 0})
     return model, balancing
 
 

@@ -22,7 +22,7 @@ from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.routers import Site, transformers_model
 from moebalance.integrations.huggingface.storage import home
 from moebalance.integrations.huggingface.tokens import Layout
-from moebalance.integrations.names import Layers
+from moebalance.integrations.names import Layers, without_adapters
 from moebalance.methods.base import Method, sees_sequences
 
 
@@ -60,7 +60,7 @@ def attach(
             f"or write the layer with moebalance.BalancedRouter.{hint()}"
         )
     balanced = {site.name: _layer(site, method, fused=fused) for site in sites}
-    balancing = Balancing(method, balanced, group=group)
+    balancing = Balancing(method, balanced, group=group, plain=without_adapters)
     try:
         _tie(balancing, model, sites, group, keep_native_loss=keep_native_loss)
     except BaseException:

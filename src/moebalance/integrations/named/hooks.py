@@ -31,6 +31,7 @@ from moebalance.integrations.named.evidence import Witness
 from moebalance.integrations.named.finding import Named, Rule
 from moebalance.integrations.named.places import listen
 from moebalance.integrations.named.surround import Surround
+from moebalance.integrations.names import without_adapters
 from moebalance.integrations.reminders import StepReminder
 from moebalance.methods.base import Method, sees_sequences
 
@@ -65,7 +66,7 @@ def attach(
         layer = LayerBalance(method, one.num_experts, gate=how.gate, fused=fused, name=one.name)
         device = next((weight.device for weight in one.weights), None)
         layers[one.name] = layer if device is None else layer.to(device)
-    balancing = Balancing(method, layers, group=group)
+    balancing = Balancing(method, layers, group=group, plain=without_adapters)
     if how.mask or how.cu_seqlens or sees_sequences(method):
         for remove in surround.hook(model):
             balancing.on_detach(remove)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from moebalance.core.layer import LayerBalance
-from moebalance.core.state import check_fit, check_values
+from moebalance.core.state import check_fit, check_values, under_names_of
 from moebalance.integrations.huggingface.routers import Site
 from moebalance.integrations.huggingface.scan import Weights
 from moebalance.integrations.huggingface.state_file import STATE_FILE, read
+from moebalance.integrations.names import without_adapters
 from moebalance.lab.console import counted
 from moebalance.lab.doctor.weights import and_more
 from moebalance.report.diagnosis.finding import Finding, Severity
@@ -36,12 +37,16 @@ def check_state(state: Mapping[str, Any], sites: Sequence[Site], weights: Weight
         other = "another model" in str(error)
         return [Finding(Severity.ERROR, str(error), advice if other else "")]
     prices = {
-        _bare(name): tensor
+        without_adapters(name): tensor
         for name, layer in state["layers"].items()
         for key, tensor in layer.items()
         if key.endswith("price")
     }
-    priced = [s for s in sites if _bare(s.name) in prices and _matters(prices[_bare(s.name)])]
+    priced = [
+        s
+        for s in sites
+        if without_adapters(s.name) in prices and _matters(prices[without_adapters(s.name)])
+    ]
     method = method_of(state["method_repr"])
     in_nats = method is not None and not method.traits.has_selection_price
     homeless = [site.name for site in priced if site.bias_name is None or in_nats]
@@ -59,7 +64,8 @@ def check_state(state: Mapping[str, Any], sites: Sequence[Site], weights: Weight
     dropped = [
         site.name
         for site in priced
-        if site.name not in homeless and not _holds(site, prices[_bare(site.name)], weights)
+        if site.name not in homeless
+        and not _holds(site, prices[without_adapters(site.name)], weights)
     ]
     if dropped:
         findings.append(
@@ -89,16 +95,13 @@ def _fit(state: Mapping[str, Any], sites: Sequence[Site]) -> Finding:
             f"{about}; this is no method of moebalance, so whether the state fits is not known.",
             "Load it with that method attached: it is checked then.",
         )
-    saved = {_bare(name): name for name in state["layers"]}
-    balanced = [site for site in sites if _bare(site.name) in saved]
+    saved = {without_adapters(name) for name in state["layers"]}
+    balanced = [site for site in sites if without_adapters(site.name) in saved]
     if len(balanced) < len(saved):  # of another model, as the check will say
         balanced = list(sites)
     with torch.device("meta"):
-        layers = {
-            saved.get(_bare(s.name), s.name): LayerBalance(method, s.num_experts, gate=s.gate)
-            for s in balanced
-        }
-    check_fit(state, method, layers)
+        layers = {s.name: LayerBalance(method, s.num_experts, gate=s.gate) for s in balanced}
+    check_fit(under_names_of(layers, state, without_adapters), method, layers)
     which = "these routers" if len(layers) == len(sites) else f"{len(layers)} of these routers"
     return Finding(Severity.OK, f"{about}; the state is of {which}.")
 
@@ -112,11 +115,3 @@ def _holds(site: Site, price: Tensor, weights: Weights) -> bool:
 
 def _matters(price: Tensor) -> bool:
     return bool(price.max() > price.min())
-
-
-def _bare(name: str) -> str:
-    """A router's name without what PEFT puts around it."""
-    words = [w for w in name.removeprefix("base_model.model.").split(".") if w != "base_layer"]
-    if "modules_to_save" in words:
-        words = words[: words.index("modules_to_save")]
-    return ".".join(words)
