@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
@@ -312,48 +311,3 @@ def test_one_tensor_in_float32_exports_exactly_from_a_bfloat16_model(
         True,
         True,
     ]
-
-
-# --- Adapters -----------------------------------------------------------------------------------
-
-PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # theirs
-
-
-def adapted(**settings: object) -> tuple[PeftModel, mb.Balancing]:
-    model = get_peft_model(tiny("deepseek_v3"), LoraConfig(target_modules=["q_b_proj"], **settings))
-    balancing = mb.attach(model, mb.LossFree(speed=0.02))
-    step(model, balancing, 3)
-    return model, balancing
-
-
-@PEFT
-def test_an_adapter_that_leaves_the_price_in_the_base_model_is_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, balancing = adapted()
-    with pytest.raises(ValueError, match="An adapter holds what it trains: merge it"):
-        mb.huggingface.export(model, balancing, tmp_path)
-    with caplog.at_level(logging.WARNING, "moebalance"):
-        model.save_pretrained(tmp_path)
-    (message,) = warnings_of(caplog)
-    assert "is not among what would be saved" in message
-    assert not any("correction" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
-
-
-@PEFT
-def test_merging_the_adapter_keeps_the_price(tmp_path: Path) -> None:
-    model, balancing = adapted()
-    before = outputs(model)
-    balancing.detach(keep_price=True)
-    model.merge_and_unload().save_pretrained(tmp_path)
-    torch.testing.assert_close(outputs(loaded(tmp_path)), before)
-    assert any(bool(site.bias.any()) for site in mb.huggingface.find_sites(loaded(tmp_path)))
-
-
-@PEFT
-def test_an_adapter_that_saves_the_router_saves_the_price(tmp_path: Path) -> None:
-    model, balancing = adapted(modules_to_save=["gate"])
-    before = outputs(model)
-    mb.huggingface.export(model, balancing, tmp_path)
-    again = PeftModel.from_pretrained(tiny("deepseek_v3"), tmp_path).eval()
-    assert torch.equal(outputs(again), before)

@@ -9,6 +9,7 @@ place for it, and no family has one for a price in nats.
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -45,7 +46,7 @@ def export(model: nn.Module, balancing: Balancing, folder: str | Path, **options
     """Detach with the price kept in the model, `save_pretrained`, and read the folder back.
 
     Args:
-        model: what was attached to; a PEFT model saves its adapter.
+        model: what was attached to, or merged since; a PEFT model saves its adapter.
         balancing: its handle, of no use afterwards.
         folder: where to save.
         options: for `save_pretrained`.
@@ -163,16 +164,20 @@ def _hazards(
 
 
 def _own_sites(model: nn.Module, balancing: Balancing) -> list[Site]:
-    """The balanced routers of `model`."""
-    sites = find_sites(model)
-    missing = sorted(set(balancing.layers) - {site.name for site in sites})
+    """The balanced routers of `model`, under the handle's names for them.
+
+    An adapter may have been merged since `attach`: the names are then shorter in the model.
+    """
+    plain = balancing.plain
+    found = {plain(site.name): site for site in find_sites(model)}
+    missing = sorted(name for name in balancing.layers if plain(name) not in found)
     if missing:
         raise ValueError(
             f"This handle balances {missing[0]} ({len(missing)} such routers), which "
-            f"{type(model).__name__} does not have under this name: give the very module that was "
-            "attached to."
+            f"{type(model).__name__} does not have: give the module that was attached to, or what "
+            "merge_and_unload made of it."
         )
-    return [site for site in sites if site.name in balancing.layers]
+    return [replace(found[plain(name)], name=name) for name in balancing.layers]
 
 
 def _priced(sites: Sequence[Site], balancing: Balancing) -> list[Site]:

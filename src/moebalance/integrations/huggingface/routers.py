@@ -47,6 +47,7 @@ class Site:
         gate: affinities from logits.
         rule: weights from affinities; None where they cannot be recomputed from outside.
         bias_name: of its selection bias, from the block; None if it has none.
+        bias_owner: the module that holds it.
         trainable: whether a gradient reaches any of its parameters.
     """
 
@@ -59,6 +60,7 @@ class Site:
     gate: Gate
     rule: Rule | None
     bias_name: str | None
+    bias_owner: nn.Module | None
     trainable: bool
 
     @property
@@ -66,8 +68,8 @@ class Site:
         """The model's own selection bias, (E,) or (1, E); looked up anew, as models replace it."""
         if self.bias_name is None:
             return None
-        owner, _, leaf = self.bias_name.rpartition(".")
-        return cast(Tensor, getattr(self.block.get_submodule(owner), leaf))
+        # Not by its name from the block: merging an adapter takes away what PEFT put between them.
+        return cast(Tensor, getattr(self.bias_owner, self.bias_name.rpartition(".")[2]))
 
     @property
     def why_fixed(self) -> str:
@@ -183,6 +185,7 @@ def examine(model: nn.Module, candidate: Candidate) -> Site:
     gate = convention.gate or (rule.gate if rule is not None else None)
     if gate is None:
         raise unknown(name, router, "its weights follow no gate that moebalance has")
+    bias_name, bias_owner = _native_bias(router, block, name.removeprefix(f"{around}."))
     return Site(
         name=bare_name(model, name),
         router=router,
@@ -192,7 +195,8 @@ def examine(model: nn.Module, candidate: Candidate) -> Site:
         top_k=top_k,
         gate=gate,
         rule=rule,
-        bias_name=_native_bias(router, block, name.removeprefix(f"{around}.")),
+        bias_name=bias_name,
+        bias_owner=bias_owner,
         trainable=learns,
     )
 
@@ -239,13 +243,18 @@ def _unrouted(model: nn.Module, routers: Sequence[str]) -> list[str]:
     return found
 
 
-def _native_bias(router: nn.Module, block: nn.Module, leaf: str) -> str | None:
-    """Name of the selection bias, from the block: within the router, or beside it."""
+def _native_bias(
+    router: nn.Module, block: nn.Module, leaf: str
+) -> tuple[str | None, nn.Module | None]:
+    """The selection bias's name, from the block, and its owner: in the router, or next to it."""
     for name, _ in (*router.named_buffers(), *router.named_parameters()):
-        if name.rpartition(".")[2] in NATIVE_BIAS:
-            return f"{leaf}.{name}"
-    beside = (name for name in bias_arguments(router) if _is_tensor(getattr(block, name, None)))
-    return next(beside, None)
+        owner, _, last = name.rpartition(".")
+        if last in NATIVE_BIAS:
+            return f"{leaf}.{name}", router.get_submodule(owner)
+    for name in bias_arguments(router):
+        if _is_tensor(getattr(block, name, None)):
+            return name, block
+    return None, None
 
 
 def _is_tensor(value: object) -> bool:
