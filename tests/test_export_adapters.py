@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 import moebalance as mb
 from families import tiny
@@ -26,8 +27,9 @@ ROUTER: dict[str, dict[str, Any]] = {
 every_way = pytest.mark.parametrize("router", ROUTER.values(), ids=ROUTER)
 
 
-def adapted(**settings: object) -> tuple[PeftModel, mb.Balancing]:
-    model = get_peft_model(tiny("deepseek_v3"), LoraConfig(target_modules=["q_b_proj"], **settings))
+def adapted(name: str = "default", **settings: Any) -> tuple[PeftModel, mb.Balancing]:
+    config = LoraConfig(target_modules=["q_b_proj"], **settings)
+    model = get_peft_model(tiny("deepseek_v3"), config, adapter_name=name)
     balancing = mb.attach(model, mb.LossFree(speed=0.02))
     step(model, balancing, 3)
     return model, balancing
@@ -88,3 +90,44 @@ def test_a_merged_model_keeps_its_balancing(router: dict[str, Any]) -> None:
         assert torch.equal(bias, -price)
     balancing.detach()
     assert not any(bool(bias.any()) for bias in biases)
+
+
+def natively_adapted(**settings: Any) -> tuple[PreTrainedModel, mb.Balancing]:
+    """Transformers' own PEFT, which puts the adapter into the model and nothing around it."""
+    model = tiny("deepseek_v3")
+    model.add_adapter(LoraConfig(target_modules=["q_b_proj"], **settings))
+    balancing = mb.attach(model, mb.LossFree(speed=0.02))
+    step(model, balancing, 3)
+    return model, balancing
+
+
+@pytest.mark.parametrize("router", ["frozen", "adapted"])
+def test_a_native_adapter_that_leaves_the_price_behind_is_refused_and_nothing_is_done(
+    tmp_path: Path, router: str
+) -> None:
+    model, balancing = natively_adapted(**ROUTER[router])
+    before = outputs(model)
+    with pytest.raises(ValueError, match="name the router in modules_to_save"):
+        mb.huggingface.export(model, balancing, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert torch.equal(outputs(model), before)
+    step(model, balancing, 1)  # attached still
+
+
+def test_a_native_adapter_that_saves_the_router_saves_the_price(tmp_path: Path) -> None:
+    model, balancing = natively_adapted(**ROUTER["copied"])
+    before = outputs(model)
+    mb.huggingface.export(model, balancing, tmp_path)
+    again = tiny("deepseek_v3")
+    again.load_adapter(tmp_path)
+    assert torch.equal(outputs(again.eval()), before)
+
+
+@pytest.mark.parametrize("name", ["mine", "7"])
+def test_an_adapter_of_another_name_saves_the_price(tmp_path: Path, name: str) -> None:
+    """PEFT gives it a folder of its own."""
+    model, balancing = adapted(name, **ROUTER["copied"])
+    before = outputs(model)
+    mb.huggingface.export(model, balancing, tmp_path)
+    again = PeftModel.from_pretrained(tiny("deepseek_v3"), tmp_path / name).eval()
+    assert torch.equal(outputs(again), before)

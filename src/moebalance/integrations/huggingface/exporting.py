@@ -61,11 +61,10 @@ def export(model: nn.Module, balancing: Balancing, folder: str | Path, **options
     check_export(model, balancing)
     sites = _priced(_own_sites(model, balancing), balancing)
     balancing.detach(keep_price=bool(sites))
-    saver = model if isinstance(model, PreTrainedModel) or _adapts(model) else None
-    saver = saver or transformers_model(model)
-    cast(Any, saver).save_pretrained(folder, **options)
+    saver = _saver(model)
+    saver.save_pretrained(folder, **options)
 
-    weights = open_weights(Path(folder))
+    weights = open_weights(_written(saver, Path(folder)))
     for site in sites:
         bias = cast(Tensor, site.bias).detach().cpu().reshape(-1)
         stored = weights.bias(site)
@@ -91,12 +90,7 @@ def check_export(model: nn.Module, balancing: Balancing) -> None:
     outside = [site.name for site in sites if site.name in balancing.price_outside]
     if outside:
         raise ValueError(_without_slot(balancing, outside) + " " + _WITHOUT_SLOT_REMEDY)
-    if _adapts(model):
-        from peft import get_peft_model_state_dict
-
-        saved = get_peft_model_state_dict(cast(Any, model))
-    else:
-        saved = model.state_dict()
+    saved = _saved(_saver(model))
     unsaved = [site.name for site in sites if not _among(cast(Tensor, site.bias), saved)]
     if unsaved:
         raise ValueError(_unsaved(balancing, unsaved))
@@ -246,6 +240,28 @@ def _among(bias: Tensor, saved: dict[str, Any]) -> bool:
     )
 
 
-def _adapts(model: nn.Module) -> bool:
-    """Whether this is a PEFT model, whose `save_pretrained` writes the adapter alone."""
+def _saver(model: nn.Module) -> Any:
+    """Whose `save_pretrained` writes the model: PEFT's, or that of the Transformers model in it."""
+    return model if _is_peft(model) else transformers_model(model)
+
+
+def _saved(saver: Any) -> dict[str, Any]:
+    """What `save_pretrained` writes: of a model with an adapter, that alone."""
+    if _is_peft(saver):
+        from peft import get_peft_model_state_dict
+
+        return dict(get_peft_model_state_dict(saver, adapter_name=saver.active_adapters[0]))
+    if getattr(saver, "_hf_peft_config_loaded", False):  # by Transformers' own add_adapter
+        return dict(saver.get_adapter_state_dict())
+    return dict(saver.state_dict())
+
+
+def _written(saver: Any, folder: Path) -> Path:
+    """Where `save_pretrained` writes: PEFT gives an adapter a folder, but not the default one."""
+    name = saver.active_adapters[0] if _is_peft(saver) else "default"
+    return folder if name == "default" else folder / name
+
+
+def _is_peft(model: nn.Module) -> bool:
+    """Whether PEFT is around the model, and not only in it."""
     return not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config")

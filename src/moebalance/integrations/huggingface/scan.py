@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moebalance.integrations.huggingface.probe import NATIVE_BIAS
 from moebalance.integrations.huggingface.routers import Site
+from moebalance.integrations.names import without_adapters
 
 INDEX_FILES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
 
@@ -42,7 +43,7 @@ class Weights:
 
     def bias(self, site: Site) -> Tensor | None:
         """Read a router's selection bias, (E,) or (1, E); None if the files do not have it."""
-        name = f"{site.name}.{site.bias_name}"
+        name = without_adapters(f"{site.name}.{site.bias_name}")
         key = self._find(name, NATIVE_BIAS)
         if key is None:  # some families call it `gate.bias` on disk
             key = self._find(name, ["bias"], within=_words(site), shape=(site.num_experts,))
@@ -52,7 +53,7 @@ class Weights:
         """Read a router's matrix, (E, D); None if the files do not have it."""
         name, matrix = next((n, p) for n, p in site.router.named_parameters() if p.dim() == 2)
         key = self._find(
-            f"{site.name}.{name}",
+            without_adapters(f"{site.name}.{name}"),
             [_last(name)],
             within=_words(site),
             shape=tuple(matrix.shape),
@@ -155,4 +156,4 @@ def _last(name: str) -> str:
 
 def _words(site: Site) -> tuple[str, ...]:
     """What a router may be called on disk."""
-    return _last(site.name), "gate", "router"
+    return _last(without_adapters(site.name)), "gate", "router"
