@@ -35,7 +35,7 @@ METHODS = {
     "phi": PhiBalancing(strength=1.0),
     "switch + phi": Together(SwitchLoss(strength=1.0), PhiBalancing(strength=0.5)),
 }
-STOOD_IN = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "minimax"]
+STOOD_IN = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "minimax", "flint"]
 
 
 def trained(family, method, *, stood_in, dtype=torch.float32, prepare=lambda model: None):
@@ -211,6 +211,39 @@ def test_a_hook_that_accelerate_puts_around_it_outlives_the_detach(name):
     assert all(map(torch.equal, router(x), theirs))
 
 
+@pytest.mark.parametrize(
+    ("family", "num_experts", "top_k", "width"),
+    [
+        ("olmoe", 64, 8, 2048),
+        ("qwen2_moe", 60, 8, 3584),
+        ("qwen3_moe", 128, 8, 4096),
+        ("mixtral", 8, 2, 6144),
+        ("flint", 64, 8, 128),
+        ("flint", 64, 8, 7168),
+    ],
+)
+def test_a_router_is_known_at_the_width_of_a_real_model(family, num_experts, top_k, width):
+    """Probed with logits that grew with the width, its affinities were 0 and 1 alone."""
+    model = families.tiny(family)
+    router = mb.huggingface.find_sites(model)[0].router
+    router.weight = torch.nn.Parameter(torch.empty(num_experts, width))
+    router.num_experts, router.top_k, router.hidden_dim = num_experts, top_k, width
+    assert form_of(mb.huggingface.find_sites(model)[0]).exact
+
+
+def test_a_router_that_does_something_of_its_own_under_autocast_is_left_to_itself(monkeypatch):
+    model = families.tiny("mixtral")
+    router = type(mb.huggingface.find_sites(model)[0].router)
+    whole = router.forward
+
+    def forward(self, hidden_states):
+        logits, weights, experts = whole(self, hidden_states)
+        return logits + torch.is_autocast_enabled("cpu"), weights, experts
+
+    monkeypatch.setattr(router, "forward", forward)
+    assert form_of(mb.huggingface.find_sites(model)[0]) is None
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "jamba", "llama4_text", "gemma4_text"])
 def test_a_router_that_does_more_is_left_to_itself(family):
     assert form_of(mb.huggingface.find_sites(families.tiny(family))[0]) is None
@@ -242,17 +275,19 @@ def test_what_charges_nothing_or_looks_at_more_than_sums_leaves_the_router_alone
         assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", STOOD_IN)
-def test_a_method_that_only_charges_gets_the_routers_answer_to_the_bit(family, dtype):
+def test_a_method_that_only_charges_gets_the_routers_answer_to_the_bit(family, dtype, autocast):
     model = families.tiny(family).to(dtype)
     name = mb.huggingface.find_sites(model)[0].name
     router, x = model.get_submodule(name), torch.randn(2, 60, 32).to(dtype)
     x[0, 0] *= 1000  # saturated: all affinities but one are 0
-    theirs = router(x)
-    with attach(model, PhiBalancing()):
-        assert "forward" in vars(router)
-        ours = router(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        theirs = router(x)
+        with attach(model, PhiBalancing()):
+            assert "forward" in vars(router)
+            ours = router(x)
     assert [each.dtype for each in ours] == [each.dtype for each in theirs]
     assert all(map(torch.equal, ours, theirs))
     assert "_ChooseBackward" in nodes(ours[1])

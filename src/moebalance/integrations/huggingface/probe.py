@@ -167,7 +167,7 @@ def _random(key: str, tensor: Tensor, random: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _call(router: nn.Module, tokens: Tensor, extra: list[Tensor]) -> Any:
     """Call a router on tokens (T, D), or (1, T, D) where it insists on the batch."""
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         try:
             return router(tokens[0], *extra)
         except (ValueError, IndexError):
