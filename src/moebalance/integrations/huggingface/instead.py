@@ -7,8 +7,8 @@ pass gives the weights and experts of the router to the bit, in its order (on a 
 kernels, weights to rounding).
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from moebalance.integrations.huggingface.routers import Site
 
 Linear = Callable[[nn.Module, Tensor], Tensor]
 _TOKENS = 8
+_TRIED: dict[Hashable, "Form | None"] = {}
 
 
 class Form(NamedTuple):
@@ -62,10 +63,30 @@ def form_of(site: Site) -> Form | None:
     """How to stand in for this router; None where running it tells that we do not know it all.
 
     It must hold a weight and perhaps a bias, answer with exactly (logits, weights, experts) by a
-    plain rule, and do so for float32 and bfloat16, under autocast, one sequence and many.
+    plain rule, and do so for float32 and bfloat16, under autocast, one sequence and many. Of
+    routers that are alike, as those of a model's layers are, one is tried.
     """
     if not _is_plain(site):
         return None
+    kind = _kind(site)
+    if kind not in _TRIED:
+        _TRIED[kind] = _try(site)
+    return _TRIED[kind]
+
+
+def _kind(site: Site) -> Hashable:
+    """All that may tell a router's arithmetic from another's, but for the values of its weights."""
+    router = site.router
+    numbers = {k: v for k, v in vars(router).items() if isinstance(v, bool | int | float | str)}
+    numbers.pop("training", None)
+    shape = tuple(cast(Tensor, router.weight).shape)
+    held = frozenset(_held(site))
+    told = site.rule, site.gate, site.top_k, site.bias_name
+    return type(router), type(router).forward, tuple(sorted(numbers.items())), shape, held, told
+
+
+def _try(site: Site) -> Form | None:
+    """Run the router's code, and compare."""
     try:
         probes = _probes(site.router)
         linears = [linear for linear in _LINEARS if all(_gives(linear, p) for p in probes)]
