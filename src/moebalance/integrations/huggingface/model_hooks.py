@@ -20,6 +20,7 @@ from moebalance.integrations.huggingface.price import Policy, Prices
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.storage import home
 from moebalance.integrations.huggingface.tokens import layout
+from moebalance.integrations.outputs import tensors
 from moebalance.integrations.reminders import CallReminder, StepReminder
 
 logger = logging.getLogger("moebalance")
@@ -187,10 +188,9 @@ class ModelHooks(Hook):
         """Follow the loss, and tell the backward of this output which forward it belongs to."""
         if not torch.compiler.is_compiling():
             # A trainer may make the loss from any of the outputs.
-            values = output.values() if isinstance(output, ModelOutput) else output
-            for value in values if not isinstance(values, Tensor | None) else (values,):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    resume = partial(self.forward.resume, self.forward.context)
+            resume = partial(self.forward.resume, self.forward.context)
+            for value in tensors(output):
+                if value.requires_grad:
                     value.register_hook(resume)  # type: ignore[no-untyped-call]
         weighed = self.forward.context.weight is not None and not self.divided_again
         factor = 1 / self.micro_batches if weighed else 1.0

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from moebalance.integrations.copies import Hook
+from moebalance.integrations.outputs import tensors
 from moebalance.routing import real_tokens
 
 logger = logging.getLogger("moebalance")
@@ -111,7 +111,7 @@ class Surround(Hook):
         call, self.now = self.now, Call()
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
-        for value in _tensors(output):
+        for value in tensors(output):
             if value.requires_grad:
                 value.register_hook(partial(self._resume, call))  # type: ignore[no-untyped-call]
 
@@ -134,12 +134,3 @@ def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     wrapped = (getattr(model, name, None) for name in ("module", "base_model", "model"))
     inner = next((module for module in wrapped if isinstance(module, nn.Module)), None)
     return parameters if inner is None or inner is model else _signature(inner)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors in a model's output, also in the fields of an object."""
-    found = []
-    for leaf in tree_leaves(output):
-        inside = [leaf] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
-        found += [value for value in inside if isinstance(value, Tensor)]
-    return found
