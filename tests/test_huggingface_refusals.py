@@ -76,6 +76,17 @@ def test_a_compiled_model_is_refused() -> None:
         mb.attach(model, mb.PhiBalancing())
 
 
+def test_a_model_whose_forward_is_compiled_is_refused_and_one_kept_from_it_is_not() -> None:
+    model = tiny("mixtral")
+    block = model.model.layers[1].mlp
+    own = block.forward
+    block.forward = torch.compile(own, backend="eager")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp is compiled already"):
+        mb.attach(model, mb.PhiBalancing())
+    block.forward = torch.compiler.disable(own)
+    mb.attach(model, mb.PhiBalancing()).detach()
+
+
 def test_a_frozen_router_is_refused_only_where_its_gradient_is_needed() -> None:
     model = tiny("mixtral")
     for layer in model.model.layers:

@@ -57,6 +57,20 @@ def test_a_block_that_bypasses_its_router_is_told_of_in_evaluation_and_in_traini
     assert "MegaBlocks" in evaluation
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_nothing_is_said_of_a_model_whose_forward_is_compiled_after_attaching(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, ids = tiny("mixtral", num_hidden_layers=1), tokens()
+    balancing = mb.attach(model, mb.PhiBalancing())
+    model.forward = torch.compile(model.forward, backend="eager")
+    for _ in range(2):  # the second runs what the first compiled
+        model(input_ids=ids, labels=ids).loss.backward()
+        balancing.step()
+        assert balancing.metrics()["tokens"] == ids.numel()
+    assert warnings_of(caplog) == []
+
+
 def test_a_monitor_of_one_bypassed_block_names_it(caplog: pytest.LogCaptureFixture) -> None:
     model = bypassed((1,)).eval()
     with mb.monitor(model) as watch:

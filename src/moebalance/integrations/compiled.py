@@ -5,12 +5,7 @@ from torch import nn
 
 def compiled_part(model: nn.Module) -> str | None:
     """The name of the first compiled module, "" for the model itself; None if there is none."""
-    compiled = (
-        name
-        for name, module in model.named_modules()
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-    )
-    return next(compiled, None)
+    return next((name for name, module in model.named_modules() if _is_compiled(module)), None)
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -25,3 +20,12 @@ def refuse_compiled(model: nn.Module) -> None:
             f"{name or type(model).__name__} is compiled already, and a compiled model ignores "
             "hooks added later: attach first, then compile."
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+        return True
+    # As of `module.forward = torch.compile(module.forward)`; `torch.compiler.disable` marks, too.
+    forward = vars(module).get("forward")
+    marked = hasattr(forward, "_torchdynamo_orig_callable")
+    return marked and not hasattr(forward, "_torchdynamo_disable")
