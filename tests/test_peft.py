@@ -137,6 +137,21 @@ def test_a_router_that_was_copied_after_attaching_is_refused(tmp_path: Path) -> 
         balancing.step()
 
 
+def test_nothing_is_said_of_a_reference_that_passes_by_the_copied_router(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """PEFT's reference policy calls the original of each router, and nobody balances that one."""
+    model, batch = peft(COPIED), ragged()
+    balancing = mb.attach(model, mb.PhiBalancing())
+    with torch.no_grad(), model.disable_adapter():
+        model(**batch)
+        model.eval()(**batch)
+    model.train()(**batch).loss.backward()
+    balancing.step()
+    assert balancing.metrics()["tokens"] == batch["attention_mask"].sum()
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 @both_ways
 def test_adapters_are_saved_without_a_key_of_ours_and_training_resumes(
     tmp_path: Path, router: dict[str, Any]

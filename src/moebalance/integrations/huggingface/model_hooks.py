@@ -153,8 +153,10 @@ class ModelHooks(Hook):
             self.forward.context, self._kept = self._kept, None
         if torch.compiler.is_compiling():
             return
+        reference = self.forward.reference  # it may call PEFT's originals of the routers
         self._forget_reference()
-        if self._called == sum(router.calls for router in self.routers) and self._is_eager():
+        none = self._called == sum(router.calls for router in self.routers)
+        if none and not reference and self._is_eager():
             names = [router.layer.name for router in self.routers]
             self.calls.saw_forward(names, training=module.training)
 
