@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from moebalance.core.handle import Balancing
 from moebalance.core.layer import LayerBalance
 from moebalance.integrations.huggingface.hooks import attach, hooks_of
+from moebalance.integrations.huggingface.interrupted import on_leaving
 from moebalance.integrations.huggingface.model_hooks import ModelHooks
 from moebalance.integrations.huggingface.native_loss import silence_native_loss
 from moebalance.integrations.huggingface.reporting import (
@@ -84,6 +84,7 @@ class BalanceCallback(Reporting):
         self._hooks: list[ModelHooks] = []
         self._followed: nn.Module | None = None
         self._unfollow: Callable[[], None] = lambda: None
+        self._unwatch: Callable[[], None] = lambda: None
 
     @property
     def balancing(self) -> Balancing:
@@ -139,7 +140,9 @@ class BalanceCallback(Reporting):
         for hooks in self._hooks:
             hooks.divided_again = getattr(trainer, "loss_is_scaled_for_ga", None) is False
             hooks.undivided = None
-        self.balancing.on_detach(partial(self._rate, 1))
+        self.balancing.on_detach(self._end)
+        self._unwatch()
+        self._unwatch = on_leaving(trainer, kwargs["model"], self._give_up)
         self._scale(kwargs.get("optimizer"))
         self.balancing.discard()
         if state.global_step > 0:
@@ -180,9 +183,19 @@ class BalanceCallback(Reporting):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where the trainer went back to its best checkpoint, go with it."""
+        self._end()
+        follow_best(self.balancing, args, state)
+
+    def _end(self) -> None:
+        """From now on losses are nobody's but the user's."""
+        self._unwatch()
         self._rate(1)
         self.balancing.set_loss_scale(1.0)
-        follow_best(self.balancing, args, state)
+
+    def _give_up(self) -> None:
+        """The trainer was interrupted: what it counted of its last step belongs to no step."""
+        self._end()
+        self.balancing.discard()
 
     def _take(self, args: Any, model: nn.Module) -> None:
         """Attach to `model` if that is left to this callback, and follow what the trainer does."""
