@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import threading
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,29 @@ def test_a_copy_that_is_attached_to_is_charged_once(family: str) -> None:
     balancing.detach()
     for mine, theirs in zip(router_gradients(twin), router_gradients(model), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def pickled(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@each_holder
+def test_a_pickled_model_routes_alike_and_is_charged_once_it_is_attached_to(family: str) -> None:
+    model, _ = balanced(family)
+    assert torch.equal(logits(pickled(model)), logits(model))
+    model, balancing = balanced(family, FixedPrice(1.0))
+    loaded, charged = pickled(model), router_gradients(model)
+    balancing.detach()
+    for mine, free in zip(router_gradients(loaded), router_gradients(model), strict=True):
+        torch.testing.assert_close(mine, free)
+    own = mb.attach(loaded, FixedPrice(1.0))
+    for mine, theirs in zip(router_gradients(loaded), charged, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    own.step()
+    assert own.metrics()["tokens"] == 24
 
 
 def test_a_copy_takes_its_hooks_off_when_it_is_attached_to() -> None:

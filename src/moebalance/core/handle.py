@@ -346,6 +346,11 @@ class Balancing:
         twin.steps, twin.price_outside, twin.at_rest = self.steps, set(self.price_outside), True
         return twin
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load a handle that was pickled, with its model or alone."""
+        vars(self).update(state)
+        self.at_rest = True
+
     def __repr__(self) -> str:
         """Show the method and the number of layers."""
         return f"Balancing({self.method!r}, layers={len(self.layers)}, steps={self.steps})"

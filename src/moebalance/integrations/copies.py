@@ -1,8 +1,8 @@
 """Copies of a balanced model: they choose experts as it does, and are neither counted nor charged.
 
-`copy.deepcopy` of a model copies its hooks too. A copy is nobody's: no handle steps it, and what is
-kept of it, such as an average of the weights or the reference of DPO, is not trained. Its hooks are
-at rest until `attach(copy)` replaces them.
+`copy.deepcopy` of a model copies its hooks too, and so does pickle, as in `torch.save(model)`. A
+copy is nobody's: no handle steps it, and what is kept of it, such as an average of the weights or
+the reference of DPO, is not trained. Its hooks are at rest until `attach(copy)` replaces them.
 
 A reference keeps the price under which it was copied. Where somebody writes the copy's weights
 later, as averaging does, the price in force in the original belongs to them.
@@ -38,6 +38,11 @@ class Hook:
         vars(twin).update({name: _copied(held, memo) for name, held in vars(self).items()})
         twin.at_rest = True
         return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load for a model that was pickled, a copy too."""
+        vars(self).update(state)
+        self.at_rest = True
 
 
 class Origin:

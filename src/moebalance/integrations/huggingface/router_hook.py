@@ -84,18 +84,17 @@ class RouterHook(Hook):
 
     def stand_in(self) -> Callable[[], None]:
         """Route in the router's place from now on, if it can be done; returns how to stop."""
-        state = vars(self.site.router)
         if self.form is None:
-            return lambda: None
+            return _nothing
         # A bound method, so that a copy of the model routes by the copied weights.
-        state["forward"] = self.route
+        vars(self.site.router)["forward"] = self.route
+        return self._stand_down
 
-        def stop() -> None:
-            self.form = None  # where another wrapper holds `route`, it calls the router from now on
-            if state.get("forward") == self.route:
-                del state["forward"]
-
-        return stop
+    def _stand_down(self) -> None:
+        self.form = None  # where another wrapper holds `route`, it calls the router from now on
+        state = vars(self.site.router)
+        if state.get("forward") == self.route:
+            del state["forward"]
 
     def route(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What stands in for the router's `forward`."""
@@ -205,3 +204,7 @@ class RouterHook(Hook):
                 "are routed, to leave padding out of the statistics."
             )
         return layout._replace(mask=mask.to(logits.device))
+
+
+def _nothing() -> None:
+    pass
