@@ -310,3 +310,21 @@ def test_padding_between_training_forwards_does_not_leak(caplog: pytest.LogCaptu
     balancing.step()
     assert balancing.metrics()["tokens"] == REAL
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_padding_of_a_call_that_was_interrupted_does_not_leak() -> None:
+    model, ids = tiny("qwen3_moe"), tokens()
+    balancing = mb.attach(model, mb.PhiBalancing())
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=ids, attention_mask=mask, labels=ids)
+    hook.remove()
+    model.model(input_ids=ids).last_hidden_state.square().mean().backward()
+    balancing.step()
+    assert balancing.metrics()["tokens"] == ids.numel()

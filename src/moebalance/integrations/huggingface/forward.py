@@ -86,8 +86,14 @@ class Forward:
         self.context = context
 
     def enter(self, entrance: Entrance, given: dict[str, Any]) -> bool:
-        """Note a call; True if it begins a forward. A call that an exception ended is forgotten."""
+        """Note a call; True if it begins a forward.
+
+        A call that an exception ended was never left. It is forgotten, and with it those around it:
+        the exception ended them as well.
+        """
         within = tuple(c for c in self.calls if c.entrance.number in entrance.around)
+        if len(within) < len(self.calls):
+            within = ()
         self.calls = (*within, Call(entrance, given))
         return len(within) == 0  # Dynamo traces no `not` of a tuple
 
