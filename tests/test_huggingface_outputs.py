@@ -36,3 +36,38 @@ def test_a_loss_from_hidden_states_of_two_forwards_counts_each_under_its_own_mas
     (query @ answer.T).square().sum().backward()
     balancing.step()
     assert balancing.metrics()["tokens"] == sum(mask.sum().item() for mask in masks)
+
+
+@pytest.mark.parametrize("how", ["without labels", "with a coefficient of 0"])
+def test_router_logits_that_are_asked_for_come_without_the_models_own_loss(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids = tiny("qwen3_moe"), tokens()
+    given = {"input_ids": ids, "labels": None if how == "without labels" else ids}
+    if how == "with a coefficient of 0":
+        model.router_aux_loss_coef = model.config.router_aux_loss_coef = 0.0
+    expected = model(**given, output_router_logits=True).router_logits
+    balancing = mb.attach(model, mb.PhiBalancing())
+    out = model(**given, output_router_logits=True)
+    for mine, theirs in zip(out.router_logits, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert out.aux_loss is None
+    (out.logits.square().mean() if out.loss is None else out.loss).backward()
+    balancing.step()
+    assert balancing.metrics()["tokens"] == ids.numel()
+    assert "output_router_logits" not in caplog.text
+
+
+def test_router_logits_that_would_bring_the_models_own_loss_are_left_out_with_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, ids = tiny("qwen3_moe"), tokens()
+    model.router_aux_loss_coef = 0.5
+    alone = model(input_ids=ids, labels=ids).loss
+    mb.attach(model, mb.PhiBalancing())
+    for _ in range(2):
+        out = model(input_ids=ids, labels=ids, output_router_logits=True)
+        torch.testing.assert_close(out.loss, alone)
+        assert out.router_logits is None
+    assert caplog.text.count("output_router_logits=True was left out") == 1
+    assert model.eval()(input_ids=ids, output_router_logits=True).router_logits is not None

@@ -96,3 +96,16 @@ class CallReminder:
             "give the model one of them.",
             where,
         )
+
+    def saw_router_logits(self, where: str) -> None:
+        """Router logits were asked for, and left out."""
+        if "router logits" in self._told:
+            return
+        self._told.add("router logits")
+        logger.warning(
+            "moebalance: output_router_logits=True was left out of a training forward: with "
+            "labels, %s would add its own balancing loss to its loss. To get the logits, set "
+            "model.router_aux_loss_coef and model.config.router_aux_loss_coef to 0, or call the "
+            "model without labels; to have both losses, attach(…, keep_native_loss=True).",
+            where,
+        )

@@ -16,6 +16,7 @@ from moebalance.core.handle import Balancing
 from moebalance.integrations.compiled import compiled_part
 from moebalance.integrations.copies import CopyReminder, Hook
 from moebalance.integrations.huggingface.forward import Context, Entrance, Forward
+from moebalance.integrations.huggingface.native_loss import adds_native_loss
 from moebalance.integrations.huggingface.price import Policy, Prices
 from moebalance.integrations.huggingface.router_hook import RouterHook
 from moebalance.integrations.huggingface.storage import home
@@ -91,8 +92,10 @@ class ModelHooks(Hook):
             self._weigh(given, shifted=self._shifts[entrance.number])
         if entrance.stack is not None:
             self._lay_out(entrance, entrance.stack, trains=trains)
-        if trains and kwargs.get("output_router_logits") and not self.keep_native_loss:
-            # Asked for by the caller, it would add the model's own balancing loss to ours.
+        asked = trains and kwargs.get("output_router_logits") and not self.keep_native_loss
+        if asked and given.get("labels") is not None and adds_native_loss(module):
+            if not torch.compiler.is_compiling():
+                self.calls.saw_router_logits(type(module).__name__)
             return args, {**kwargs, "output_router_logits": False}
         return None
 
@@ -100,8 +103,13 @@ class ModelHooks(Hook):
         self, entrance: Entrance, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
         """A module is left."""
+        calls = self.forward.calls
+        asked = len(calls) > 0 and calls[-1].given.get("output_router_logits")
         ends = self.forward.leave(entrance)
         trains = self._trains(module)
+        silent = trains and asked and not self.keep_native_loss
+        if silent and isinstance(output, ModelOutput) and output.get("aux_loss") is not None:
+            output["aux_loss"] = None  # for nobody to add to a loss
         found = self._hand_out(output) if trains and (entrance.outermost or ends) else None
         if ends:
             self._end(module, trains=trains)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger("moebalance")
 
@@ -24,6 +25,18 @@ def silence_native_loss(model: PreTrainedModel) -> Callable[[], None]:
                 getattr(config, "router_aux_loss_coef", None),
             )
     return partial(_restore, silenced)
+
+
+def adds_native_loss(model: nn.Module) -> bool:
+    """Whether `model` adds a balancing loss when it is asked for router logits and given labels.
+
+    Some families read the coefficient from the model, some from its configuration.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    found = [getattr(holder, "router_aux_loss_coef", None) for holder in (model, text)]
+    known = [coefficient for coefficient in found if coefficient is not None]
+    return any(known) or not known
 
 
 def _restore(configs: list[Any]) -> None:

@@ -185,7 +185,7 @@ def follow_outputs(args: Any, model: nn.Module, balancing: Balancing) -> Callabl
         return output
 
     handles = (
-        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
         model.register_forward_hook(after, with_kwargs=True),
     )
 
