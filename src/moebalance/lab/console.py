@@ -10,7 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 
-from moebalance.cleaning import for_path, for_terminal
+from moebalance.cleaning import for_terminal
+from moebalance.lab.archive import archive_runs
 from moebalance.runlog import LOG_NAME, Run, find_runs
 
 if TYPE_CHECKING:
@@ -164,7 +165,6 @@ def save_extras(
         archive: folder for the logs without their step rows.
     """
     from moebalance.report import write_figure, write_figures, write_markdown
-    from moebalance.runlog import archive as copy
 
     if figure is not None:
         say(f"Figure: {write_figure(runs, figure)}")
@@ -175,9 +175,8 @@ def save_extras(
         names = ", ".join(dict.fromkeys(str(run.header.get("name", "runs")) for run in runs))
         say(f"Markdown: {write_markdown(runs, markdown, f'Results: {names}')}")
     if archive is not None:
-        for run in runs:
-            copy(run, archive / for_path(run.batching) / for_path(run.path.resolve().parent.name))
-        say(f"Archived {counted(len(runs), 'log')} in {archive}")
+        copies = archive_runs(runs, archive)
+        say(f"Archived {counted(len(copies), 'log')} in {archive}")
 
 
 def runs_or_traces(path: Path, missing: "Missing | None" = None) -> list[Run]:
