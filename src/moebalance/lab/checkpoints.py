@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig
 from transformers.trainer_pt_utils import safe_globals
 
 from moebalance.files import first_line
@@ -16,20 +15,6 @@ from moebalance.integrations.huggingface.scan import files_of, read_table
 from moebalance.integrations.huggingface.sharded import is_distributed, missing_part
 
 logger = logging.getLogger(__name__)
-
-CONSTRUCTION_ERRORS = (
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    ZeroDivisionError,
-)
-"""What a model's own code may raise on a configuration that does not suit it."""
 
 _BLOCKS, _BLOCK_BYTES = 64, 16384
 
@@ -68,30 +53,6 @@ def checkpoint_folder(checkpoint: str) -> Path:
             "Copy them there, or train from scratch with architecture = …"
         )
     return folder
-
-
-def read_configuration(path: Path) -> PreTrainedConfig:
-    """Read a model's configuration; code that comes with it is never run.
-
-    Raises:
-        ValueError: Transformers does not know the kind of model, or cannot read it.
-    """
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(path),
-            local_files_only=True,
-            trust_remote_code=False,  # else it may ask on stdin
-        )
-    except CONSTRUCTION_ERRORS as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"Transformers cannot read {path}: its config.json names code of its own "
-                "(auto_map), which moebalance never runs. Take a release of Transformers that "
-                "knows this kind of model; or load the model in a program of your own, if you "
-                "trust its code, and give it to moebalance.attach."
-            ) from error
-        raise ValueError(f"Transformers cannot read {path}: {error}") from error
-    return config
 
 
 def fingerprint(folder: Path) -> str:

@@ -10,16 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moebalance import Balancing, attach
 from moebalance.files import writing
 from moebalance.integrations.huggingface import STATE_FILE, check_export, find_sites, load, save
 from moebalance.integrations.huggingface.state_file import read
-from moebalance.lab.checkpoints import checkpoint_folder, read_configuration
-from moebalance.lab.inputs import check_keys
+from moebalance.lab.checkpoints import checkpoint_folder
+from moebalance.lab.models import check_keys, load_model, read_configuration, refusing
 from moebalance.lab.recipe import FINAL, LoraSpec, Recipe
 from moebalance.lab.text.tokens import Tokenizer
 from moebalance.methods import Method
@@ -116,34 +116,17 @@ def _load(recipe: Recipe, folder: Path, weights: Path) -> PreTrainedModel:
     dtype = keys.pop("dtype", "float32")
     config = read_configuration(folder)
     kind = config.model_type
-    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
             f"{folder} holds a {kind} model, which is no causal language model of the installed "
             "Transformers: give the text model, or fine-tune it in a loop of your own with "
             "moebalance.attach."
         )
-    check_keys(list(keys), config, kind)
-    for key, value in keys.items():
-        setattr(config, key, value)
-    model, found = cast(
-        tuple[PreTrainedModel, dict[str, Any]],
-        AutoModelForCausalLM.from_pretrained(
-            weights,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        ),
-    )
-    for problem in ("missing_keys", "mismatched_keys"):
-        if found.get(problem):
-            names = sorted(map(str, found[problem]))
-            raise ValueError(
-                f"{weights} does not fit a {kind} model: {problem.replace('_', ' ')} "
-                f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}. They would start from "
-                "random numbers; give a whole checkpoint of this architecture."
-            )
+    check_keys(keys, config, kind)
+    with refusing(f"[model] These keys do not go with the config.json in {folder}"):
+        for key, value in keys.items():
+            setattr(config, key, value)
+    model = load_model(weights, config, dtype=dtype)
     if experts is not None:
         model.set_experts_implementation(experts)
     return model

@@ -4,10 +4,11 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moebalance.lab.checkpoints import checkpoint_folder
+from moebalance.lab.models import check_keys, load_model, refusing
 from moebalance.lab.recipe import Recipe
 from moebalance.lab.text.checkpoint_tokenizer import has_other_tokenizer, load_checkpoint_tokenizer
 from moebalance.lab.text.data import TextData, load_data
@@ -53,43 +54,27 @@ def build_model(recipe: Recipe, vocab_size: int, checkpoint: Path | None = None)
     saves under other names than the model has: it logs "missing keys" and goes on without them.
 
     Raises:
-        ValueError: unknown architecture or configuration key, with the nearest valid name.
+        ValueError: unknown architecture or configuration key, with the nearest valid name; values
+            that make no model; or a checkpoint that does not fit.
     """
     keys = dict(recipe.model)
-    architecture = keys.pop("architecture")
+    architecture = str(keys.pop("architecture"))
     experts = keys.pop("experts_implementation", None)
-    possible = sorted(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    possible = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if architecture not in possible:
         raise ValueError(
             f"[model] architecture={architecture!r}.{did_you_mean(architecture, possible)} It must "
             "be a causal language model of the installed Transformers, such as qwen3_moe."
         )
-    default = AutoConfig.for_model(architecture)
-    check_keys(list(keys), default, architecture)
-    config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **keys)
-    model: PreTrainedModel
-    if checkpoint is None:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, config=config, local_files_only=True, trust_remote_code=False
-        )
+    check_keys(keys, AutoConfig.for_model(architecture), architecture)
+    with refusing(f"[model] Transformers cannot make a {architecture} model of these keys"):
+        config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **keys)
+        if checkpoint is None:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+    if checkpoint is not None:
+        model = load_model(checkpoint, config)
     if experts is not None:
         model.set_experts_implementation(experts)
     return model
-
-
-def check_keys(keys: list[str], config: transformers.PreTrainedConfig, architecture: str) -> None:
-    """Refuse keys that an architecture's configuration does not have.
-
-    Raises:
-        ValueError: with the nearest valid name.
-    """
-    fields = getattr(type(config), "__dataclass_fields__", {})
-    known = sorted({*config.to_dict(), *config.attribute_map, *fields})
-    for key in keys:
-        if key not in known:
-            raise ValueError(
-                f"[model] {architecture} has no configuration key {key!r}."
-                f"{did_you_mean(key, known)}"
-            )

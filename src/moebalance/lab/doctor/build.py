@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moebalance.integrations.huggingface.scan import read_table
-from moebalance.lab.checkpoints import CONSTRUCTION_ERRORS, read_configuration
+from moebalance.lab.models import read_configuration, refusing
 
 _HEADS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -77,18 +77,19 @@ def build(target: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
     kind = _model_class(target, config)
     if kind is None:
         raise ValueError(f"Transformers has no model for {target} ({config.model_type}).")
-    try:
-        with torch.device("meta"):
-            # In bfloat16, so that a bias that is float32 all the same can be told.
-            model: PreTrainedModel = kind._from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.bfloat16
-            )
-    except CONSTRUCTION_ERRORS as error:
-        raise ValueError(
-            f"Transformers cannot build {kind.__name__} from {target} ({error}). A model type "
-            "stands for its default configuration, which some families do not have: give a "
-            "config.json."
-        ) from error
+    named = (
+        " A model type stands for its default configuration, which some families do not have: give "
+        "a config.json."
+    )
+    advice = "" if Path(target).exists() else named
+    with (
+        refusing(f"Transformers cannot build {kind.__name__} from {target}", advice),
+        torch.device("meta"),
+    ):
+        # In bfloat16, so that a bias that is float32 all the same can be told.
+        model: PreTrainedModel = kind._from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.bfloat16
+        )
     return model
 
 
