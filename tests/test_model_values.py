@@ -10,8 +10,10 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from experiments import MODEL, write_text
+from experiments import MODEL, small, write_text
 from moebalance.lab.cli import app
+from moebalance.lab.inputs import build_model
+from moebalance.lab.recipe import Recipe
 from moebalance.lab.text.tokens import ByteTokenizer
 
 SIZES = {key: value for key, value in MODEL.items() if key != "architecture"}
@@ -95,6 +97,13 @@ def test_an_architecture_that_is_none_is_refused(
     assert "causal language model of the installed Transformers" in said
 
 
+def test_the_size_of_the_vocabulary_is_the_tokenisers_to_say(root: Path, tmp_path: Path) -> None:
+    recipe = toml(tmp_path, root / "text", {**MODEL, "vocab_size": 300})
+    said = refusal("train", recipe, "--out", tmp_path / "out")
+    assert "[model] vocab_size=300: the tokeniser sets it, here to 257" in said
+    assert '[data] tokenizer = "bpe"' in said
+
+
 @pytest.mark.parametrize("damage", ["cut", "too long a header"])
 def test_a_damaged_file_of_weights_is_refused_by_its_name(
     root: Path, tmp_path: Path, damage: str
@@ -114,3 +123,14 @@ def test_a_weight_of_another_shape_is_named(root: Path, tmp_path: Path) -> None:
     recipe = toml(tmp_path, root / "text", {"checkpoint": str(folder)})
     said = refusal("finetune", recipe, "--out", tmp_path / "out")
     assert "mismatched keys lm_head.weight, model.embed_tokens.weight. They would start" in said
+
+
+def test_a_key_that_only_the_models_code_reads_is_a_key(root: Path) -> None:
+    recipe = small(root / "text")
+    model = {**recipe.model, "head_dim": 4}
+    made = build_model(Recipe.parse({"model": model}, source="r.toml"), vocab_size=257)
+    assert made.model.layers[0].self_attn.head_dim == 4
+    with pytest.raises(ValueError, match="Did you mean 'head_dim'"):
+        build_model(
+            Recipe.parse({"model": {**model, "heads_dim": 4}}, source="r.toml"), vocab_size=257
+        )

@@ -66,6 +66,12 @@ def build_model(recipe: Recipe, vocab_size: int, checkpoint: Path | None = None)
             f"[model] architecture={architecture!r}.{did_you_mean(architecture, possible)} It must "
             "be a causal language model of the installed Transformers, such as qwen3_moe."
         )
+    if "vocab_size" in keys:
+        raise ValueError(
+            f"[model] vocab_size={keys['vocab_size']!r}: the tokeniser sets it, here to "
+            f'{vocab_size}. Leave it out; for another number, say [data] tokenizer = "bpe" and '
+            "vocab_size there."
+        )
     check_keys(keys, AutoConfig.for_model(architecture), architecture)
     with refusing(f"[model] Transformers cannot make a {architecture} model of these keys"):
         config = AutoConfig.for_model(architecture, vocab_size=vocab_size, **keys)

@@ -1,11 +1,14 @@
 """Models from configurations and from folders, or a refusal that says what does not fit."""
 
+import inspect
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moebalance.integrations.huggingface.scan import open_weights
 from moebalance.words.suggest import did_you_mean
@@ -90,16 +93,23 @@ def load_model(folder: Path, config: PreTrainedConfig, **options: Any) -> PreTra
 
 
 def check_keys(keys: Iterable[str], config: PreTrainedConfig, architecture: str) -> None:
-    """Refuse keys that an architecture's configuration does not have.
+    """Refuse keys that neither an architecture's configuration nor its code knows.
 
     Raises:
         ValueError: with the nearest valid name.
     """
     fields = getattr(type(config), "__dataclass_fields__", {})
-    known = {*config.to_dict(), *config.attribute_map, *fields}
+    known = {*config.to_dict(), *config.attribute_map, *fields, *_read_by_code(config)}
     for key in keys:
         if key not in known:
             raise ValueError(
                 f"[model] {architecture} has no configuration key {key!r}."
                 f"{did_you_mean(key, sorted(known))}"
             )
+
+
+def _read_by_code(config: PreTrainedConfig) -> set[str]:
+    """Keys that a model's code reads though its configuration has no such field, as `head_dim`."""
+    model = cast(type, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    source = inspect.getsource(inspect.getmodule(model) or model)
+    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', source))
