@@ -7,12 +7,14 @@ import io
 import json
 import os
 import pickle
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -246,8 +248,9 @@ def test_resuming_passes_over_a_checkpoint_that_would_run_code_and_says_so(
 ) -> None:
     checkpoint, mark = tmp_path / "checkpoint-2", tmp_path / "ran"
     written(checkpoint / PARTS)
-    (checkpoint / "trainer_state.json").write_text("{}")
-    torch.save({}, checkpoint / "rng_state.pth")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+    numbers = {"python": random.getstate(), "numpy": np.random.get_state()}
+    torch.save({**numbers, "cpu": torch.get_rng_state()}, checkpoint / "rng_state.pth")
     assert last_whole_checkpoint(tmp_path) == checkpoint
     (checkpoint / PARTS / ".metadata").write_bytes(pickle.dumps(Runs(os.system, f"touch {mark}")))
     assert last_whole_checkpoint(tmp_path) is None

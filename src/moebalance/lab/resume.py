@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moebalance.integrations.huggingface.sharded import is_distributed
-from moebalance.lab.checkpoints import last_whole_checkpoint, step_of
+from moebalance.lab.checkpoints import last_whole_checkpoint
+from moebalance.lab.damage import step_of
 from moebalance.lab.identity import Identity, refuse_other_run
 from moebalance.lab.recipe import FINAL, Recipe
 from moebalance.runlog import LOG_NAME, read_run

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moebalance import Balancing, attach
 from moebalance.integrations.huggingface.sharded import sharding_for_accelerate
-from moebalance.lab.checkpoints import step_of
+from moebalance.lab.damage import step_of
 from moebalance.lab.finetune import save_final, start
 from moebalance.lab.identity import identify, log_longer, recipe_method
 from moebalance.lab.inputs import build_model, load_texts

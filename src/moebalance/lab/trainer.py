@@ -83,6 +83,11 @@ class _NamesWhatItWrites(Trainer):
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{step}"):
             super()._save_checkpoint(*args, **options)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        # A file of this name may lie there, but only a run in float16 has what to load it into.
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
+
 
 class _ShardedTrainer(_NamesWhatItWrites, ShardedTrainer):
     """The same for distributed checkpoints."""

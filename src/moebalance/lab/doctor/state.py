@@ -31,7 +31,7 @@ def read_state(folder: Path) -> Mapping[str, Any] | None:
 def check_state(state: Mapping[str, Any], sites: Sequence[Site], weights: Weights) -> list[Finding]:
     """Judge a state as loading it would, and compare it with the weights next to it."""
     try:
-        findings = [_fit(state, sites)]
+        findings = [fit(state, sites)]
     except ValueError as error:  # the words of `Balancing.load_state_dict`
         advice = "Put the state next to the checkpoint that it was saved with."
         other = "another model" in str(error)
@@ -80,7 +80,7 @@ def check_state(state: Mapping[str, Any], sites: Sequence[Site], weights: Weight
     return findings
 
 
-def _fit(state: Mapping[str, Any], sites: Sequence[Site]) -> Finding:
+def fit(state: Mapping[str, Any], sites: Sequence[Site]) -> Finding:
     """What there is to say of a state that can be loaded.
 
     Raises:
