@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from missing import hide
+from moebalance.lab.text.checkpoint_tokenizer import load_checkpoint_tokenizer
 from moebalance.lab.text.python_text import python_text
-from moebalance.lab.text.tokens import ByteTokenizer, load_tokenizer, train_bpe
+from moebalance.lab.text.tokens import (
+    TOKENIZER_FILE,
+    ByteTokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 
 BPE = train_bpe(["the cat sat on the mat, the end. naïve café\n"] * 3, 300)
 
@@ -52,3 +60,30 @@ def test_bpe_errors(monkeypatch):
     hide(monkeypatch, "tokenizers")
     with pytest.raises(ValueError, match=r'needs the `tokenizers` package.*tokenizer="bytes"'):
         train_bpe(["a"], 300)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[1]", "nonsense", "[" * 9999, '{"kind": "bpe", "model": "x"}', '{"kind": 3}']
+)
+def test_a_damaged_tokeniser_is_refused_by_its_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / TOKENIZER_FILE
+    path.write_text(content)
+    with pytest.raises(ValueError, match="cannot be read: ") as refused:
+        load_checkpoint_tokenizer(tmp_path)
+    assert str(path) in str(refused.value)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"json cannot be read"):
+        load_checkpoint_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"model": 3}', "[1]", "nonsense"])
+def test_a_damaged_tokeniser_of_transformers_is_refused_by_its_folder(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}'
+    )
+    with pytest.raises(ValueError, match="cannot be read: ") as refused:
+        load_checkpoint_tokenizer(tmp_path)
+    assert str(tmp_path) in str(refused.value)

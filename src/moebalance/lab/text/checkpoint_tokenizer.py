@@ -48,12 +48,12 @@ def load_checkpoint_tokenizer(folder: Path) -> Tokenizer:
         )
     from transformers import AutoTokenizer
 
-    try:
+    from moebalance.lab.models import refusing
+
+    with refusing(f"The tokeniser in {folder} cannot be read"):
         model = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(f"The tokeniser in {folder} cannot be read: {error}") from error
     return CheckpointTokenizer(model)
 
 

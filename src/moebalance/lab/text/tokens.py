@@ -184,18 +184,38 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> BpeTokenizer:
 def tokenizer_from_json(text: str) -> Tokenizer:
     """Make a tokeniser again from `Tokenizer.to_json`.
 
+    Raises:
+        ValueError: the text is of something else, or `tokenizers` is not installed.
+
     >>> tokenizer_from_json(ByteTokenizer().to_json()).description
     'bytes'
     """
     content = json.loads(text)
-    if content["kind"] == "bytes":
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind == "bytes":
         return ByteTokenizer()
-    return BpeTokenizer(_tokenizers().Tokenizer.from_str(content["model"]))
+    if kind != "bpe":
+        raise ValueError(f"kind={kind!r}: must be bytes or bpe")
+    library = _tokenizers()
+    try:
+        return BpeTokenizer(library.Tokenizer.from_str(content.get("model")))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"its model is none: {error}") from error
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote."""
-    return tokenizer_from_json(path.read_text(encoding="utf-8"))
+    """Read what `Tokenizer.save` wrote.
+
+    Raises:
+        ValueError: it cannot be read; names the file.
+    """
+    try:
+        return tokenizer_from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. If it is damaged, copy it again from the run that "
+            "trained the model."
+        ) from error
 
 
 def _sample(texts: Sequence[str]) -> list[str]:
