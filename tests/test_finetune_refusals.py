@@ -7,9 +7,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import moebalance as mb
 from experiments import MODEL
 from moebalance.lab.recipe import FINAL, Recipe
 from moebalance.lab.text.tokens import TOKENIZER_FILE, ByteTokenizer
@@ -124,6 +127,37 @@ def test_a_fine_tuning_recipe_says_what_is_wrong_with_it(table, changes, message
 def test_a_recipe_that_does_not_fit_the_checkpoint_is_refused(table, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(parse(table, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda held: {k: t * torch.nan for k, t in held.items()}, "belongs to the weights"),
+        (lambda held: {k: t[:-1].clone() if t.dim() else t for k, t in held.items()}, "not fit"),
+        (lambda held: None, "is damaged"),
+    ],
+    ids=["NaN", "fewer experts", "cut off"],
+)
+def test_a_balancing_state_of_the_same_method_goes_on_or_is_refused(
+    table, tmp_path, change, reason
+):
+    shutil.copytree(table["model"]["checkpoint"], tmp_path / "it")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    with mb.attach(model, mb.PhiBalancing()) as balancing:
+        path = mb.huggingface.save(balancing, tmp_path / "it")
+    recipe = parse(table, model={"checkpoint": str(tmp_path / "it")})
+    run(recipe, tmp_path / "sound")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    changed = change(load_file(path))
+    if changed is None:
+        path.write_bytes(path.read_bytes()[:50])
+    else:
+        save_file(changed, path, metadata=metadata)
+    with pytest.raises(ValueError, match=reason) as refused:
+        run(recipe, tmp_path / "damaged")
+    assert str(path) in str(refused.value)
+    assert not (tmp_path / "damaged" / LOG_NAME).exists()
 
 
 def test_tables_for_fine_tuning_need_a_checkpoint():

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moebalance import Balancing, attach
+from moebalance.core.state import method_name
 from moebalance.files import writing
-from moebalance.integrations.huggingface import STATE_FILE, check_export, find_sites, load, save
+from moebalance.integrations.huggingface import STATE_FILE, check_export, find_sites, save
 from moebalance.integrations.huggingface.state_file import read
 from moebalance.lab.checkpoints import checkpoint_folder
 from moebalance.lab.models import check_keys, load_model, read_configuration, refusing
@@ -43,8 +44,8 @@ def start(
         resumed: a checkpoint of this run to take the weights from.
 
     Raises:
-        ValueError: no such key, no causal language model, weights that do not fit, no MoE router,
-            or a lever that is not there.
+        ValueError: no such key, no causal language model, weights or a balancing state that do not
+            fit, no MoE router, or a lever that is not there.
     """
     folder = checkpoint_folder(str(recipe.checkpoint))
     # An adapter's checkpoint has no weights of the model; the Trainer reads the adapter itself.
@@ -148,26 +149,34 @@ def _check_texts(recipe: Recipe, model: PreTrainedModel, vocab_size: int) -> Non
 
 
 def _earlier_state(model: PreTrainedModel, method: Method, folder: Path) -> dict[str, Any] | None:
-    """The balancing state that a run of this method left with the weights; None for none."""
+    """The balancing state that a run of this method left with the weights; None for none.
+
+    Raises:
+        ValueError: there is one of this method, or a damaged one, and it cannot be gone on from.
+    """
     path = folder / STATE_FILE
     if not path.is_file():
         return None
+    state = read(folder)
+    saved = state.get("method")
+    if isinstance(saved, str) and saved != method_name(method):
+        level = logging.WARNING if _prices_selection(saved) else logging.INFO
+        text = "%s is left aside; this run starts anew. It belongs to %s, and this run has %s."
+        logger.log(level, text, path, saved, method_name(method))
+        return None
     with attach(model, method) as balancing:
         try:
-            load(balancing, folder)
+            balancing.load_state_dict(state)
         except ValueError as error:
-            level = logging.WARNING if _priced_selection(path) else logging.INFO
-            logger.log(level, "%s is left aside; this run starts anew. %s", path, error)
-            return None
+            raise ValueError(
+                f"{path} belongs to the weights and cannot be used: {error} Copy it again, or "
+                "remove it to start without a state."
+            ) from error
         return balancing.state_dict()
 
 
-def _priced_selection(path: Path) -> bool:
-    """Whether the saved method chose experts under a price, which the weights are used to."""
-    try:
-        method = str(read(path.parent)["method"])
-    except (ValueError, KeyError):
-        return False
+def _prices_selection(method: str) -> bool:
+    """Whether a method of this name chose experts under a price, which the weights are used to."""
     kinds = method_classes().values()
     return any(kind().traits.has_selection_price for kind in kinds if kind.__name__ in method)
 
