@@ -7,11 +7,12 @@ import hashlib
 import re
 from pathlib import Path
 
-from moebalance.lab.identity import differences, identify, recipe_method
+from moebalance.lab.identity import differences, identify, own_method, recipe_method
 from moebalance.lab.lock import alone_in
 from moebalance.lab.recipe import FINAL, Recipe
 from moebalance.lab.workers import Job, Progress, run_jobs
 from moebalance.runlog import Run, read_run
+from moebalance.words.methods import build_method
 
 
 def plan(recipe: Recipe, folder: Path) -> list[Job]:
@@ -21,6 +22,8 @@ def plan(recipe: Recipe, folder: Path) -> list[Job]:
         TypeError, ValueError: an unknown method or option, before anything is run.
     """
     spec = recipe.compare
+    words, trained = own_method(recipe)
+    build_method(words, trained.methods)  # not run here, but a typing error in it is one
     for method in spec.methods:
         recipe_method(recipe, method)
     return [

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from moebalance.files import loads, writing
 from moebalance.lab.recipe import Recipe
 from moebalance.methods import Method
 from moebalance.runlog import Row, Run, read_run
-from moebalance.words.methods import build_method, without_options
+from moebalance.words.methods import build_method, check_tables, without_options
 
 
 class Identity(NamedTuple):
@@ -30,6 +31,23 @@ class Identity(NamedTuple):
     seed: int
     batching: str
     fingerprint: str | None
+
+
+def own_method(recipe: Recipe) -> tuple[str, Recipe]:
+    """The words of a recipe's [method], and the recipe with that table's options in [methods].
+
+    Of several methods in one name, the options are the first one's.
+
+    Raises:
+        TypeError, ValueError: a table of [methods] with an unknown word or option.
+    """
+    check_tables(recipe.methods)
+    options = dict(recipe.method)
+    words = str(options.pop("name"))
+    first = without_options(words).partition("+")[0]
+    if options or first == words:
+        recipe = replace(recipe, methods={**recipe.methods, first: options})
+    return words, recipe
 
 
 def recipe_method(recipe: Recipe, words: str) -> Method:

@@ -9,7 +9,7 @@ from pathlib import Path
 from moebalance.cleaning import for_path
 from moebalance.lab.compare import compare, plan, run_name
 from moebalance.lab.console import REPORT, console, counted, say, show, trackers
-from moebalance.lab.identity import recipe_method
+from moebalance.lab.identity import own_method, recipe_method
 from moebalance.lab.progress import follow_jobs, follow_log
 from moebalance.lab.recipe import FINAL, Recipe
 from moebalance.runlog import LOG_NAME, find_runs, read_run
@@ -43,9 +43,7 @@ def run_one(
     name = f"seed{seed}" if method is None else run_name(method, seed)
     folder = out or Path("runs") / for_path(recipe.name) / name
     if method is None:
-        options = dict(recipe.method)
-        method = str(options.pop("name"))
-        recipe = replace(recipe, methods={**recipe.methods, method: options})
+        method, recipe = own_method(recipe)
     recipe_method(recipe, method)  # refuse a bad word before anything is loaded
     disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar is enough
     log, steps = folder / LOG_NAME, recipe.train.steps

@@ -89,11 +89,22 @@ def build_method(name: str, options: Options | None = None) -> Method:
     0.5
     """
     options = options or {}
+    check_tables(options)
     parts = []
     for part in split_outside_brackets(name, "+"):
         kind, own = _parse(part)
         parts.append(_build_one(kind, {**options.get(kind, {}), **own}))
     return parts[0] if len(parts) == 1 else Together(*parts)
+
+
+def check_tables(options: Options) -> None:
+    """Refuse a method or an option that does not exist, of methods that are not used, too.
+
+    Raises:
+        TypeError, ValueError: with the nearest one that exists.
+    """
+    for name, own in options.items():
+        _check_options(name, _class_of(name), own)
 
 
 def without_options(name: str) -> str:
@@ -150,14 +161,18 @@ def _value(key: str, written: ast.expr) -> Any:
         ) from None
 
 
-def _build_one(name: str, options: Mapping[str, Any]) -> Method:
+def _class_of(name: str) -> type[Method]:
     kinds = method_classes()
     if name not in kinds:
         raise ValueError(
             f"Unknown method {name!r}.{_as_potential(name)}{instead_of(name, sorted(kinds))} "
             "Join several with +, for example phi+loss-free."
         )
-    kind = kinds[name]
+    return kinds[name]
+
+
+def _build_one(name: str, options: Mapping[str, Any]) -> Method:
+    kind = _class_of(name)
     _check_options(name, kind, options)
     own = {key: value for key, value in options.items() if key not in (TARGET, SCHEDULE)}
     method = kind(**_fields(kind, own))
