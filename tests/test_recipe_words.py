@@ -9,6 +9,7 @@ import pytest
 
 from moebalance.lab.compare import plan
 from moebalance.lab.identity import own_method, recipe_method
+from moebalance.lab.jobs import compare_all
 from moebalance.lab.recipe import Recipe
 from moebalance.methods import Method
 
@@ -58,3 +59,26 @@ def test_options_of_the_own_method_reach_it_however_it_is_named(
     made = trained_with(parse(method=method, methods={"phi": {"strength": 0.25}}))
     first = getattr(made, "methods", [made])[0]
     assert (first.rate, first.strength) == (rate, strength)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"methods": "phi,phi"}, r"r: \[compare\] methods=.*'phi', 'phi'.*: give each one once"),
+        ({"seeds": 0}, r"\[compare\] seeds=.*: give at least one"),
+        ({"steps": 0}, r"\[train\] steps=0: must be at least 1"),
+    ],
+)
+def test_words_of_a_command_are_checked_as_those_of_its_recipe(
+    given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_all(parse(), tmp_path, **given)
+
+
+def test_a_recipe_that_is_changed_keeps_the_rest() -> None:
+    recipe = parse(train={"steps": 7}, lora=None, method={"name": "switch"})
+    assert recipe.changed("train", steps=None) == recipe
+    changed = recipe.changed("compare", seeds=range(3))
+    assert changed.compare.seeds == (0, 1, 2)
+    assert (changed.train, changed.method) == (recipe.train, recipe.method)

@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from moebalance.cleaning import for_path
@@ -95,14 +94,11 @@ def compare_all(
         track: trackers to send rows to, with commas.
         show_too: what they show next to the scalars, with commas; None for everything.
     """
-    spec, folder = recipe.compare, out or Path("runs") / for_path(recipe.name)
-    if methods is not None:
-        spec = replace(spec, methods=tuple(split_outside_brackets(methods, ",")))
-    if seeds is not None:
-        spec = replace(spec, seeds=tuple(range(seeds)))
-    recipe = replace(recipe, compare=spec)
-    if steps is not None:
-        recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    folder = out or Path("runs") / for_path(recipe.name)
+    words = None if methods is None else split_outside_brackets(methods, ",")
+    numbers = None if seeds is None else range(seeds)
+    recipe = recipe.changed("compare", methods=words, seeds=numbers).changed("train", steps=steps)
+    spec = recipe.compare
     jobs = len(plan(recipe, folder))
     say(
         f"{recipe.name}: {counted(jobs, 'run')} of {counted(recipe.train.steps, 'step')}, "

@@ -249,6 +249,16 @@ class Recipe:
             raise ValueError(f"{path} is nested too deep, at most {_MOST_DEEP} tables.") from None
         return cls.parse(table, source=str(path))
 
+    def changed(self, section: str, **values: Any) -> Self:
+        """The recipe with other values in a section; None leaves a value as it is.
+
+        Raises:
+            ValueError: a value that cannot work, in the words of `parse`.
+        """
+        given = {key: value for key, value in values.items() if value is not None}
+        table = self.as_dict()
+        return self.parse({**table, section: {**table[section], **given}}, source=self.name)
+
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain tables, for the run header."""
         return asdict(self)
