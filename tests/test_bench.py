@@ -154,6 +154,10 @@ def test_the_command_writes_json_a_page_and_a_plot(tmp_path):
     [
         (["--sizes", "64"], "whole numbers"),
         (["--tokens", "many"], "whole numbers"),
+        (["--tokens", "8,0"], "at least 1 token"),
+        (["--tokens", "-1"], "at least 1 token"),
+        (["--device", "tpu"], "must be cpu, cuda"),
+        (["--device", "cuda:x"], "must be cpu, cuda"),
         (["--rules", "tanh"], "is no rule"),
         (["--methods", "fhi"], "phi"),
     ],

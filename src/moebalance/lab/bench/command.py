@@ -40,9 +40,8 @@ def run(
 ) -> None:
     """Measure, print and write; arguments as the command takes them."""
     named = {word: build_method(word) for word in split_outside_brackets(methods, ",")}
+    _check_device(device)
     cases = _cases(tokens, sizes, rules, device)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: torch sees no CUDA device here; try cpu.")
     torch.set_num_threads(threads)
     results = measure(cases, named, device=device, rounds=rounds, step=step)
     if scale:
@@ -80,6 +79,15 @@ def measure(
     return {"machine": machine, "rounds": rounds, "routers": routers, "steps": steps}
 
 
+def _check_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise ValueError(f"device={device!r}: must be cpu, cuda, or a number of it such as cuda:0.")
+    seen = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= seen:
+        raise ValueError(f"device={device!r}: torch sees {seen or 'no'} CUDA device here; try cpu.")
+
+
 def _cases(tokens: str, sizes: str, rules: str, device: str) -> list[Case]:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     found = []
@@ -96,6 +104,8 @@ def _cases(tokens: str, sizes: str, rules: str, device: str) -> list[Case]:
                     f"--tokens {tokens!r} --sizes {size!r}: give whole numbers, such as "
                     "--tokens 8192 --sizes 64:8 for 64 experts and 8 of them per token."
                 ) from None
+            if min(counts) < 1:
+                raise ValueError(f"--tokens {tokens!r}: give at least 1 token.")
             found += [Case(count, *numbers, _RULES[rule.strip()], dtype) for count in counts]
     return found
 
