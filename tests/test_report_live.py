@@ -236,3 +236,15 @@ def test_the_command_shows_runs_until_they_end(tmp_path):
         assert found.exit_code == 0
     missing = CliRunner().invoke(app, ["watch", str(tmp_path / "nothing")])
     assert missing.exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--once"], []], ids=["once", "until they end"])
+def test_the_command_ends_with_an_error_if_a_log_cannot_be_read(tmp_path, arguments):
+    (tmp_path / "log.jsonl").write_text("junk")
+    found = CliRunner().invoke(app, ["watch", str(tmp_path), *arguments])
+    assert found.exit_code == 1
+    assert "not a moebalance run log" in found.output.replace("\n", " ")
+    write_run(tmp_path / "run", "phi")
+    found = CliRunner().invoke(app, ["watch", str(tmp_path), *arguments])
+    assert found.exit_code == 1
+    assert "φ-balancing" in found.output

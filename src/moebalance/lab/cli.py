@@ -369,8 +369,12 @@ def watch(
     runs: RunFolders,
     once: Annotated[bool, _flag("--once", "Show them once and leave.")] = False,
 ) -> None:
-    """Follow runs in the terminal, until they end."""
-    watch_runs(runs, once=once)
+    """Follow runs in the terminal, until they end.
+
+    Ends with exit code 1 if a log cannot be read.
+    """
+    if not watch_runs(runs, once=once):
+        raise typer.Exit(1)
 
 
 def main() -> None:

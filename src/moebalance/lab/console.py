@@ -242,8 +242,11 @@ def serve(folders: list[Path], port: int) -> None:
             server.serve_forever()
 
 
-def watch_runs(folders: list[Path], *, once: bool, every_s: float = 1.0) -> None:
+def watch_runs(folders: list[Path], *, once: bool, every_s: float = 1.0) -> bool:
     """Show runs in the terminal until all have ended, or Ctrl-C.
+
+    Returns:
+        Whether every log could be read, in the end.
 
     Raises:
         FileNotFoundError: no run log is there.
@@ -257,16 +260,17 @@ def watch_runs(folders: list[Path], *, once: bool, every_s: float = 1.0) -> None
     if not runs and not problems:
         where = ", ".join(map(str, folders))
         raise FileNotFoundError(f"no {LOG_NAME} under {where}; give a run folder, or one of them")
-    if once:
+    if once or not runs:  # there is nothing to wait for
         console.print(view(runs, problems, width=console.width))
-        return
+        return not problems
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             live.update(view(runs, problems, width=console.width), refresh=True)
             if runs and all(run.end is not None for run in runs):
-                return
+                break
             time.sleep(every_s)
             runs, problems = readable_runs(folders)
+    return not problems
 
 
 def trackers(
