@@ -199,7 +199,7 @@ def test_every_method_grows_and_shrinks_back(name):
     ("parents", "says"),
     [
         (None, r"say of which each descends: parents=\[…\]"),
-        ([0, 1], "names those of 2 experts, but a has 16"),
+        ([0, 1], "parents has 2 entries, but a has 16 experts"),
         ([*TWICE[:-1], 8], r"experts \[8\], but the layer had 8: number them 0 … 7"),
     ],
 )

@@ -198,7 +198,7 @@ def test_without_matplotlib_it_says_what_to_install(folder, tmp_path, monkeypatc
         monkeypatch.delitem(sys.modules, f"moebalance.report.{name}", raising=False)
         monkeypatch.delattr(f"moebalance.report.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"moebalance\[report\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"\.\[report\]"):
         write_figures(find_runs(folder), tmp_path)
 
 

@@ -25,6 +25,21 @@ def ranks_exist() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def check_group(group: Any) -> None:
+    """Refuse what is no group of ranks, before anything is sent.
+
+    Raises:
+        TypeError: for example a DeviceMesh, or the name of one of its dimensions.
+    """
+    known = group is None or isinstance(group, Group)
+    # Of a group that this rank is not in, torch gives a number; `sharing` refuses that in words.
+    if not known and not (dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER):
+        raise TypeError(
+            f"group={group!r}: must be a torch.distributed.ProcessGroup. Of a DeviceMesh, give for "
+            'example mesh["dp"].get_group().'
+        )
+
+
 def group_size(group: Group) -> int:
     """How many ranks a group has."""
     return dist.get_world_size(group)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moebalance import metrics
-from moebalance.core.distributed import Group
+from moebalance.core.distributed import Group, check_group
 from moebalance.core.layer import LayerBalance
 from moebalance.core.loss_scale import follow
 from moebalance.core.state import FORMAT, check_fit, check_values, method_name, under_names_of
@@ -71,11 +71,7 @@ class Balancing:
         self._on_detach: list[tuple[Callable[[], None], bool]] = []
         self.price_outside: set[str] = set()
         """Names of layers whose selection price is in no weight of the model."""
-        if group is not None and not isinstance(group, Group):
-            raise TypeError(
-                f"group={group!r}: must be a torch.distributed.ProcessGroup. Of a DeviceMesh, give "
-                'for example mesh["dp"].get_group().'
-            )
+        check_group(group)
         for layer in self.layers.values():
             layer.settle()
         self.share_cells()

@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -31,6 +32,14 @@ class StepReminder:
         self._told = False
         self._holds: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         hear(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a model that is copied or pickled with its hooks; optimizers stay behind."""
+        return {key: value for key, value in vars(self).items() if key != "_holds"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._holds = weakref.WeakKeyDictionary()
 
     def saw_update(self, optimizer: Optimizer) -> None:
         """An optimizer steps: a fused one leaves the version of a weight as it is."""
