@@ -121,6 +121,9 @@ def test_a_step_of_a_model_is_timed_with_and_without_a_method():
     (row,) = measure_steps([case], {"phi": PhiBalancing()}, rounds=2)
     assert set(row["variants"]) == {BARE, NULL, "phi", PENALTY}
     assert all(v["time_ms"] > 0 for v in row["variants"].values())
+    part = row["parts"]["phi"]
+    assert part["added_ms"] > abs(part["null_ms"])
+    assert part["end_ms"] > 0
 
 
 # --- what is reported -------------------------------------------------------------------------

@@ -173,7 +173,27 @@ def _step(row: Mapping[str, Any]) -> str:
         f"| {v['time_ms']:.1f} |"
         for name, v in row["variants"].items()
     ]
+    if row.get("parts"):
+        lines += ["", *_parts(row)]
     return "\n".join(lines)
+
+
+def _parts(row: Mapping[str, Any]) -> list[str]:
+    """What balancing takes of a step, measured apart."""
+    bare_ms = row["variants"][BARE]["time_ms"]
+    return [
+        "The time of a step varies by more than balancing takes. So its parts were measured alone: "
+        "what is added to the routers (in brackets what a second bare router adds), and the end "
+        "of a step.",
+        "",
+        "| method | added to routers, ms | end of a step, ms | together, of a bare step |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {for_markdown(name)} | {p['added_ms']:.2f} ({p['null_ms']:+.2f}) "
+            f"| {p['end_ms']:.2f} | {100 * (p['added_ms'] + p['end_ms']) / bare_ms:.2f} % |"
+            for name, p in row["parts"].items()
+        ),
+    ]
 
 
 def _scale(found: Mapping[str, Any]) -> str:

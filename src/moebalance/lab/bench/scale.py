@@ -53,8 +53,8 @@ def measure_scale(method: Method, *, repeats: int = 5) -> dict[str, Any]:
     largest = LAYERS[-1], EXPERTS[-1]
     batch = [_batch(method, t, EXPERTS[-1], repeats) for t in TOKENS]
     batch += [_batch(method, TOKENS[-1], e, repeats) for e in EXPERTS[:-1]]
-    end = [_end(method, layers, EXPERTS[-1], repeats) for layers in LAYERS]
-    end += [_end(method, LAYERS[-1], e, repeats) for e in EXPERTS[:-1]]
+    end = [step_end(method, layers, EXPERTS[-1], repeats) for layers in LAYERS]
+    end += [step_end(method, LAYERS[-1], e, repeats) for e in EXPERTS[:-1]]
     return {"method": repr(method), "batch": batch, "end": end, "message": _message(*largest)}
 
 
@@ -92,7 +92,8 @@ def _batch(method: Method, tokens: int, experts: int, repeats: int) -> dict[str,
     return {**sizes, "added_ms": round(1e3 * added, 2), "bare_ms": round(1e3 * plain, 2)}
 
 
-def _end(method: Method, layers: int, experts: int, repeats: int) -> dict[str, float]:
+def step_end(method: Method, layers: int, experts: int, repeats: int) -> dict[str, float]:
+    """Time of the end of a step, and the memory of the state, of so many layers."""
     held = {str(i): LayerBalance(method, experts) for i in range(layers)}
     balancing = Balancing(method, held)
 

@@ -2,9 +2,15 @@
 
 Variants are twins of one model that share its parameters, each attached once and for all; a step is
 forward, backward and `Balancing.step()`.
+
+A step takes half a second and varies by some percent, and balancing takes some thousandths of it.
+So its parts are measured apart too: what it adds to the routers, and the end of the step.
 """
 
 import copy
+import random
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from moebalance.attachment import attach
+from moebalance.lab.bench.scale import step_end
 from moebalance.lab.bench.timing import BARE, NULL, interleaved, keep_freed_memory
+from moebalance.lab.bench.variants import Attached, BareRouter, Outputs, Rule
 from moebalance.methods import Method, orthogonality
 
 PENALTY = "orthogonality of the routers' weights"
@@ -57,7 +65,10 @@ def measure_steps(
     rounds: int = 15,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Time whole steps; rows as of `measure_routers`, without the counts."""
+    """Time whole steps; rows as of `measure_routers`, without the counts.
+
+    On a processor also `parts` by method, see there.
+    """
     keep_freed_memory()
     rows = []
     for case in cases:
@@ -71,8 +82,43 @@ def measure_steps(
         timed = interleaved(calls, rounds=rounds, device=device)
         sizes = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
         variants = {name: asdict(found) for name, found in timed.items()}
-        rows.append({"case": str(case), **sizes, "variants": variants})
+        row = {"case": str(case), **sizes, "variants": variants}
+        if device == "cpu":
+            row["parts"] = {name: parts(case, method, rounds) for name, method in methods.items()}
+        rows.append(row)
     return rows
+
+
+def parts(case: StepCase, method: Method, rounds: int) -> dict[str, float]:
+    """What balancing takes of a step, each part measured alone on this processor.
+
+    Returns:
+        `added_ms` to all bare routers, forward and backward, and what a second bare router adds
+        (`null_ms`); `end_ms`, of a step.
+    """
+    rule: Rule = "softmax, normalised"
+    logits = torch.randn(case.tokens, case.experts).requires_grad_()
+    upstream = torch.randn(case.tokens, case.top_k)
+    bare, null = BareRouter(rule, case.top_k), BareRouter(rule, case.top_k)
+    routers = bare, null, Attached(method, case.experts, case.top_k, rule)
+
+    def seconds(router: Callable[[Tensor], Outputs]) -> float:
+        start = time.perf_counter()
+        torch.autograd.grad(router(logits)[0], logits, upstream)
+        return time.perf_counter() - start
+
+    taken = []
+    for turn in range(2 * rounds + 2):
+        order = random.Random(turn).sample(range(3), 3)
+        by_place = {place: seconds(routers[place]) for place in order}
+        taken.append([by_place[place] for place in range(3)])
+    added_s = statistics.median(ours - plain for plain, _, ours in taken[2:])
+    null_s = statistics.median(again - plain for plain, again, _ in taken[2:])
+    return {
+        "added_ms": round(1e3 * case.layers * added_s, 3),
+        "null_ms": round(1e3 * case.layers * null_s, 3),
+        "end_ms": step_end(method, case.layers, case.experts, rounds)["step_ms"],
+    }
 
 
 def build(case: StepCase) -> nn.Module:
