@@ -14,8 +14,8 @@ from moebalance.lab.bench.timing import BARE
 MUCH = 1.15
 """Times a bare router: what takes longer needs a reason."""
 
-FIXED_MS = 0.5
-"""The most that a batch adds to a small router by what does not grow with it."""
+SMALL = 2**18
+"""Scores of a router in a batch, below which most of what is added does not grow with them."""
 
 
 def write_page(results: Mapping[str, Any], path: Path | str, *, plot: str) -> Path:
@@ -86,7 +86,8 @@ def _reasons(rows: Sequence[Mapping[str, Any]]) -> str:
             if v["ratio"] > MUCH and _is_ours(name):
                 added_ms = v["time_ms"] - bare_ms
                 seen = row["experts"], v["ratio"], added_ms
-                found.setdefault(_reason(name, added_ms), []).append(seen)
+                small = row["tokens"] * row["experts"] < SMALL
+                found.setdefault(_reason(name, small=small), []).append(seen)
     lines = [
         f"## What of ours costs more than {MUCH}, and why",
         "",
@@ -103,12 +104,12 @@ def _reasons(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _reason(name: str, added_ms: float) -> str:
+def _reason(name: str, *, small: bool) -> str:
     if name.startswith("quantile"):
         return (
             "Quantile balancing puts every score into a histogram: some ten more passes over them."
         )
-    if added_ms < FIXED_MS:
+    if small:
         return "The router is small: Python and small kernels take this long at any size."
     if "own pass" in name:
         return "The scores are formed again on the way back."

@@ -85,7 +85,7 @@ def _batch(method: Method, tokens: int, experts: int, repeats: int) -> dict[str,
         weights, _ = logits.softmax(dim=-1).topk(8, dim=-1, sorted=False)
         torch.autograd.grad(weights, logits, upstream)
 
-    pairs = [(_seconds(balanced), _seconds(bare)) for _ in range(repeats + 1)][1:]
+    pairs = [(_seconds(balanced), _seconds(bare)) for _ in range(2 * repeats + 1)][1:]
     added = statistics.median(a - b for a, b in pairs)
     plain = statistics.median(b for _, b in pairs)
     sizes = {"tokens": tokens, "experts": experts}
