@@ -81,10 +81,8 @@ class CallReminder:
 
     def saw_forward(self, names: Sequence[str], *, training: bool) -> None:
         """A forward ended and called none of these routers."""
-        if training in self._told:
-            return
-        self._told.add(training)
-        logger.warning(
+        self._tell(
+            training,
             "moebalance: a forward in %s mode called none of the %d routers (first: %s), so "
             "nothing of it is counted or balanced. The block around a router may compute by "
             "itself, as MegaBlocks, ScatterMoE and MXFP4 kernels do: load the model without them "
@@ -96,10 +94,8 @@ class CallReminder:
 
     def saw_unknown_padding(self, where: str) -> None:
         """A training forward told nothing of its padding."""
-        if "padding" in self._told:
-            return
-        self._told.add("padding")
-        logger.warning(
+        self._tell(
+            "padding",
             "moebalance: nothing says which tokens of %s are padding, so all are counted: no "
             "attention_mask, no labels, no pad_token_id in its configuration. If there is padding, "
             "give the model one of them.",
@@ -108,13 +104,17 @@ class CallReminder:
 
     def saw_router_logits(self, where: str) -> None:
         """Router logits were asked for, and left out."""
-        if "router logits" in self._told:
-            return
-        self._told.add("router logits")
-        logger.warning(
+        self._tell(
+            "router logits",
             "moebalance: output_router_logits=True was left out of a training forward: with "
             "labels, %s would add its own balancing loss to its loss. To get the logits, set "
             "model.router_aux_loss_coef and model.config.router_aux_loss_coef to 0, or call the "
             "model without labels; to have both losses, attach(…, keep_native_loss=True).",
             where,
         )
+
+    def _tell(self, what: bool | str, message: str, *words: object) -> None:
+        """Warn of this once."""
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning(message, *words)
