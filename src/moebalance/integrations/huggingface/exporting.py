@@ -241,7 +241,7 @@ def _among(bias: Tensor, saved: dict[str, Any]) -> bool:
 
 
 def _saver(model: nn.Module) -> Any:
-    """Whose `save_pretrained` writes the model: PEFT's, or that of the Transformers model in it."""
+    """The module to call `save_pretrained` of: PEFT's wrapper, or the Transformers model."""
     return model if _is_peft(model) else transformers_model(model)
 
 

@@ -154,7 +154,7 @@ def _gives(linear: Linear, probe: _Probe) -> bool:
 
 @torch.no_grad()
 def _follows(site: Site, probe: _Probe) -> bool:
-    """Whether the answer is that of the site's rule."""
+    """Whether the site's rule gives the same answer."""
     assert site.rule is not None
     best = probe.logits.topk(site.top_k).indices
     if not torch.equal(best.sort()[0], probe.experts.sort()[0]):
