@@ -86,3 +86,22 @@ def test_layers_chooses_own_routers_and_the_others_rest(layers: object) -> None:
 def test_a_pattern_that_chooses_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layers='7\*' chooses none of the model's 3 routers"):
         mb.attach(model(), layers=["0", "7*"])
+
+
+def test_routers_of_several_methods_attach_apart_each_kind_by_itself() -> None:
+    methods = [mb.LossFree(speed=0.1), mb.LossFree(speed=0.1), mb.SwitchLoss(strength=0.1)]
+    mixed = nn.Sequential(*[mb.BalancedRouter(method, 4, 2) for method in methods])
+    with pytest.raises(ValueError, match=r"attach each kind by itself, for example attach\(model"):
+        mb.attach(mixed)
+    first = mb.attach(mixed, layers="[01]")
+    assert mixed[2].at_rest
+    second = mb.attach(mixed, layers="2")
+    assert not any(router.at_rest for router in mixed)
+    for layer in range(3):
+        train(mixed, layer)
+    for balancing, layers in ((first, 2), (second, 1)):
+        balancing.step()
+        assert len(balancing.layers) == layers
+        assert balancing.metrics()["tokens"] == 6
+    with pytest.raises(ValueError, match="2 is balanced already"):
+        mb.attach(mixed, layers="2")

@@ -23,6 +23,7 @@ from moebalance import (
     attach,
     kernels,
 )
+from moebalance.integrations.huggingface import instead
 from moebalance.integrations.huggingface.instead import form_of
 from moebalance.kernels import router as fused
 
@@ -338,3 +339,20 @@ def test_padding_and_a_share_of_the_step_count_as_before():
         return [each.counts for each in sums], weights
 
     same(with_mask(True), with_mask(False), rtol=1e-4, atol=1e-6)
+
+
+def test_of_routers_that_are_alike_one_is_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(instead, "_TRIED", {})
+    monkeypatch.setattr(
+        instead, "_try", lambda site, own=instead._try: tried.append(site) or own(site)
+    )
+    sites = [
+        site
+        for norm in (True, False)
+        for site in mb.huggingface.find_sites(families.tiny("qwen3_moe", norm_topk_prob=norm))
+    ]
+    forms = [form_of(site) for site in sites]
+    assert len(sites) == 4
+    assert len(tried) == 2  # the two kinds, which weigh otherwise
+    assert all(form is not None for form in forms)

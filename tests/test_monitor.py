@@ -13,6 +13,11 @@ from families import tiny, tokens
 from family_checks import hooks
 from moebalance.report import summarise
 from moebalance.runlog import read_run
+from named_models import WIDTH, Layer, Model
+
+
+def own() -> nn.Module:
+    return nn.Sequential(mb.BalancedRouter(mb.PhiBalancing(), 4, 2))
 
 
 def collapsed(model: nn.Module) -> nn.Module:
@@ -238,3 +243,33 @@ def test_a_plain_pytorch_model_is_monitored_under_its_own_method() -> None:
         router.eval()
         router(torch.randn(6, 8))
         assert watch.evaluate()["tokens"] == 6
+
+
+def test_a_model_with_plain_gates_is_watched_by_their_names_and_not_balanced() -> None:
+    model = Model(Layer())
+    x = torch.randn(4, 16, WIDTH)
+    alone = torch.autograd.grad(model(x).square().mean(), model.layers[0].gate.weight)[0]
+    with mb.monitor(model, routers="*.gate", top_k=2) as watch:
+        model(x).square().mean().backward()
+        assert watch.step()["tokens"] == 64
+    assert torch.equal(model.layers[0].gate.weight.grad, alone)
+
+
+def test_a_layer_that_counts_its_own_choice_is_watched() -> None:
+    balance = mb.CountAndCharge(mb.NoBalancing(), num_experts=4)
+    with mb.monitor(nn.Sequential(balance)) as watch:
+        logits = torch.randn(6, 4, requires_grad=True)
+        balance(logits, logits.topk(2).indices).sum().backward()
+        assert watch.step()["tokens"] == 6
+
+
+@pytest.mark.parametrize("make", [lambda: tiny("mixtral"), lambda: Model(Layer()), own])
+def test_a_balanced_model_is_watched_by_its_handle_as_the_refusal_says(make: Any) -> None:
+    model = make()
+    named = {"routers": "*.gate", "top_k": 2} if isinstance(model, Model) else {}
+    method = None if isinstance(model, nn.Sequential) else mb.PhiBalancing()
+    balancing = mb.attach(model, method, **named)
+    with pytest.raises(ValueError, match=r"give it to monitor\(\) to watch it"):
+        mb.monitor(model, **named)
+    with mb.monitor(balancing) as watch:
+        assert watch.balancing is balancing
