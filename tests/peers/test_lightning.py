@@ -21,7 +21,7 @@ from lightning_models import (
 from torch import Tensor
 
 import moebalance as mb
-from moebalance.integrations.lightning import BalanceCallback
+from moebalance.integrations.lightning import BalanceCallback, _unshare
 
 pytestmark = [
     # Lightning on a torch newer than itself, and its advice on data loading.
@@ -208,3 +208,17 @@ def test_a_step_of_another_optimizer_is_not_a_balancing_step() -> None:
     trainer([BalanceCallback(module.balancing, optimizer=1)]).fit(module)
     assert (module.balancing.steps, module.trainer.global_step) == (2, 4)
     assert module.balancing.metrics()["tokens"] == 2 * 5
+
+
+def test_a_spawned_process_shares_no_tensor_of_the_balancing() -> None:
+    layers = {name: mb.BalancedRouter(mb.recommended(), 4, 2) for name in "ab"}
+    balancing = mb.attach(torch.nn.ModuleDict(layers))
+    for router in layers.values():
+        router.remake(torch.Tensor.share_memory_)
+        router.share_memory()
+    balancing.share_cells()
+    _unshare(balancing)
+    for router in layers.values():
+        cells = [router.running, router.loss_scale, router.replayed, router.tickets]
+        assert not any(cell.is_shared() for cell in (*cells, *router.buffers()))
+    assert layers["a"].replayed is layers["b"].replayed
