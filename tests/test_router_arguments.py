@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -307,6 +308,14 @@ def test_a_layer_that_ranks_the_preference_is_balanced_by_the_recommended_method
         balance(logits, order.topk(TOP_K).indices).sum().backward()
         balancing.step()
     assert balancing.metrics()["maxvio"] < 0.1
+
+
+@pytest.mark.parametrize("top_k", [2.0, "2", True, None])
+def test_a_number_of_experts_a_token_is_a_whole_number(top_k):
+    with pytest.raises(TypeError, match="must be a whole number"):
+        mb.BalancedRouter(mb.PhiBalancing(), EXPERTS, top_k)
+    weights, _ = mb.BalancedRouter(mb.PhiBalancing(), EXPERTS, np.int64(2))(torch.randn(3, EXPERTS))
+    assert weights.shape == (3, 2)
 
 
 # --- masks ------------------------------------------------------------------------------------

@@ -117,7 +117,10 @@ class Monitor:
         return found
 
     def evaluate(self, **scalars: float) -> dict[str, float]:
-        """Metrics of all forwards in evaluation mode since the last call; logged with `scalars`."""
+        """Metrics of all forwards in evaluation mode since the last call; logged with `scalars`.
+
+        Of this process alone, whatever other ranks evaluate.
+        """
         found, loads = self.balancing.evaluation()
         self._tell_of_uncounted(loads)
         if found:

@@ -171,7 +171,7 @@ class BalancedRouter(_Router):
         name: str = "router",
     ) -> None:
         super().__init__(method, num_experts, gate=gate, fused=fused, name=name)
-        if not isinstance(top_k, int) or isinstance(top_k, bool):
+        if isinstance(top_k, bool) or not hasattr(top_k, "__index__"):
             raise TypeError(f"top_k={top_k!r}: must be a whole number.")
         if not 1 <= top_k <= num_experts:
             raise ValueError(
